@@ -1,0 +1,123 @@
+"""What the commands decode, encode and check do."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from remote_vae import rescue
+from remote_vae.errors import InvalidRequest, RemoteVaeError, RouteFailed, SettingsError
+from remote_vae.families import Family, find_family
+from remote_vae.remote.route import RemoteRoute, endpoint_for
+from remote_vae.routes import Op, Outcome, Remote, VaeCall
+from remote_vae.settings import Settings
+from remote_vae.wire import DecodeAnswer, EncodeAnswer
+from remote_vae.wire.pixels import image_to_pixels, to_uint8
+
+
+def decode_file(file: Path, out: Path | None, settings: Settings, *, vae: str | None = None) -> list[Path]:
+    """Make PNG pictures of the latents in ``file``, remotely or, with ``vae``, on this machine.
+
+    Returns:
+        The files written: ``out``, or one for each picture of a batch.
+
+    Raises:
+        RemoteVaeError: the file is not one of ours, or nothing could decode it.
+    """
+    rescued = rescue.load_latents(file)
+    pixels = _decode_here(rescued, vae) if vae else _decode_there(rescued.latents, rescued.family, settings)
+    target = out or file.with_suffix(".png")
+    pictures = [Image.fromarray(levels) for levels in to_uint8(pixels).cpu().numpy()]
+    if len(pictures) == 1:
+        paths = [target]
+    else:
+        paths = [target.with_name(f"{target.stem}-{number}{target.suffix}") for number in range(len(pictures))]
+    for picture, path in zip(pictures, paths):
+        picture.save(path)
+    return paths
+
+
+def encode_file(file: Path, out: Path | None, family: str, settings: Settings) -> Path:
+    """Encode the picture ``file`` at the endpoint of ``settings`` and save the raw latents (the posterior's mean).
+
+    Raises:
+        RemoteVaeError: not a picture, or the endpoint did not answer.
+    """
+    target = find_family(family)
+    try:
+        pixels = image_to_pixels(Image.open(file))
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read as a picture: {error}") from None
+
+    def adopt(answer: Remote) -> torch.Tensor:
+        assert isinstance(answer, EncodeAnswer)
+        return answer.latents.chunk(2, dim=1)[0] if answer.is_posterior else answer.latents
+
+    latents = _ask("encode", pixels, target, settings, adopt).value
+    folder = (out or file).resolve().parent
+    path = rescue.save_latents(latents, target, folder, f"encoded from {file.name}")
+    wanted = out or file.with_suffix(".safetensors")
+    return path.replace(wanted)
+
+
+def check(settings: Settings, family: str) -> tuple[list[str], bool]:
+    """Ask the endpoint of ``settings`` for one small decode and encode.
+
+    Returns:
+        Lines for the user, and whether both worked.
+    """
+    target = find_family(family)
+    lines, good = [], True
+    latents = torch.zeros(1, target.latent_channels, 32, 32, dtype=torch.float16)
+    size = 32 * target.downscale
+    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
+    pixels = torch.stack([x, y, x * y]).unsqueeze(0)
+    calls: list[tuple[Op, torch.Tensor]] = [("decode", latents), ("encode", pixels)]
+    for op, tensor in calls:
+        url, _ = endpoint_for(op, target, settings)
+        if not url:
+            lines.append(f"{op}: no endpoint is set; use --endpoint http://HOST:7870")
+            good = False
+            continue
+        started = time.perf_counter()
+        try:
+            outcome = _ask(op, tensor, target, settings, lambda answer: answer)
+        except RouteFailed as error:
+            lines.append(f"{op}: failed: {error}")
+            good = False
+            continue
+        ms = (time.perf_counter() - started) * 1000
+        lines.append(f"{op}: works, {ms:.0f} ms for {size} x {size}, {outcome.bytes_up} bytes up, {outcome.bytes_down} down")
+    return lines, good
+
+
+def _ask(op: Op, tensor: torch.Tensor, family: Family, settings: Settings, adopt: Any) -> Outcome[Any]:
+    return RemoteRoute().run(VaeCall(op=op, tensor=tensor, family=family, whole=None, adopt=adopt), settings)
+
+
+def _decode_there(latents: torch.Tensor, family: Family, settings: Settings) -> torch.Tensor:
+    def adopt(answer: Remote) -> torch.Tensor:
+        assert isinstance(answer, DecodeAnswer)
+        return answer.pixels("cpu", torch.float32)
+
+    if not endpoint_for("decode", family, settings)[0]:
+        raise SettingsError("nothing to decode with: name an --endpoint, or a VAE of this machine with --vae")
+    pixels: torch.Tensor = _ask("decode", latents, family, settings, adopt).value
+    return pixels
+
+
+def _decode_here(rescued: rescue.Rescued, source: str) -> torch.Tensor:
+    from remote_vae.server.models import load_vae
+    from remote_vae.tiled.spares import own_tiling
+
+    loaded = load_vae(source, family=rescued.family.key if rescued.family.is_known else None)
+    if loaded.family.latent_channels != rescued.latents.shape[1]:
+        raise RemoteVaeError(f"{source} takes {loaded.family.latent_channels} channels, the file has {rescued.latents.shape[1]}")
+    with torch.inference_mode(), own_tiling(loaded.vae):
+        pixels: torch.Tensor = loaded.vae.decode(rescued.latents.to(loaded.device, loaded.dtype), return_dict=False)[0]
+    return pixels.float()

@@ -1,0 +1,190 @@
+"""The remote route: which endpoint a call goes to, in which form, and what its failures mean for the next call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Union
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+import torch
+from PIL import Image
+
+from remote_vae.errors import CallCancelled, EndpointError, InvalidRequest, MalformedAnswer, NotOffered, OutOfMemory, RouteFailed
+from remote_vae.families import Family, public_max_pixels
+from remote_vae.memory import free_memory, is_out_of_memory
+from remote_vae.remote.breaker import Breakers
+from remote_vae.remote.client import EndpointClient, client_for
+from remote_vae.remote.functions import in_parallel
+from remote_vae.remote.http import Deadlines, Reply
+from remote_vae.routes import Op, Outcome, Remote, T, VaeCall
+from remote_vae.settings import Settings
+from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeAnswer, EncodeRequest, Output
+from remote_vae.wire.pixels import to_uint8
+
+_OUTPUTS = {"raw": Output.TENSOR, "u8": Output.UINT8, "png": Output.PNG, "jpg": Output.JPG}
+# Refusals that are about this request; the endpoint itself is well.
+_REQUEST_ERRORS = frozenset({400, 409, 413, 415, 422})
+
+
+class RemoteRoute:
+    """Sends calls to the endpoint that the settings name."""
+
+    name = "remote"
+
+    def __init__(self, breakers: Breakers | None = None) -> None:
+        self._breakers = breakers or Breakers()
+
+    def run(self, call: VaeCall[T], settings: Settings) -> Outcome[T]:
+        """Raises RouteFailed for whatever goes wrong outside the host."""
+        url, public = endpoint_for(call.op, call.family, settings)
+        if not url:
+            raise NotOffered("no endpoint is set for this VAE: Settings, Remote VAE, Endpoint", reason="no endpoint")
+        if public:
+            _check_public_limits(call)
+        breaker = self._breakers.of(url)
+        refusal = breaker.enter(settings.cooldown)
+        if refusal is not None:
+            raise NotOffered(f"{url}: {refusal}", reason=refusal)
+        try:
+            reply = _Asking(client_for(url, public=public), call, settings).ask()
+        except (CallCancelled, InvalidRequest) as error:
+            breaker.left()
+            raise _as_route_failure(error)
+        except RouteFailed as error:
+            if isinstance(error, EndpointError) and error.status in _REQUEST_ERRORS:
+                breaker.left()
+            else:
+                breaker.failed(error.reason)
+            raise
+        except BaseException:
+            breaker.left()
+            raise
+        breaker.succeeded()
+        return Outcome(
+            _adopted(call, reply.answer),
+            detail=settings.transfer,
+            endpoint=shown(url),
+            bytes_up=reply.bytes_up,
+            bytes_down=reply.bytes_down,
+        )
+
+
+def endpoint_for(op: Op, family: Family, settings: Settings) -> tuple[str, bool]:
+    """The URL for a call, and whether it is a public endpoint; "" where there is none.
+
+    An endpoint without a path is a Remote VAE server: /decode or /encode is added. Otherwise the exact URL counts.
+    """
+    exact = settings.decode_endpoint if op == "decode" else settings.encode_endpoint
+    if exact:
+        return exact, False
+    if settings.endpoint:
+        parts = urlsplit(settings.endpoint)
+        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{op}")), False
+    if settings.public_endpoints and family.is_known:
+        return family.public_endpoint(op), True
+    return "", False
+
+
+def shown(url: str) -> str:
+    """``url`` for logs and records, without its query, which may hold a key."""
+    return urlunsplit(urlsplit(url)._replace(query="", fragment=""))
+
+
+class _Asking:
+    """One call on its way to one endpoint, as one request or as one for each picture."""
+
+    def __init__(self, client: EndpointClient, call: VaeCall[T], settings: Settings) -> None:
+        self._client = client
+        self._tensor = call.tensor
+        self._ask: Callable[[torch.Tensor], Reply[Remote]] = self._decode if call.op == "decode" else self._encode
+        self._family = call.family.key if call.family.is_known else None
+        self._transfer = settings.transfer
+        self._deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, settings.total_timeout)
+        self._cancelled = call.cancelled
+        self._failure: BaseException | None = None
+
+    def ask(self) -> Reply[Remote]:
+        if self._transfer not in ("png", "jpg") or self._tensor.shape[0] == 1:
+            return self._ask(self._tensor)
+        # The protocol's picture answer holds one picture.
+        try:
+            replies = in_parallel(self._ask_one, list(self._tensor.split(1)))
+        except Exception as error:
+            raise self._failure or error from None
+        return Reply(
+            _joined([reply.answer for reply in replies]),
+            sum(reply.bytes_up for reply in replies),
+            sum(reply.bytes_down for reply in replies),
+        )
+
+    def _ask_one(self, tensor: torch.Tensor) -> Reply[Remote]:
+        try:
+            return self._ask(tensor)
+        except Exception as error:
+            # One picture that fails takes the batch with it; the others stop waiting, and their errors do not count.
+            self._failure = self._failure or error
+            raise
+
+    def _stop(self) -> bool:
+        return self._failure is not None or self._cancelled()
+
+    def _decode(self, latents: torch.Tensor) -> Reply[Remote]:
+        request = DecodeRequest(latents, _OUTPUTS[self._transfer], family=self._family)
+        reply = self._client.decode(request, self._deadlines, self._stop)
+        return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
+
+    def _encode(self, pixels: torch.Tensor) -> Reply[Remote]:
+        request = EncodeRequest(_upload_form(pixels, self._transfer), posterior=True, family=self._family)
+        reply = self._client.encode(request, self._deadlines, self._stop)
+        return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
+
+
+def _adopted(call: VaeCall[T], answer: Remote) -> T:
+    """The answer as the host wants it; even that may not fit beside what the host keeps on its device."""
+    try:
+        return call.adopt(answer)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()
+    try:
+        return call.adopt(answer)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"the answer does not fit in memory: {error}", reason="out of memory") from error
+
+
+def _upload_form(pixels: torch.Tensor, transfer: str) -> Union[torch.Tensor, Image.Image]:
+    """``[B, 3, H, W]`` in [-1, 1] as it goes up: raw as it is, u8 in at most float16 (a sixteenth of a level), png 8 bits."""
+    if transfer == "raw":
+        return pixels
+    if transfer == "u8":
+        return pixels.to(torch.float16) if pixels.dtype == torch.float32 else pixels
+    return Image.fromarray(to_uint8(pixels)[0].cpu().numpy())
+
+
+def _joined(answers: list[Remote]) -> Remote:
+    """The answers of a batch's pictures as one."""
+    decoded = [answer for answer in answers if isinstance(answer, DecodeAnswer)]
+    if decoded:
+        levels = [torch.from_numpy(np.array(answer.payload)) for answer in decoded]
+        return DecodeAnswer(Output.UINT8, torch.stack(levels))
+    encoded = [answer for answer in answers if isinstance(answer, EncodeAnswer)]
+    if len({answer.is_posterior for answer in encoded}) > 1:
+        raise MalformedAnswer("posteriors and samples for one batch")
+    return EncodeAnswer(torch.cat([answer.latents for answer in encoded]), encoded[0].is_posterior)
+
+
+def _check_public_limits(call: VaeCall[T]) -> None:
+    _, height, width = call.size
+    if height * width > public_max_pixels():
+        raise NotOffered(
+            f"the public endpoints take at most {public_max_pixels()} pixels, and this is {width} x {height}",
+            reason="too large for the public endpoint",
+        )
+
+
+def _as_route_failure(error: CallCancelled | InvalidRequest) -> RouteFailed:
+    return error if isinstance(error, CallCancelled) else NotOffered(str(error))

@@ -1,0 +1,125 @@
+"""The router: which route answers a VAE call, in which order, and what happened."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from remote_vae import rescue
+from remote_vae.errors import OutOfMemory, RouteFailed, VaeCallFailed
+from remote_vae.history import History, Record
+from remote_vae.local import LocalRoute
+from remote_vae.remote.route import RemoteRoute, endpoint_for, shown
+from remote_vae.routes import Outcome, Route, T, VaeCall
+from remote_vae.settings import Settings
+from remote_vae.tiled import TiledRoute
+
+log = logging.getLogger("remote_vae")
+
+
+class Router:
+    """Answers VAE calls by the best route there is, and keeps the history. May be used from many threads.
+
+    Args:
+        history: where the records go; a new one by default.
+        rescue_folder: where latents go when all fails and the settings name no folder.
+    """
+
+    def __init__(self, history: History | None = None, rescue_folder: Path | None = None) -> None:
+        self.history = history or History()
+        self._rescue_folder = rescue_folder
+        self._remote = RemoteRoute()
+        self._local = LocalRoute()
+        self._tiled = TiledRoute()
+
+    def run(self, call: VaeCall[T], settings: Settings, *, remote: bool = True, because: str = "") -> T:
+        """Answer ``call``: remote, and on any failure on this machine.
+
+        Args:
+            remote: False keeps the call on this machine whatever the settings say.
+            because: why an earlier attempt at this very call failed, for the record.
+
+        Raises:
+            VaeCallFailed: nothing could; the latents of a decode were saved, and the message says where.
+        """
+        started = time.perf_counter()
+        reasons = [because] if because else []
+        failure: Exception | None = None
+        for route in self._plan(call, settings, remote=remote, fell_back=bool(because)):
+            try:
+                outcome = route.run(call, settings)
+            except RouteFailed as error:
+                log.warning("%s %s: %s", route.name, call.op, error)
+                reasons.append(error.reason)
+                failure = error
+                if isinstance(error, OutOfMemory):
+                    call = call.without_whole()
+            except Exception as error:
+                # The host's own VAE went wrong: no other route would do better with it.
+                reasons.append(str(error))
+                failure = error
+                break
+            else:
+                self._record(call, settings, route.name, outcome, started, reasons)
+                return outcome.value
+        self._record(call, settings, "failed", Outcome(None), started, reasons)
+        raise self._failed(call, settings, failure) from failure
+
+    def _plan(self, call: VaeCall[T], settings: Settings, *, remote: bool, fell_back: bool) -> list[Route]:
+        if remote and wants_remote(call, settings):
+            return [self._remote, self._tiled]
+        return [self._tiled] if fell_back else [self._local, self._tiled]
+
+    def run_remote(self, call: VaeCall[T], settings: Settings) -> T:
+        """Answer ``call`` remotely or not at all; nothing is recorded when it fails.
+
+        Raises:
+            RouteFailed: the remote route could not.
+        """
+        started = time.perf_counter()
+        outcome = self._remote.run(call, settings)
+        self._record(call, settings, self._remote.name, outcome, started, [])
+        return outcome.value
+
+    def _record(
+        self, call: VaeCall[T], settings: Settings, route: str, outcome: Outcome[object], started: float, reasons: list[str]
+    ) -> None:
+        endpoint = outcome.endpoint
+        if not endpoint and reasons:
+            endpoint = shown(endpoint_for(call.op, call.family, settings)[0])
+        batch, height, width = call.size
+        record = Record(
+            op=call.op,
+            route=route,
+            detail=outcome.detail,
+            endpoint=endpoint,
+            images=batch,
+            height=height,
+            width=width,
+            bytes_up=outcome.bytes_up,
+            bytes_down=outcome.bytes_down,
+            ms=(time.perf_counter() - started) * 1000.0,
+            fallback_reason=", then ".join(reasons),
+            when=time.time(),
+        )
+        self.history.add(record)
+        log.info("%s", record)
+
+    def _failed(self, call: VaeCall[T], settings: Settings, error: Exception | None) -> VaeCallFailed:
+        if call.op == "encode":
+            return VaeCallFailed(f"the picture could not be encoded: {error}")
+        folder = Path(settings.rescue_folder) if settings.rescue_folder else self._rescue_folder or rescue.default_folder()
+        try:
+            path = rescue.save_latents(call.tensor, call.family, folder, str(error))
+        except Exception as problem:  # whatever stops the saving, the first error is the one to report
+            return VaeCallFailed(f"the latents could not be decoded: {error}. Nor could they be saved in {folder}: {problem}")
+        return VaeCallFailed(
+            f"the latents could not be decoded: {error}. They are saved: remote-vae decode {path}", rescued=str(path)
+        )
+
+
+def wants_remote(call: VaeCall[T], settings: Settings) -> bool:
+    """Whether the settings send this call away; an endpoint that is not set is not a failure."""
+    wanted = settings.decode if call.op == "decode" else settings.encode
+    return wanted and bool(endpoint_for(call.op, call.family, settings)[0])

@@ -1,0 +1,87 @@
+"""What a VAE call is, and the face that every route has.
+
+A host adapter makes a ``VaeCall``; the router hands it to one route after the other. ``T`` is whatever the host's own VAE call
+returns (a tensor, a distribution, diffusers' output class), so that a local result goes back untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, Protocol, TypeVar, Union
+
+import torch
+
+from remote_vae.families import Family
+from remote_vae.settings import Settings
+from remote_vae.wire import DecodeAnswer, EncodeAnswer
+
+T = TypeVar("T")
+Op = Literal["decode", "encode"]
+Remote = Union[DecodeAnswer, EncodeAnswer]
+
+
+@dataclass(frozen=True)
+class Spare(Generic[T]):
+    """Another way to do the call on this machine with less memory; ``name`` is for the history."""
+
+    name: str
+    run: Callable[[], T]
+
+
+@dataclass(frozen=True)
+class VaeCall(Generic[T]):
+    """One call of a host to its VAE.
+
+    Attributes:
+        op: "decode" or "encode".
+        tensor: decode: raw (unscaled) latents ``[B, C, h, w]``; encode: pixels ``[B, 3, H, W]`` in [-1, 1]. Never changed.
+        family: what the VAE is.
+        whole: the host's own call, its result untouched. None: it is known not to fit in memory.
+        spares: what to try when the host's own call runs out of memory, best first.
+        adopt: turns a remote answer into what the host's own call would return.
+        cancelled: whether the user wants the waiting to end. Called often, from any thread.
+    """
+
+    op: Op
+    tensor: torch.Tensor
+    family: Family
+    whole: Callable[[], T] | None
+    adopt: Callable[[Remote], T]
+    spares: tuple[Spare[T], ...] = ()
+    cancelled: Callable[[], bool] = lambda: False
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """B, H, W in pixels."""
+        scale = self.family.downscale if self.op == "decode" else 1
+        return self.tensor.shape[0], self.tensor.shape[-2] * scale, self.tensor.shape[-1] * scale
+
+    def without_whole(self) -> VaeCall[T]:
+        """The same call after the host's own way has run out of memory."""
+        return replace(self, whole=None)
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What a route gives back, with what the history wants to know."""
+
+    value: T
+    detail: str = ""
+    endpoint: str = ""
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Route(Protocol):
+    """One way to answer VAE calls."""
+
+    name: str
+
+    def run(self, call: VaeCall[T], settings: Settings) -> Outcome[T]:
+        """Answer ``call``.
+
+        Raises:
+            RouteFailed: this route cannot; another one may. Any other exception is the host's own and ends the call.
+        """
+        ...

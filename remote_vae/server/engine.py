@@ -1,0 +1,204 @@
+"""Runs the VAE for the server: one call at a time, in the order they came."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from remote_vae.errors import InvalidRequest, OutOfMemory, RemoteVaeError, UnsupportedLayout
+from remote_vae.families import find_family
+from remote_vae.memory import free_memory, is_out_of_memory
+from remote_vae.server.models import LoadedVae, describe
+from remote_vae.tiled.spares import own_tiling
+from remote_vae.wire import DecodeRequest, EncodeRequest, HttpAnswer, TensorHead, decode_answer, encode_answer
+
+log = logging.getLogger("remote_vae.server")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for: pixels of one picture, pictures in a batch, frames of a video, calls waiting."""
+
+    max_pixels: int = 4096 * 4096
+    max_batch: int = 32
+    max_frames: int = 257
+    max_waiting: int = 64
+
+
+class Busy(RemoteVaeError):
+    """As many calls are waiting as are let in."""
+
+
+class ClientGone(RemoteVaeError):
+    """The client hung up before its call's turn came."""
+
+
+class Engine:
+    """One loaded VAE and the queue before it."""
+
+    def __init__(self, loaded: LoadedVae, limits: Limits = Limits()) -> None:
+        self.loaded = loaded
+        self.limits = limits
+        self._waiting = 0
+        self._running = False
+        self._turn = asyncio.Lock()
+        # One thread: two VAE calls at once need twice the memory and finish no sooner.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="remote-vae-engine")
+
+    # --- what the app calls --------------------------------------------------------------------------------------------
+
+    async def run(self, work: Callable[[], Result], is_gone: Callable[[], Awaitable[bool]]) -> Result:
+        """Do ``work`` when its turn comes, unless the client ``is_gone`` by then.
+
+        Raises:
+            Busy: too many are waiting. ClientGone: nobody wants the answer. And whatever ``work`` raises.
+        """
+        if self._waiting >= self.limits.max_waiting:
+            raise Busy(f"{self._waiting} calls are waiting here; try again later")
+        self._waiting += 1
+        try:
+            async with self._turn:
+                if await is_gone():
+                    raise ClientGone("the client hung up")
+                self._running = True
+                try:
+                    return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+                finally:
+                    self._running = False
+        finally:
+            self._waiting -= 1
+
+    def health(self) -> dict[str, Any]:
+        """``GET /health``: whether a call is running, and how many wait behind it."""
+        return {"status": "ok", "running": self._running, "waiting": self._waiting - int(self._running)}
+
+    def info(self) -> dict[str, Any]:
+        """``GET /info``: who this server is."""
+        return {**describe(self.loaded), "limits": asdict(self.limits), "posterior": self._has_posterior}
+
+    def check_decode(self, head: TensorHead, height: int | None, width: int | None) -> None:
+        """Refuse latents by their head, before their bytes are read.
+
+        Raises:
+            InvalidRequest: more pixels or pictures than the limits allow.
+        """
+        shape, scale = head.shape, self.loaded.family.downscale
+        if len(shape) == 5:
+            self._check_size(shape[0], shape[3] * scale, shape[4] * scale, frames=shape[2])
+        elif len(shape) == 4:
+            self._check_size(shape[0], shape[2] * scale, shape[3] * scale)
+        elif len(shape) == 3 and height and width:
+            # Packed or one picture: either way no more pixels than its values stand for.
+            packed = shape[0] if shape[0] != self.loaded.family.latent_channels else 1
+            self._check_size(packed, height, width)
+
+    def check_encode(self, head: TensorHead) -> None:
+        """Refuse pixels by their head, before their bytes are read. Raises InvalidRequest."""
+        if len(head.shape) == 4:
+            self._check_size(head.shape[0], head.shape[2], head.shape[3])
+
+    # --- what runs in the engine's thread ------------------------------------------------------------------------------
+
+    def decode(self, request: DecodeRequest) -> HttpAnswer:
+        """Decode, and make the answer's bytes.
+
+        Raises:
+            InvalidRequest: these latents are not for this VAE. OutOfMemory: they do not fit, tiled neither.
+        """
+        self._check_family(request.family)
+        family, vae = self.loaded.family, self.loaded.vae
+        latents = request.unpacked(family.latent_channels, family.downscale)
+        if request.is_video != family.video:
+            raise InvalidRequest(f"{family.label} takes {'video' if family.video else 'picture'} latents, not {list(latents.shape)}")
+        self._check_size(latents.shape[0], *(side * family.downscale for side in latents.shape[-2:]))
+
+        def work() -> torch.Tensor:
+            z = request.scaling.unscale(latents.to(vae.device, vae.dtype), family.scaling_factor, family.shift_factor)
+            pixels: torch.Tensor = vae.decode(z, return_dict=False)[0]
+            return pixels
+
+        pixels = self._guarded(work)
+        # The answer comes in the dtype that was asked in: a half-precision client wants half the bytes.
+        dtype = request.latents.dtype if request.latents.is_floating_point() else pixels.dtype
+        return decode_answer(request, pixels.to("cpu", dtype))
+
+    def encode(self, request: EncodeRequest) -> HttpAnswer:
+        """Encode, and make the answer's bytes. Without a posterior wanted, the answer is its mode. Raises as ``decode``."""
+        self._check_family(request.family)
+        vae = self.loaded.vae
+        pixels = request.pixels()
+        least = self.loaded.family.downscale
+        if min(pixels.shape[-2:]) < least:
+            raise InvalidRequest(f"a picture must have at least {least} x {least} pixels, not {list(pixels.shape[-2:])}")
+        if self.loaded.family.video:
+            pixels = pixels.unsqueeze(2)
+
+        def work() -> torch.Tensor:
+            encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+            if request.posterior and self._has_posterior:
+                parameters: torch.Tensor = encoded.latent_dist.parameters
+                return parameters
+            latents: torch.Tensor = encoded.latent_dist.mode() if self._has_posterior else encoded.latents
+            return request.scaling.scale(latents)
+
+        latents = self._guarded(work)
+        if self.loaded.family.video:
+            latents = latents.squeeze(2)
+        is_tensor = isinstance(request.image, torch.Tensor) and request.image.is_floating_point()
+        dtype = pixels.dtype if is_tensor else latents.dtype
+        return encode_answer(latents.to("cpu", dtype), is_posterior=request.posterior and self._has_posterior)
+
+    def _guarded(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """``work``, tiled if the memory runs out, and in float32 if half precision gives NaN."""
+        result = self._in_memory(work)
+        if self.loaded.dtype == torch.float32 or bool(torch.isfinite(result).all()):
+            return result
+        log.warning("the VAE gives NaN in %s; it runs in float32 from now on", self.loaded.dtype)
+        self.loaded.vae.to(torch.float32)
+        return self._in_memory(work)
+
+    def _in_memory(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        failure: Exception | None = None
+        for tiling in (nullcontext, lambda: own_tiling(self.loaded.vae)):
+            try:
+                with tiling(), torch.inference_mode():
+                    return work()
+            except UnsupportedLayout:
+                break
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning("out of memory: %s", error)
+                failure = error.with_traceback(None)
+            free_memory()
+        raise OutOfMemory(f"the server has too little memory for this picture: {failure}") from failure
+
+    @property
+    def _has_posterior(self) -> bool:
+        # AutoencoderTiny is the one that encodes to latents and not to a distribution.
+        return not type(self.loaded.vae).__name__.endswith("Tiny")
+
+    def _check_family(self, name: str | None) -> None:
+        own = self.loaded.family
+        if name is None or not own.is_known:
+            return
+        if find_family(name).key != own.key:
+            raise InvalidRequest(f"this server has the VAE of {own.label}, and the request is for {find_family(name).label}")
+
+    def _check_size(self, batch: int, height: int, width: int, frames: int = 1) -> None:
+        limits = self.limits
+        if height * width > limits.max_pixels:
+            raise InvalidRequest(f"{width} x {height} pixels; this server takes at most {limits.max_pixels} a picture")
+        if batch > limits.max_batch:
+            raise InvalidRequest(f"{batch} pictures; this server takes at most {limits.max_batch} at once")
+        if frames > limits.max_frames:
+            raise InvalidRequest(f"{frames} latent frames; this server takes at most {limits.max_frames}")

@@ -1,0 +1,173 @@
+"""The options, read once from ``settings/options.toml``, and the one frozen ``Settings`` that everything works from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any, Union
+from urllib.parse import urlsplit
+
+from remote_vae.datafiles import read_toml
+from remote_vae.errors import SettingsError
+
+Value = Union[bool, float, str]
+
+_URL_KEYS = frozenset({"endpoint", "decode_endpoint", "encode_endpoint"})
+
+
+@dataclass(frozen=True)
+class Option:
+    """One entry of options.toml."""
+
+    key: str
+    default: Value
+    label: str
+    help: str
+    group: str
+    choices: tuple[str, ...] = ()
+    min: float | None = None
+    max: float | None = None
+    unit: str = ""
+
+    def parse(self, value: object) -> Value:
+        """Check ``value`` and bring it to the option's type.
+
+        Text is accepted for every type, as the command line and a host's config file may hold it.
+
+        Raises:
+            SettingsError: wrong type, out of bounds, not one of the choices, or not a URL.
+        """
+        if isinstance(self.default, bool):
+            return self._parse_bool(value)
+        if isinstance(self.default, float):
+            return self._parse_number(value)
+        return self._parse_text(value)
+
+    def _parse_bool(self, value: object) -> bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.strip().lower() in ("true", "yes", "on", "1"):
+            return True
+        if isinstance(value, str) and value.strip().lower() in ("false", "no", "off", "0"):
+            return False
+        raise self._error(value, "must be true or false")
+
+    def _parse_number(self, value: object) -> float:
+        try:
+            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+                raise ValueError
+            number = float(value)
+        except ValueError:
+            raise self._error(value, "must be a number") from None
+        if not math.isfinite(number):
+            raise self._error(value, "must be a finite number")
+        if (self.min is not None and number < self.min) or (self.max is not None and number > self.max):
+            raise self._error(value, f"must be from {self.min:g} to {self.max:g}")
+        return number
+
+    def _parse_text(self, value: object) -> str:
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise self._error(value, "must be text")
+        text = value.strip()
+        if self.choices and text not in self.choices:
+            raise self._error(value, "must be one of " + ", ".join(self.choices))
+        if self.key in _URL_KEYS and text:
+            text = self._parse_url(text)
+        return text
+
+    def _parse_url(self, text: str) -> str:
+        # "studio:7870" is what people type; urlsplit would take "studio" for the scheme.
+        candidate = text if "://" in text else f"http://{text}"
+        try:
+            parts = urlsplit(candidate)
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            valid = False
+        if not valid or any(character.isspace() for character in text):
+            raise self._error(text, "must be an address such as http://192.168.1.20:7870")
+        if parts.username or parts.password:
+            # The address is shown in logs and records.
+            raise SettingsError(
+                f"{self.key}: the address must not hold a user name or password; "
+                "put the token into the environment variable REMOTE_VAE_TOKEN"
+            )
+        return candidate
+
+    def _error(self, value: object, what: str) -> SettingsError:
+        return SettingsError(f"{self.key}: {what}, not {value!r}")
+
+
+@lru_cache(maxsize=1)
+def load_options() -> dict[str, Option]:
+    """Every option of options.toml by its key, in the file's order."""
+    options = {}
+    for key, entry in read_toml("options.toml").items():
+        entry = dict(entry)
+        entry["choices"] = tuple(entry.get("choices", ()))
+        options[key] = Option(key=key, **entry)
+    return options
+
+
+def _option(key: str) -> Any:
+    return field(default_factory=lambda: load_options()[key].default)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options, checked. Fields, defaults and bounds are those of ``settings/options.toml``; times are seconds.
+
+    Raises:
+        SettingsError: a value cannot be used.
+    """
+
+    enabled: bool = _option("enabled")
+    decode: bool = _option("decode")
+    encode: bool = _option("encode")
+    endpoint: str = _option("endpoint")
+    decode_endpoint: str = _option("decode_endpoint")
+    encode_endpoint: str = _option("encode_endpoint")
+    public_endpoints: bool = _option("public_endpoints")
+    transfer: str = _option("transfer")
+    connect_timeout: float = _option("connect_timeout")
+    first_byte_timeout: float = _option("first_byte_timeout")
+    total_timeout: float = _option("total_timeout")
+    cooldown: float = _option("cooldown")
+    rescue_folder: str = _option("rescue_folder")
+
+    def __post_init__(self) -> None:
+        for option in load_options().values():
+            object.__setattr__(self, option.key, option.parse(getattr(self, option.key)))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, object]) -> Settings:
+        """Settings from a mapping; unknown keys are an error that names the known ones.
+
+        Raises:
+            SettingsError: an unknown key, or a value that cannot be used.
+        """
+        unknown = sorted(set(values) - {item.name for item in fields(cls)})
+        if unknown:
+            raise SettingsError(f"unknown option {', '.join(unknown)}; known are {', '.join(load_options())}")
+        return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks every value
+
+    @classmethod
+    def forgiving(cls, values: Mapping[str, object]) -> tuple[Settings, list[str]]:
+        """Settings from a host's options, which anyone can write to: what cannot be used becomes the default.
+
+        Returns:
+            The settings, and one message for each value that was replaced.
+        """
+        good: dict[str, Value] = {}
+        problems = []
+        for key, option in load_options().items():
+            if key not in values:
+                continue
+            try:
+                good[key] = option.parse(values[key])
+            except SettingsError as error:
+                problems.append(f"{error}; using the default {option.default!r}")
+        return cls(**good), problems  # type: ignore[arg-type]  # parsed just above

@@ -1,0 +1,7 @@
+"""The tiled VAE on this machine: what answers when nothing remote does."""
+
+from __future__ import annotations
+
+from remote_vae.tiled.route import TiledRoute
+
+__all__ = ["TiledRoute"]

@@ -1,0 +1,69 @@
+"""Ways to run a VAE with less device memory, for adapters to offer as spares. Until the exact tiled VAE, these are all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from remote_vae.errors import UnsupportedLayout
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def on_cpu(module: Module) -> Module:
+    """A float32 copy of ``module`` on the CPU; ``module`` itself, its weights and their device are left alone.
+
+    Hooks that move weights (accelerate's) and instance attributes that replace methods stay behind, as they would act on
+    the original.
+
+    Raises:
+        UnsupportedLayout: some weights are not loaded at all (offloaded to disk or to the meta device).
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "meta":
+            raise UnsupportedLayout("the VAE's weights are offloaded and cannot be copied to the CPU")
+        values = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        # deepcopy takes what the memo has for a tensor instead of copying it on its own device.
+        memo[id(tensor)] = nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
+    overridden = [_instance_methods(part) for part in module.modules()]
+    for part, names in zip(module.modules(), overridden):
+        # A bound method or a partial would drag a copy of the object behind it along.
+        memo.update({id(part.__dict__[name]): None for name in names})
+    copied = copy.deepcopy(module, memo)
+    for part, names in zip(copied.modules(), overridden):
+        for name in names:
+            del part.__dict__[name]
+    return copied
+
+
+def _instance_methods(module: nn.Module) -> list[str]:
+    """Attributes of the instance that stand in front of a method of its class, or carry accelerate's hook."""
+    return [
+        name
+        for name, value in module.__dict__.items()
+        if name == "_hf_hook" or (callable(value) and callable(getattr(type(module), name, None)))
+    ]
+
+
+@contextmanager
+def own_tiling(vae: Any) -> Iterator[None]:
+    """Run ``vae`` (diffusers') with the tiling it brings along: overlapping tiles, blended. Not exact, but little memory.
+
+    Raises:
+        UnsupportedLayout: it has no tiling, or already uses it.
+    """
+    if not hasattr(vae, "enable_tiling") or not hasattr(vae, "use_tiling"):
+        raise UnsupportedLayout(f"{type(vae).__name__} has no tiling of its own")
+    if vae.use_tiling:
+        raise UnsupportedLayout(f"{type(vae).__name__} is tiled already")
+    vae.use_tiling = True
+    try:
+        yield
+    finally:
+        vae.use_tiling = False
