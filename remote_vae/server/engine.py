@@ -153,9 +153,10 @@ class Engine:
         latents = self._guarded(work)
         if self.loaded.family.video:
             latents = latents.squeeze(2)
-        is_tensor = isinstance(request.image, torch.Tensor) and request.image.is_floating_point()
-        dtype = pixels.dtype if is_tensor else latents.dtype
-        return encode_answer(latents.to("cpu", dtype), is_posterior=request.posterior and self._has_posterior)
+        is_posterior = request.posterior and self._has_posterior
+        # Latents come in the dtype that was asked in; a posterior as the VAE made it, as only our own client asks for it.
+        wants_dtype = isinstance(request.image, torch.Tensor) and request.image.is_floating_point() and not is_posterior
+        return encode_answer(latents.to("cpu", pixels.dtype if wants_dtype else latents.dtype), is_posterior=is_posterior)
 
     def _guarded(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         """``work``, tiled if the memory runs out, and in float32 if half precision gives NaN."""

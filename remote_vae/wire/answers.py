@@ -86,6 +86,10 @@ class DecodeAnswer:
             raise TypeError(f"a {self.output.value} answer holds no tensor")
         return self.payload
 
+    def picture(self, index: int) -> DecodeAnswer:
+        """One picture of a batch's tensor answer, as a batch of one; its memory is shared."""
+        return DecodeAnswer(self.output, self.tensor[index : index + 1])
+
     def pixels(self, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
         """``[B, 3, H, W]`` in [-1, 1], whatever came over the wire; 8-bit levels survive rounding and truncating hosts."""
         if self.output is Output.TENSOR:

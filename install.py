@@ -1,0 +1,25 @@
+"""Run by the host's extension manager in its own Python: adds only what is missing, never torch or gradio."""
+
+import importlib.util
+import sys
+
+# What the host lacks on Python 3.10; from 3.11 on it is in the standard library. All else that the extension needs, the host ships.
+NEEDED = {"tomli": "tomli>=2,<3"} if sys.version_info < (3, 11) else {}
+
+
+def main() -> None:
+    missing = [requirement for module, requirement in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if not missing:
+        return
+    try:
+        import launch
+
+        for requirement in missing:
+            launch.run_pip(f'install "{requirement}"', f"{requirement} for Remote VAE")
+    except Exception as error:
+        # Without network the extension still works: pip brings a copy of tomli along.
+        print(f"Remote VAE: could not install {', '.join(missing)} ({error}); going on without")
+
+
+if __name__ == "__main__":
+    main()

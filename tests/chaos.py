@@ -1,0 +1,113 @@
+"""An endpoint that misbehaves on demand: a loopback proxy before a real server, or a server of nothing but failures."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+
+class Chaos:
+    """Listens on a free loopback port.
+
+    Attributes:
+        mode: "pass" (to ``target``), "hang", "503", "404 html", "200 html", "nan", "short", "cut" (dies in mid-body),
+            "drop" (closes without a word), "slow" (a byte now and then, for ever), "redirect".
+        fail_at: number of the request, from 0, that ``mode`` is for; the others pass. None: for all.
+        requests: path of every request that came.
+    """
+
+    def __init__(self, target: str = "") -> None:
+        self.target = target
+        self.mode = "pass"
+        self.fail_at: int | None = None
+        self.requests: list[str] = []
+        self.released = threading.Event()
+        chaos = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def do_POST(self) -> None:
+                chaos._answer(self)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.released.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def reset(self, mode: str, fail_at: int | None = None) -> None:
+        self.mode, self.fail_at = mode, fail_at
+        self.requests.clear()
+
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        number = len(self.requests)
+        self.requests.append(urlsplit(handler.path).path)
+        mode = self.mode if self.fail_at in (None, number) else "pass"
+        if mode == "hang":
+            # Takes the request in and never answers.
+            self.released.wait(60)
+            handler.close_connection = True
+            return
+        body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        if mode == "drop":
+            handler.close_connection = True
+        elif mode == "503":
+            self._send(handler, 503, {"Content-Type": "application/json"}, b'{"error": "no replica is ready"}')
+        elif mode == "404 html":
+            self._send(handler, 404, {"Content-Type": "text/html"}, b"<html><h1>404</h1> Not&nbsp;Found</html>")
+        elif mode == "200 html":
+            self._send(handler, 200, {"Content-Type": "text/html"}, b"<html>Sign in to the hotel's network</html>")
+        elif mode == "redirect":
+            self._send(handler, 302, {"Location": "http://127.0.0.1:9/"}, b"")
+        else:
+            self._forward(handler, mode, body)
+
+    def _forward(self, handler: BaseHTTPRequestHandler, mode: str, body: bytes) -> None:
+        parts = urlsplit(self.target)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
+        connection.request("POST", handler.path, body, dict(handler.headers.items()))
+        answer = connection.getresponse()
+        data = answer.read()
+        headers = {name: value for name, value in answer.getheaders() if name.lower() not in ("server", "date", "content-length")}
+        connection.close()
+        if mode == "nan":
+            data = b"\xff" * len(data)
+        if mode == "short":
+            data = data[:-2]
+        if mode in ("cut", "slow"):
+            handler.send_response(answer.status)
+            for name, value in headers.items():
+                handler.send_header(name, value)
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            handler.close_connection = True
+            if mode == "cut":
+                handler.wfile.write(data[: len(data) // 2])
+                return
+            for index in range(len(data)):
+                if self.released.is_set():
+                    return
+                handler.wfile.write(data[index : index + 1])
+                time.sleep(0.05)
+            return
+        self._send(handler, answer.status, headers, data)
+
+    def _send(self, handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes) -> None:
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
