@@ -3,11 +3,12 @@
 import importlib.util
 import sys
 
-# What the host lacks on Python 3.10; from 3.11 on it is in the standard library. All else that the extension needs, the host ships.
+# What a host lacks on Python 3.10; later ones have it in the standard library. All else that is needed, the hosts ship.
 NEEDED = {"tomli": "tomli>=2,<3"} if sys.version_info < (3, 11) else {}
 
 
 def main() -> None:
+    """Install what is missing; say nothing when nothing is."""
     missing = [requirement for module, requirement in NEEDED.items() if importlib.util.find_spec(module) is None]
     if not missing:
         return

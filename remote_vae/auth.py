@@ -1,4 +1,4 @@
-"""Which token goes to which endpoint. Tokens come from the environment or the Hugging Face token file, and from nowhere else."""
+"""Which token goes to which endpoint. Tokens come from the environment or the Hugging Face token file, never from options."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-TOKEN_VARIABLE = "REMOTE_VAE_TOKEN"
+TOKEN_VARIABLE = "REMOTE_VAE_TOKEN"  # noqa: S105  # the name of the variable
 _HUGGING_FACE_HOSTS = (".huggingface.cloud", ".huggingface.co", ".hf.space")
 
 

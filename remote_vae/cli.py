@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"remote-vae: {error}", file=sys.stderr)
         return 1
     except ImportError as error:
-        print(f'remote-vae: {error}. Install what the command needs: pip install "sd-webui-remote-vae[server]"', file=sys.stderr)
+        print(
+            f'remote-vae: {error}. Install what the command needs: pip install "sd-webui-remote-vae[server]"', file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         return 130

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -37,7 +36,7 @@ def decode_file(file: Path, out: Path | None, settings: Settings, *, vae: str | 
         paths = [target]
     else:
         paths = [target.with_name(f"{target.stem}-{number}{target.suffix}") for number in range(len(pictures))]
-    for picture, path in zip(pictures, paths):
+    for picture, path in zip(pictures, paths, strict=True):
         picture.save(path)
     return paths
 
@@ -55,7 +54,8 @@ def encode_file(file: Path, out: Path | None, family: str, settings: Settings) -
         raise InvalidRequest(f"{file} cannot be read as a picture: {error}") from None
 
     def adopt(answer: Remote) -> torch.Tensor:
-        assert isinstance(answer, EncodeAnswer)
+        if not isinstance(answer, EncodeAnswer):
+            raise TypeError("not an answer to an encode")
         return answer.latents.chunk(2, dim=1)[0] if answer.is_posterior else answer.latents
 
     latents = _ask("encode", pixels, target, settings, adopt).value
@@ -102,7 +102,8 @@ def _ask(op: Op, tensor: torch.Tensor, family: Family, settings: Settings, adopt
 
 def _decode_there(latents: torch.Tensor, family: Family, settings: Settings) -> torch.Tensor:
     def adopt(answer: Remote) -> torch.Tensor:
-        assert isinstance(answer, DecodeAnswer)
+        if not isinstance(answer, DecodeAnswer):
+            raise TypeError("not an answer to a decode")
         return answer.pixels("cpu", torch.float32)
 
     if not endpoint_for("decode", family, settings)[0]:
@@ -117,7 +118,9 @@ def _decode_here(rescued: rescue.Rescued, source: str) -> torch.Tensor:
 
     loaded = load_vae(source, family=rescued.family.key if rescued.family.is_known else None)
     if loaded.family.latent_channels != rescued.latents.shape[1]:
-        raise RemoteVaeError(f"{source} takes {loaded.family.latent_channels} channels, the file has {rescued.latents.shape[1]}")
+        raise RemoteVaeError(
+            f"{source} takes {loaded.family.latent_channels} channels, the file has {rescued.latents.shape[1]}"
+        )
     with torch.inference_mode(), own_tiling(loaded.vae):
         pixels: torch.Tensor = loaded.vae.decode(rescued.latents.to(loaded.device, loaded.dtype), return_dict=False)[0]
     return pixels.float()

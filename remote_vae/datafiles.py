@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ def settings_folder() -> Path:
     raise FileNotFoundError(f"settings/options.toml is missing beside {_PACKAGE}: reinstall Remote VAE")
 
 
-@lru_cache(maxsize=None)
+@cache
 def read_toml(name: str) -> dict[str, Any]:
     """Read one file of ``settings/`` once; the caller must not change what it gets."""
     with (settings_folder() / name).open("rb") as file:

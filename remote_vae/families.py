@@ -129,6 +129,6 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
         values = tensor.detach().to("cpu", torch.float16).contiguous()
         shape = ",".join(str(size) for size in values.shape if size != 1)
         digest = hashlib.sha256(shape.encode())
-        digest.update(memoryview(values.view(-1).view(torch.uint8).numpy()))
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
         digests.append(digest.digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]

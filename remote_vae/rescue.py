@@ -61,7 +61,7 @@ def load_latents(path: Path) -> Rescued:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
-            if metadata.get("format") != FORMAT or _TENSOR not in file.keys():
+            if metadata.get("format") != FORMAT or _TENSOR not in list(file.keys()):
                 raise InvalidRequest(f"{path} does not hold latents saved by Remote VAE")
             latents = file.get_tensor(_TENSOR)
         channels, downscale, scaling, shift = json.loads(metadata["factors"])

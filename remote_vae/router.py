@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from remote_vae import rescue
 from remote_vae.errors import OutOfMemory, RouteFailed, VaeCallFailed
@@ -83,7 +84,7 @@ class Router:
         return outcome.value
 
     def _record(
-        self, call: VaeCall[T], settings: Settings, route: str, outcome: Outcome[object], started: float, reasons: list[str]
+        self, call: VaeCall[T], settings: Settings, route: str, outcome: Outcome[Any], started: float, reasons: list[str]
     ) -> None:
         endpoint = outcome.endpoint
         if not endpoint and reasons:

@@ -49,7 +49,7 @@ class _Batch:
 
     def __init__(self, latents: torch.Tensor) -> None:
         self.latents = latents
-        self.answer: DecodeAnswer | None = None
+        self.answer: Remote | None = None
         self.failure = ""
 
     def index_of(self, latents: torch.Tensor) -> int | None:
@@ -165,12 +165,13 @@ class Adapter:
         # The two conversions that the UI makes between here and the model.
         latents = batch.to(devices.dtype_vae).to(model.first_stage_model.dtype)
         pending = _Batch(latents)
-        call = VaeCall(
+        call: VaeCall[Remote] = VaeCall(
             op="decode",
             tensor=kind.unscale(latents),
             family=_family(model, kind),
             whole=None,
-            adopt=_keep,
+            adopt=lambda answer: answer,
+            truncates=True,
             cancelled=_interrupts(),
         )
         if wants_remote(call, settings):
@@ -215,7 +216,7 @@ class Adapter:
         settings = self._settings()
         batch = self._thread.batch if op == "decode" else None
         index = batch.index_of(tensor) if batch is not None else None
-        if batch is not None and index is not None and batch.answer is not None:
+        if batch is not None and index is not None and isinstance(batch.answer, DecodeAnswer):
             return batch.answer.picture(index).pixels(tensor.device, tensor.dtype)
         call = self._call(op, model, kind, original, tensor)
         if batch is not None and index is not None and batch.failure:
@@ -244,6 +245,7 @@ class Adapter:
             whole=lambda: original(tensor),
             adopt=adopt,
             spares=(Spare("whole VAE on the CPU", cpu),),
+            truncates=True,
             cancelled=_interrupts(),
         )
 
@@ -265,11 +267,6 @@ class Adapter:
 
 
 adapter = Adapter()
-
-
-def _keep(answer: Remote) -> DecodeAnswer:
-    assert isinstance(answer, DecodeAnswer)
-    return answer
 
 
 def _encoded(kind: Kind, answer: EncodeAnswer, like: torch.Tensor) -> Any:

@@ -54,11 +54,13 @@ def attach(
     vae = getattr(pipe, "vae", None) or pipe
     family = recognise_config(getattr(vae, "config", None) or {})
     if family is None or not all(callable(getattr(vae, op, None)) for op in _OPS):
-        raise UnsupportedLayout(f"{type(pipe).__name__} is not a diffusers pipeline with a VAE, nor a VAE with a scaling factor")
+        raise UnsupportedLayout(
+            f"{type(pipe).__name__} is not a diffusers pipeline with a VAE, nor a VAE with a scaling factor"
+        )
     for op in _OPS:
         current = vae.__dict__.get(op)
         if isinstance(getattr(current, "handle", None), Handle):
-            current.handle.detach()  # type: ignore[union-attr]  # the isinstance above
+            current.handle.detach()
     return Handle(vae, family, settings, cancelled)
 
 

@@ -47,7 +47,8 @@ class Ldm(Kind):
         return float(self._model.scale_factor)
 
     def unscale(self, latents: torch.Tensor) -> torch.Tensor:
-        return 1.0 / self._model.scale_factor * latents
+        raw: torch.Tensor = 1.0 / self._model.scale_factor * latents
+        return raw
 
     def from_moments(self, moments: torch.Tensor) -> Any:
         return _distribution(moments)

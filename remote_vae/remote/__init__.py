@@ -1,0 +1,1 @@
+"""Endpoints: one POST, one client, the breaker, the route, and the two public functions."""

@@ -41,12 +41,12 @@ def remote_decode(
     output_tensor_type: str = "binary",
     height: Optional[int] = None,
     width: Optional[int] = None,
-) -> Union[Image.Image, list[Any], bytes, torch.Tensor]:
+) -> Any:
     """Decode latents at a remote endpoint; arguments and results are those of ``diffusers.utils.remote_utils.remote_decode``.
 
     Args:
         endpoint: URL of the decode endpoint.
-        tensor: latents ``[B, C, h, w]``, packed ``[B, S, 4 C]`` (then ``height`` and ``width`` in pixels), video ``[B, C, F, h, w]``.
+        tensor: latents ``[B, C, h, w]``, packed ``[B, S, 4 C]`` (with ``height`` and ``width``), or video ``[B, C, F, h, w]``.
         processor: diffusers' VaeImageProcessor or VideoProcessor; with output_type "pil" any value asks for tensors.
         do_scaling: deprecated; False or None switches scaling off.
         scaling_factor, shift_factor: the endpoint computes tensor / scaling_factor + shift_factor. None: ``tensor`` is raw.
@@ -83,7 +83,7 @@ def remote_decode(
     batch = DecodeRequest(tensor, height=height, width=width).batch
     if output.is_image and batch > 1:
         # The protocol's picture answer holds one picture.
-        answers = in_parallel(decode, list(tensor.split(1)))
+        answers = in_parallel(decode, one_by_one(tensor))
         return [_picture(answer) for answer in answers]
     return _result(decode(tensor), return_type, processor, is_video=tensor.ndim == 5)
 
@@ -116,6 +116,11 @@ def in_parallel(function: Callable[[Item], Result], items: list[Item]) -> list[R
     """``function`` of every item, several at once, results in order; the first error is raised after all have ended."""
     with ThreadPoolExecutor(min(PARALLEL, len(items)), thread_name_prefix="remote-vae") as executor:
         return list(executor.map(function, items))
+
+
+def one_by_one(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A batch as batches of one."""
+    return [tensor[index : index + 1] for index in range(tensor.shape[0])]
 
 
 def _output(output_type: str, image_format: str, partial_postprocess: bool, processor: Any) -> Output:

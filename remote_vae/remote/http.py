@@ -7,6 +7,7 @@ clock and the user, and when either says stop it shuts the socket and walks away
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -16,13 +17,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+import certifi
 import numpy as np
-import requests
+import requests.utils
 import urllib3
 import urllib3.connection
 import urllib3.exceptions
 from urllib3.util import Timeout
 
+from remote_vae.auth import is_loopback
 from remote_vae.errors import (
     CallCancelled,
     DeadlineExceeded,
@@ -31,7 +34,6 @@ from remote_vae.errors import (
     MalformedAnswer,
     RouteFailed,
 )
-from remote_vae.auth import is_loopback
 from remote_vae.wire import Expected, HttpRequest, error_detail
 from remote_vae.wire.answers import ERROR_LIMIT
 
@@ -156,10 +158,9 @@ class _Exchange(Generic[Answer]):
         self._aborted = True
         sock = getattr(self._connection, "sock", None)
         if sock is not None:
-            try:
+            # Already closed by the other side is as good.
+            with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # already closed by the other side
 
     # --- the exchange's own thread -------------------------------------------------------------------------------------
 
@@ -284,7 +285,7 @@ class _HTTPSPool(urllib3.HTTPSConnectionPool):
 
 def _make_pool(url: str) -> urllib3.PoolManager:
     # Certificates and proxies as requests finds them: certifi or REQUESTS_CA_BUNDLE, and *_PROXY / NO_PROXY.
-    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or requests.certs.where()
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or certifi.where()
     options: dict[str, Any] = {"maxsize": _IDLE_CONNECTIONS, "cert_reqs": "CERT_REQUIRED"}
     if os.path.isdir(bundle):
         options["ca_cert_dir"] = bundle
@@ -293,18 +294,16 @@ def _make_pool(url: str) -> urllib3.PoolManager:
     # A proxy cannot reach this machine's own loopback.
     found = {} if is_loopback(url) else requests.utils.get_environ_proxies(url)
     proxy = requests.utils.select_proxy(url, found)
-    pool: urllib3.PoolManager
-    if proxy:
-        pool = urllib3.ProxyManager(requests.utils.prepend_scheme_if_needed(proxy, "http"), **options)
-    else:
-        pool = urllib3.PoolManager(**options)
+    pool = urllib3.ProxyManager(_with_scheme(proxy), **options) if proxy else urllib3.PoolManager(**options)
     pool.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
     return pool
 
 
-def _read_body(
-    response: urllib3.response.BaseHTTPResponse, headers: Mapping[str, str], expected: Expected[Any]
-) -> np.ndarray:
+def _with_scheme(proxy: str) -> str:
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _read_body(response: urllib3.response.BaseHTTPResponse, headers: Mapping[str, str], expected: Expected[Any]) -> np.ndarray:
     length = _content_length(headers)
     if expected.exact is not None and length is not None and length != expected.exact:
         raise MalformedAnswer(f"{length} bytes, and {expected.exact} belong to its shape and dtype")
@@ -314,10 +313,10 @@ def _read_body(
     if size is None:
         return _read_unknown(response, expected.limit)
     buffer = np.empty(size, dtype=np.uint8)
-    view = memoryview(buffer)
+    view = buffer.data
     filled = 0
     while filled < size:
-        count = response.readinto(view[filled : filled + _CHUNK])  # type: ignore[arg-type]  # any writable buffer serves
+        count = response.readinto(view[filled : filled + _CHUNK])
         if not count:
             raise MalformedAnswer(f"{filled} bytes came of {size}")
         filled += count

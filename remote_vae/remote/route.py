@@ -10,12 +10,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from remote_vae.errors import CallCancelled, EndpointError, InvalidRequest, MalformedAnswer, NotOffered, OutOfMemory, RouteFailed
+from remote_vae.errors import (
+    CallCancelled,
+    EndpointError,
+    InvalidRequest,
+    MalformedAnswer,
+    NotOffered,
+    OutOfMemory,
+    RouteFailed,
+)
 from remote_vae.families import Family, public_max_pixels
 from remote_vae.memory import free_memory, is_out_of_memory
 from remote_vae.remote.breaker import Breakers
 from remote_vae.remote.client import EndpointClient, client_for
-from remote_vae.remote.functions import in_parallel
+from remote_vae.remote.functions import in_parallel, one_by_one
 from remote_vae.remote.http import Deadlines, Reply
 from remote_vae.routes import Op, Outcome, Remote, T, VaeCall
 from remote_vae.settings import Settings
@@ -50,7 +58,7 @@ class RemoteRoute:
             reply = _Asking(client_for(url, public=public), call, settings).ask()
         except (CallCancelled, InvalidRequest) as error:
             breaker.left()
-            raise _as_route_failure(error)
+            raise _as_route_failure(error) from None
         except RouteFailed as error:
             if isinstance(error, EndpointError) and error.status in _REQUEST_ERRORS:
                 breaker.left()
@@ -100,6 +108,7 @@ class _Asking:
         self._ask: Callable[[torch.Tensor], Reply[Remote]] = self._decode if call.op == "decode" else self._encode
         self._family = call.family.key if call.family.is_known else None
         self._transfer = settings.transfer
+        self._truncate = call.truncates
         self._deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, settings.total_timeout)
         self._cancelled = call.cancelled
         self._failure: BaseException | None = None
@@ -109,7 +118,7 @@ class _Asking:
             return self._ask(self._tensor)
         # The protocol's picture answer holds one picture.
         try:
-            replies = in_parallel(self._ask_one, list(self._tensor.split(1)))
+            replies = in_parallel(self._ask_one, one_by_one(self._tensor))
         except Exception as error:
             raise self._failure or error from None
         return Reply(
@@ -130,7 +139,7 @@ class _Asking:
         return self._failure is not None or self._cancelled()
 
     def _decode(self, latents: torch.Tensor) -> Reply[Remote]:
-        request = DecodeRequest(latents, _OUTPUTS[self._transfer], family=self._family)
+        request = DecodeRequest(latents, _OUTPUTS[self._transfer], family=self._family, truncate=self._truncate)
         reply = self._client.decode(request, self._deadlines, self._stop)
         return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
 

@@ -1,0 +1,1 @@
+"""The self-hosted endpoint: app (HTTP), engine (queue), models (weights)."""

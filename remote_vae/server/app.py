@@ -10,9 +10,9 @@ from typing import Any, Callable
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from remote_vae.version import __version__
 from remote_vae.errors import InvalidRequest, OutOfMemory, RemoteVaeError, SettingsError
 from remote_vae.server.engine import Busy, ClientGone, Engine
+from remote_vae.version import __version__
 from remote_vae.wire import DecodeRequest, EncodeRequest, HttpAnswer, error_answer, tensor_head
 
 log = logging.getLogger("remote_vae.server")
@@ -94,7 +94,7 @@ class _Endpoints:
 
         def work() -> HttpAnswer:
             # A PNG is decoded in the engine's thread, as a large one would hold up every other request.
-            encode = EncodeRequest.from_http(query, _headers(request), body, max_pixels=limits.max_pixels)
+            encode = EncodeRequest.from_http(query, body, max_pixels=limits.max_pixels)
             return self._engine.encode(encode)
 
         return await self._engine.run(work, request.is_disconnected)

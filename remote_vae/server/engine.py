@@ -45,9 +45,9 @@ class ClientGone(RemoteVaeError):
 class Engine:
     """One loaded VAE and the queue before it."""
 
-    def __init__(self, loaded: LoadedVae, limits: Limits = Limits()) -> None:
+    def __init__(self, loaded: LoadedVae, limits: Limits | None = None) -> None:
         self.loaded = loaded
-        self.limits = limits
+        self.limits = limits or Limits()
         self._waiting = 0
         self._running = False
         self._turn = asyncio.Lock()
@@ -118,7 +118,9 @@ class Engine:
         family, vae = self.loaded.family, self.loaded.vae
         latents = request.unpacked(family.latent_channels, family.downscale)
         if request.is_video != family.video:
-            raise InvalidRequest(f"{family.label} takes {'video' if family.video else 'picture'} latents, not {list(latents.shape)}")
+            raise InvalidRequest(
+                f"{family.label} takes {'video' if family.video else 'picture'} latents, not {list(latents.shape)}"
+            )
         self._check_size(latents.shape[0], *(side * family.downscale for side in latents.shape[-2:]))
 
         def work() -> torch.Tensor:

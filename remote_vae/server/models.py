@@ -71,7 +71,8 @@ def load_vae(source: str, *, family: str | None = None, dtype: str = "auto", dev
     if found is None:
         raise SettingsError(f"--vae {source}: {type(vae).__name__} has no scaling factor; name its family with --family")
     name = fingerprint(vae.state_dict())
-    vae = vae.to(chosen, _dtype(dtype, chosen)).eval().requires_grad_(False)
+    # Not diffusers' own to(), which warns of modules to keep in float32 that a VAE does not have.
+    vae = nn.Module.to(vae, chosen, _dtype(dtype, chosen)).eval().requires_grad_(False)
     return LoadedVae(vae, found, source, name)
 
 
@@ -89,7 +90,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _from_pretrained(source: str) -> nn.Module:
+def _from_pretrained(source: str) -> Any:
     import diffusers
 
     failure: Exception | None = None
@@ -102,15 +103,14 @@ def _from_pretrained(source: str) -> nn.Module:
         kind = config.get("_class_name", "")
         if _CLASS.fullmatch(kind) and hasattr(diffusers, kind):
             try:
-                vae: nn.Module = getattr(diffusers, kind).from_pretrained(source, subfolder=subfolder, use_safetensors=True)
-                return vae
+                return getattr(diffusers, kind).from_pretrained(source, subfolder=subfolder, use_safetensors=True)
             except (OSError, ValueError) as error:
                 raise SettingsError(f"--vae {source}: its weights cannot be loaded from safetensors ({error})") from error
         failure = failure or ValueError(f"{kind or 'its config'} is not a VAE")
     raise SettingsError(f"--vae {source}: no VAE found there or in its folder vae ({failure})") from failure
 
 
-def _from_file(path: Path, family: Family | None) -> nn.Module:
+def _from_file(path: Path, family: Family | None) -> Any:
     from diffusers import AutoencoderKL
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -121,7 +121,9 @@ def _from_file(path: Path, family: Family | None) -> nn.Module:
     if config_file.is_file():
         return _from_pretrained(str(path.parent))
     if family is None:
-        raise SettingsError(f"--vae {path}: a single file does not say which family it is; add --family, for example --family sd1")
+        raise SettingsError(
+            f"--vae {path}: a single file does not say which family it is; add --family, for example --family sd1"
+        )
     try:
         state = _vae_part(load_file(str(path)))
         config = infer_config(state, family)
@@ -133,8 +135,7 @@ def _from_file(path: Path, family: Family | None) -> nn.Module:
         raise SettingsError(
             f"--vae {path}: not an AutoencoderKL; missing {result.missing_keys[:3]}, unknown {result.unexpected_keys[:3]}"
         )
-    loaded: nn.Module = vae
-    return loaded
+    return vae
 
 
 def _vae_part(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,7 +143,11 @@ def _vae_part(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         part = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
         if part:
             return part
-    return {key: value for key, value in state.items() if key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
+    return {
+        key: value
+        for key, value in state.items()
+        if key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    }
 
 
 def infer_config(state: Mapping[str, torch.Tensor], family: Family) -> dict[str, Any]:
@@ -213,4 +218,3 @@ def _public_name(source: str) -> str:
     """A hub id as it is; of a path the last part only, as the rest is nobody's business."""
     path = Path(source).expanduser()
     return path.name if path.exists() else source
-

@@ -23,7 +23,7 @@ def serve(
     device: str = "auto",
     host: str = "127.0.0.1",
     port: int = 7870,
-    limits: Limits = Limits(),
+    limits: Limits | None = None,
 ) -> None:
     """Load the VAE and answer requests until interrupted. Prints one line with the address when it is ready.
 
@@ -44,7 +44,7 @@ def serve(
         address = f"http://{_url_host(host)}:{listener.getsockname()[1]}"
         if not token and not is_loopback(address):
             log.warning("anyone who reaches this machine can use the server; set %s to ask for a token", TOKEN_VARIABLE)
-        server = uvicorn.Server(uvicorn.Config(create_app(Engine(loaded, limits), token), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(create_app(Engine(loaded, limits or Limits()), token), log_level="warning"))
         name = f"{loaded.family.label}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device.type}"
         print(f"Remote VAE serves {name} on {address}", flush=True)
         server.run(sockets=[listener])
@@ -58,6 +58,8 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        # From here on clients queue instead of being refused, so the printed line can be relied on.
+        listener.listen(128)
     except OSError as error:
         listener.close()
         raise SettingsError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port") from None

@@ -32,11 +32,11 @@ def on_cpu(module: Module) -> Module:
         # deepcopy takes what the memo has for a tensor instead of copying it on its own device.
         memo[id(tensor)] = nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
     overridden = [_instance_methods(part) for part in module.modules()]
-    for part, names in zip(module.modules(), overridden):
+    for part, names in zip(module.modules(), overridden, strict=True):
         # A bound method or a partial would drag a copy of the object behind it along.
         memo.update({id(part.__dict__[name]): None for name in names})
     copied = copy.deepcopy(module, memo)
-    for part, names in zip(copied.modules(), overridden):
+    for part, names in zip(copied.modules(), overridden, strict=True):
         for name in names:
             del part.__dict__[name]
     return copied

@@ -1,0 +1,1 @@
+"""What the user of a UI sees: the settings panel, and the start of the extension."""

@@ -132,12 +132,12 @@ def decode_answer(request: DecodeRequest, pixels: torch.Tensor) -> HttpAnswer:
         return _tensor_answer(request, pixels)
     frames = pixels[0].movedim(1, 0) if request.is_video else pixels
     if request.output is Output.UINT8:
-        return _tensor_answer(request, px.to_uint8(frames))
+        return _tensor_answer(request, px.to_uint8(frames, truncate=request.truncate))
     if request.output is Output.UNIT:
         return _tensor_answer(request, px.to_unit(frames))
     if request.output is Output.MP4:
-        return HttpAnswer(200, {"Content-Type": "video/mp4"}, px.video_to_mp4(px.to_uint8(frames)))
-    image = Image.fromarray(px.to_uint8(frames)[0].cpu().numpy())
+        return HttpAnswer(200, {"Content-Type": "video/mp4"}, px.video_to_mp4(px.to_uint8(frames, truncate=request.truncate)))
+    image = Image.fromarray(px.to_uint8(frames, truncate=request.truncate)[0].cpu().numpy())
     data = px.image_to_bytes(image, request.output.value)
     return HttpAnswer(200, {"Content-Type": "image/jpeg" if request.output is Output.JPG else "image/png"}, data)
 
@@ -184,7 +184,7 @@ def expect_decode(request: DecodeRequest, headers: Mapping[str, str]) -> Expecte
         _check_label(headers, _MP4_LABELS)
         shape = request.latents.shape
         limit = shape[2] * MAX_FRAMES_PER_LATENT * _max_pixels(request) * _MP4_BYTES_PER_PIXEL + _SLACK
-        return Expected(lambda body: DecodeAnswer(output, px.check_mp4(memoryview(body))), limit)
+        return Expected(lambda body: DecodeAnswer(output, px.check_mp4(body.data)), limit)
     if request.base64_answer:
         _check_label(headers, _JSON_LABELS)
         # float32 for every value, in base64's 4 bytes for 3, and the JSON around it
@@ -244,7 +244,7 @@ def _expect_image(request: DecodeRequest, headers: Mapping[str, str]) -> Expecte
 
     def finish(body: np.ndarray) -> DecodeAnswer:
         try:
-            image = px.image_from_bytes(memoryview(body), max_pixels=_max_pixels(request))
+            image = px.image_from_bytes(body.data, max_pixels=_max_pixels(request))
         except InvalidRequest as error:
             raise MalformedAnswer(str(error)) from None
         if not _fits_picture(request, image.height, image.width):

@@ -28,9 +28,10 @@ def to_unit(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels * 0.5 + 0.5).clamp(0, 1)
 
 
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """``[B, 3, H, W]`` in [-1, 1] to uint8 ``[B, H, W, 3]``, rounded to the nearest level."""
-    levels = (to_unit(pixels.float()) * 255.0).round_().to(torch.uint8)
+def to_uint8(pixels: torch.Tensor, *, truncate: bool = False) -> torch.Tensor:
+    """``[B, 3, H, W]`` in [-1, 1] to uint8 ``[B, H, W, 3]``, rounded to the nearest level or, as A1111 does, down."""
+    levels = to_unit(pixels.float()) * 255.0
+    levels = (levels if truncate else levels.round_()).to(torch.uint8)
     return levels.movedim(1, -1).contiguous()
 
 
@@ -73,7 +74,7 @@ def image_from_bytes(data: Buffer, *, max_pixels: int) -> Image.Image:
                     f"the picture has {image.width} x {image.height} pixels; at most {max_pixels} pixels are taken"
                 )
             name = (image.format or "").lower()
-            rgb = image.convert("RGB")
+            rgb: Image.Image = image.convert("RGB")
     except InvalidRequest:
         raise
     except Exception as error:  # PIL raises a dozen kinds, down to struct.error and SyntaxError, for a damaged file

@@ -1,6 +1,7 @@
-"""The two requests of the protocol, as objects that are valid or cannot be made, and as HTTP in both directions.
+"""The two requests of the protocol: objects that are valid or cannot be made, and HTTP in both directions.
 
-The protocol is the one of diffusers' ``remote_utils``; keys of our own (``family``, ``posterior``) are ignored by other servers.
+The protocol is the one of diffusers' ``remote_utils``; keys of our own (``family``, ``posterior``, ``truncate``) are ignored by
+other servers.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ class DecodeRequest:
         scaling: absent means that the latents are raw, as the VAE's decoder takes them.
         height, width: pixels; needed for packed latents, ignored for 4-D ones.
         family: tells our own server which VAE the latents are for.
+        truncate: asks our own server for 8-bit levels rounded down, for a host that does so itself; others round to nearest.
         base64_body, base64_answer: the legacy transport.
 
     Raises:
@@ -144,6 +146,7 @@ class DecodeRequest:
     height: int | None = None
     width: int | None = None
     family: str | None = None
+    truncate: bool = False
     base64_body: bool = False
     base64_answer: bool = False
 
@@ -211,6 +214,8 @@ class DecodeRequest:
             query += [("height", str(self.height)), ("width", str(self.width))]
         if self.family:
             query.append(("family", self.family))
+        if self.truncate:
+            query.append(("truncate", "True"))
         body: bytes | memoryview = tensor_to_bytes(self.latents)
         if self.base64_body:
             body = json.dumps({"inputs": base64.b64encode(body).decode("ascii")}).encode()
@@ -243,6 +248,7 @@ class DecodeRequest:
             height=_parse_size(values, "height"),
             width=_parse_size(values, "width"),
             family=values.get("family") or None,
+            truncate=_parse_bool(values.get("truncate")),
             base64_body=legacy,
             base64_answer=BASE64_TYPE in accept,
         )
@@ -307,10 +313,8 @@ class EncodeRequest:
         return HttpRequest(tuple(query), headers, tensor_to_bytes(self.image))
 
     @classmethod
-    def from_http(
-        cls, query: Query, headers: Mapping[str, str], body: Buffer, *, max_pixels: int = DEFAULT_MAX_PIXELS
-    ) -> EncodeRequest:
-        """What a client sent; ``headers`` with lower-case names. A picture of more than ``max_pixels`` is not decoded.
+    def from_http(cls, query: Query, body: Buffer, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> EncodeRequest:
+        """What a client sent; its headers do not matter. A picture of more than ``max_pixels`` is not decoded.
 
         Raises:
             InvalidRequest: not an encode request of the protocol.
@@ -319,10 +323,7 @@ class EncodeRequest:
         values = dict(pairs)
         head = tensor_head(pairs)
         image: torch.Tensor | Image.Image
-        if head is None:
-            image = px.image_from_bytes(body, max_pixels=max_pixels)
-        else:
-            image = _read_tensor(body, head)
+        image = px.image_from_bytes(body, max_pixels=max_pixels) if head is None else _read_tensor(body, head)
         return cls(
             image=image,
             scaling=Scaling.from_query(values),

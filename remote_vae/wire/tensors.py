@@ -51,7 +51,7 @@ def tensor_to_bytes(tensor: torch.Tensor) -> memoryview:
     """
     values = tensor.detach().to("cpu").contiguous()
     # Through uint8, as numpy has no bfloat16.
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensor_from_bytes(buffer: Buffer | np.ndarray, head: TensorHead) -> torch.Tensor:
@@ -99,11 +99,12 @@ class TensorHead:
             ValueError: it does not describe a tensor of the protocol.
         """
         if isinstance(shape, str):
+            text = shape
             try:
-                shape = json.loads(shape)
+                shape = json.loads(text)
             except ValueError:
-                raise ValueError(f"shape {shape[:80]!r} is not a JSON list") from None
-        if not isinstance(shape, (list, tuple)):
+                raise ValueError(f"shape {text[:80]!r} is not a JSON list") from None
+        if not isinstance(shape, list):
             raise ValueError(f"shape {shape!r} is not a list")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")

@@ -79,7 +79,7 @@ def jobs(host: Host) -> dict[str, tuple[str, dict[str, Any]]]:
 def difference(pictures: list[np.ndarray], reference: list[np.ndarray]) -> str:
     if len(pictures) != len(reference):
         return f"{len(pictures)} of {len(reference)} pictures"
-    return str(max(int(np.abs(a - b).max()) for a, b in zip(pictures, reference)))
+    return str(max(int(np.abs(a - b).max()) for a, b in zip(pictures, reference, strict=True)))
 
 
 def run_table(host: Host, chaos: Chaos) -> None:
@@ -125,7 +125,9 @@ def run_table(host: Host, chaos: Chaos) -> None:
 
 def run_preview(host: Host, chaos: Chaos) -> None:
     """Live preview Full at every step must leave nothing but the final decode on the wire."""
-    host.call("/sdapi/v1/options", {"show_progress_type": "Full", "show_progress_every_n_steps": 1, "live_previews_enable": True})
+    host.call(
+        "/sdapi/v1/options", {"show_progress_type": "Full", "show_progress_every_n_steps": 1, "live_previews_enable": True}
+    )
     host.options(enabled=True, endpoint=chaos.url, transfer="raw", cooldown=0.0)
     chaos.reset("pass")
     body = {**BASE, "steps": 30}
