@@ -22,6 +22,7 @@ from PIL import Image
 from remote_vae.errors import InvalidRequest, MalformedAnswer
 from remote_vae.wire import pixels as px
 from remote_vae.wire.tensors import (
+    MAX_SIZE,
     Buffer,
     TensorHead,
     dtype_name,
@@ -151,13 +152,13 @@ class DecodeRequest:
     base64_answer: bool = False
 
     def __post_init__(self) -> None:
-        shape = tuple(self.latents.shape)
         _check_tensor(self.latents, "latents", (3, 4, 5))
+        shape = tuple(self.latents.shape)
         if self.latents.ndim == 3 and not (self.height and self.width):
             raise InvalidRequest("`height` and `width` required for packed latents.")
         for name, size in (("height", self.height), ("width", self.width)):
-            if size is not None and not 0 < size <= 65536:
-                raise InvalidRequest(f"{name} must be from 1 to 65536 pixels, not {size}")
+            if size is not None and not 0 < size <= MAX_SIZE:
+                raise InvalidRequest(f"{name} must be from 1 to {MAX_SIZE} pixels, not {size}")
         if self.output.is_image and (self.batch > 1 or self.is_video):
             raise InvalidRequest(
                 f"latents {list(shape)} make more than one picture, and a {self.output.value} answer holds one: "

@@ -30,6 +30,7 @@ MAX_DIMENSIONS = 5
 
 # Flux packs 2 x 2 latent cells into one token: [B, (h / 2)(w / 2), 4 C] (diffusers' FluxPipeline._pack_latents).
 PACK = 2
+MIN_CHANNELS = 4
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -122,12 +123,14 @@ def _parse_size(size: object) -> int:
 def is_packed(shape: tuple[int, ...], height: int | None, width: int | None, downscale: int = 8) -> bool:
     """Whether 3-D latents are packed ``[B, S, 4 C]`` rather than one picture's ``[C, h, w]`` without its batch axis.
 
-    S = (H / 16)(W / 16) decides. The two cannot be confused: for ``[C, h, w]``, S would have to equal h = H / 8.
+    S = (H / 16)(W / 16) and the last dimension decide. ``[C, h, w]`` has h = H / 8, which is S only for W = 32, and then w = 4,
+    which would be packed latents of one channel; no VAE has fewer than four.
     """
     if len(shape) != 3 or not height or not width:
         return False
     cell = downscale * PACK
-    return shape[1] == (height // cell) * (width // cell) and shape[2] % (PACK * PACK) == 0
+    channels, rest = divmod(shape[2], PACK * PACK)
+    return shape[1] == (height // cell) * (width // cell) and channels >= MIN_CHANNELS and not rest
 
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:

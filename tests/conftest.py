@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from diffusers import AutoencoderKL
+
+from remote_vae import datafiles
+from remote_vae.server.app import create_app
+from remote_vae.server.engine import Engine, Limits
+from remote_vae.server.models import LoadedVae, load_vae
+from tests.chaos import Chaos
+
+DEMO_VAE = datafiles.settings_folder().parent / "assets" / "demo_vae"
+
+
+@pytest.fixture(autouse=True)
+def no_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """No test sees or sends a token of the person who runs it, nor leaves files in a home."""
+    for name in ("REMOTE_VAE_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def loaded() -> LoadedVae:
+    """The small trained VAE in float32 on the CPU."""
+    return load_vae(str(DEMO_VAE), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def vae() -> AutoencoderKL:
+    """A VAE of one's own, to attach to."""
+    own: AutoencoderKL = AutoencoderKL.from_pretrained(DEMO_VAE, torch_dtype=torch.float32)
+    return own
+
+
+class ServerThread:
+    """The real app under the real uvicorn, on a free loopback port."""
+
+    def __init__(self, loaded: LoadedVae, token: str = "", limits: Limits | None = None) -> None:
+        self.engine = Engine(loaded, limits)
+        config = uvicorn.Config(create_app(self.engine, token), host="127.0.0.1", port=0, log_level="warning")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()), daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def server(loaded: LoadedVae) -> Iterator[ServerThread]:
+    running = ServerThread(loaded)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def chaos(server: ServerThread) -> Iterator[Chaos]:
+    """A misbehaving proxy before the real server."""
+    proxy = Chaos(server.url)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1)) * 5
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2)) * 2 - 1

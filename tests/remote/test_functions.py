@@ -1,0 +1,203 @@
+"""remote_decode and remote_encode against diffusers' own, over the same server."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import remote_utils
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+
+import remote_vae
+from remote_vae.errors import EndpointError, InvalidRequest
+from remote_vae.families import find_family
+from remote_vae.server.models import LoadedVae
+from remote_vae.wire import pack_latents
+from tests.chaos import Chaos
+from tests.conftest import ServerThread
+from tests.vaes import tiny_flux, tiny_video
+
+SCALE = 0.08489
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two results are alike in type, mode, format and every value."""
+    if isinstance(theirs, list):
+        return isinstance(ours, list) and len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(theirs, torch.Tensor):
+        return isinstance(ours, torch.Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    if isinstance(theirs, Image.Image):
+        equal = isinstance(ours, Image.Image) and np.array_equal(np.array(ours), np.array(theirs))
+        return equal and ours.mode == theirs.mode and ours.format == theirs.format
+    return type(ours) is type(theirs) and ours == theirs
+
+
+# Every combination that diffusers' tests/remote exercise.
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "no scaling": {"output_type": "pt", "do_scaling": False, "processor": VaeImageProcessor()},
+    "pt": {"output_type": "pt", "processor": VaeImageProcessor(), "scaling_factor": SCALE},
+    "pil": {"output_type": "pil", "scaling_factor": SCALE},
+    "pil, png": {"output_type": "pil", "image_format": "png", "scaling_factor": SCALE},
+    "pil, processor": {"output_type": "pil", "processor": VaeImageProcessor(), "scaling_factor": SCALE},
+    "pil, processor, to pt": {
+        "output_type": "pil", "return_type": "pt", "processor": VaeImageProcessor(), "scaling_factor": SCALE,
+    },
+    "pt, partial": {"output_type": "pt", "partial_postprocess": True, "scaling_factor": SCALE},
+    "pt, to pt": {"output_type": "pt", "return_type": "pt", "scaling_factor": SCALE},
+    "pt, partial, to pt": {"output_type": "pt", "partial_postprocess": True, "return_type": "pt", "scaling_factor": SCALE},
+    "shift": {"output_type": "pt", "return_type": "pt", "scaling_factor": SCALE, "shift_factor": 0.1159},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(COMBINATIONS))
+def test_decode_gives_what_diffusers_gives(server: ServerThread, latents: torch.Tensor, name: str, dtype: torch.dtype) -> None:
+    arguments = {"endpoint": f"{server.url}/decode", "tensor": latents.to(dtype), **COMBINATIONS[name]}
+    if COMBINATIONS[name].get("scaling_factor"):
+        arguments["tensor"] = arguments["tensor"] * SCALE
+    assert same(remote_vae.remote_decode(**arguments), remote_utils.remote_decode(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "`do_scaling` is deprecated, pass `scaling_factor` and `shift_factor` if required."),
+        ({"input_tensor_type": "base64", "scaling_factor": SCALE}, "input_tensor_type='base64' is deprecated. Using `binary`."),
+        (
+            {"output_tensor_type": "base64", "scaling_factor": SCALE},
+            "output_tensor_type='base64' is deprecated. Using `binary`.",
+        ),
+    ],
+)
+def test_the_deprecated_arguments_warn_and_work_as_in_diffusers(
+    server: ServerThread, latents: torch.Tensor, arguments: dict[str, Any], message: str
+) -> None:
+    call = {"tensor": latents * SCALE, "output_type": "pt", "partial_postprocess": True, **arguments}
+    with pytest.warns(FutureWarning) as caught:
+        ours = remote_vae.remote_decode(f"{server.url}/decode", **call)
+    assert [str(warning.message) for warning in caught] == [message]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert same(ours, remote_utils.remote_decode(f"{server.url}/decode", **call))
+
+
+@pytest.mark.parametrize("arguments", [{"output_type": "pil"}, {"output_type": "pil", "image_format": "png"}])
+def test_a_batch_of_pictures_comes_back_whole(server: ServerThread, arguments: dict[str, Any]) -> None:
+    batch = torch.randn(3, 4, 8, 8)
+    images = remote_vae.remote_decode(f"{server.url}/decode", batch, do_scaling=False, **arguments)
+    single = [remote_vae.remote_decode(f"{server.url}/decode", one[None], do_scaling=False, **arguments) for one in batch]
+    assert same(images, single)
+
+
+def test_a_batch_through_the_processor_comes_back_whole(server: ServerThread) -> None:
+    batch = torch.randn(3, 4, 8, 8, dtype=torch.float16)
+    call: dict[str, Any] = {"do_scaling": False, "output_type": "pt", "processor": VaeImageProcessor()}
+    images = remote_vae.remote_decode(f"{server.url}/decode", batch, **call)
+    assert isinstance(images, list)
+    # diffusers gives the first and drops the others.
+    assert same(images[0], remote_utils.remote_decode(f"{server.url}/decode", batch, **call))
+    assert len(images) == 3
+
+
+def test_latents_with_other_strides_decode_to_the_same_picture(server: ServerThread, latents: torch.Tensor) -> None:
+    strided = latents.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not strided.is_contiguous()
+    call: dict[str, Any] = {"do_scaling": False, "output_type": "pt", "return_type": "pt"}
+    straight = remote_vae.remote_decode(f"{server.url}/decode", latents, **call)
+    assert torch.equal(remote_vae.remote_decode(f"{server.url}/decode", strided, **call), straight)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"output_type": "gif"},
+        {"return_type": "gif"},
+        {"output_type": "mp4"},
+        {"return_type": "mp4"},
+        {"output_type": "pil", "return_type": "pt"},
+        {"output_type": "pt"},
+        {"image_format": "bmp"},
+        {"input_tensor_type": "numpy"},
+    ],
+)
+def test_arguments_that_contradict_each_other_are_a_value_error_before_anything_is_sent(
+    chaos: Chaos, latents: torch.Tensor, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r".+") as caught:
+        remote_vae.remote_decode(chaos.url, latents, scaling_factor=1.0, **arguments)
+    assert isinstance(caught.value, InvalidRequest)
+    assert not chaos.requests
+
+
+def test_packed_latents_need_their_size(chaos: Chaos) -> None:
+    with pytest.raises(ValueError, match=r"`height` and `width` required for packed latents\."):
+        remote_vae.remote_decode(chaos.url, torch.zeros(1, 6, 64), scaling_factor=1.0)
+
+
+def test_an_error_of_the_server_is_a_runtime_error_with_its_words(server: ServerThread) -> None:
+    with pytest.raises(RuntimeError, match="4 channels") as caught:
+        remote_vae.remote_decode(f"{server.url}/decode", torch.zeros(1, 7, 4, 4), do_scaling=False)
+    assert isinstance(caught.value, EndpointError)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("factors", [{}, {"scaling_factor": SCALE}, {"scaling_factor": SCALE, "shift_factor": 0.25}])
+@pytest.mark.parametrize("kind", ["picture", "tensor"])
+def test_encode_gives_what_diffusers_gives(
+    server: ServerThread, pixels: torch.Tensor, kind: str, factors: dict[str, float]
+) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (66, 97, 3), dtype=np.uint8))
+    image = picture if kind == "picture" else pixels.half()
+    ours = remote_vae.remote_encode(f"{server.url}/encode", image, **factors)
+    assert same(ours, remote_utils.remote_encode(f"{server.url}/encode", image, **factors))
+
+
+def test_a_picture_with_transparency_is_encoded_as_rgb(server: ServerThread) -> None:
+    picture = Image.new("RGBA", (16, 24), (200, 100, 50, 0))
+    latents = remote_vae.remote_encode(f"{server.url}/encode", picture)
+    assert torch.equal(latents, remote_vae.remote_encode(f"{server.url}/encode", picture.convert("RGB")))
+
+
+@pytest.fixture
+def other_server(request: pytest.FixtureRequest) -> Iterator[ServerThread]:
+    make: Callable[[], LoadedVae] = request.param
+    running = ServerThread(make())
+    yield running
+    running.close()
+
+
+FLUX = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+@pytest.mark.parametrize("other_server", [tiny_flux], indirect=True)
+@pytest.mark.parametrize("name", ["pt", "pil, png", "pt, partial, to pt", "pt, to pt", "pil"])
+def test_packed_flux_latents_decode_as_with_diffusers_and_as_unpacked_ones(other_server: ServerThread, name: str) -> None:
+    latents = torch.randn(1, 16, 6, 10).bfloat16()
+    call = {"endpoint": other_server.url, **COMBINATIONS[name], **FLUX}
+    packed = {**call, "tensor": pack_latents(latents), "height": 48, "width": 80}
+    ours = remote_vae.remote_decode(**packed)
+    assert same(ours, remote_utils.remote_decode(**packed))
+    assert same(ours, remote_vae.remote_decode(**call, tensor=latents))
+
+
+@pytest.mark.parametrize("other_server", [tiny_video], indirect=True)
+def test_video_decodes_as_with_diffusers(other_server: ServerThread) -> None:
+    latents = torch.randn(1, 16, 2, 4, 6).half()
+    factor = find_family("hunyuan-video").scaling_factor
+    for arguments in (
+        {"output_type": "pt", "processor": VideoProcessor()},
+        {"output_type": "pil", "processor": VideoProcessor()},
+        {"output_type": "pt", "partial_postprocess": True},
+        {"output_type": "pt", "return_type": "pt"},
+        {"output_type": "mp4", "return_type": "mp4"},
+    ):
+        call: dict[str, Any] = {"endpoint": other_server.url, "tensor": latents, "scaling_factor": factor, **arguments}
+        ours, theirs = remote_vae.remote_decode(**call), remote_utils.remote_decode(**call)
+        assert type(ours) is type(theirs)
+        assert arguments["output_type"] == "mp4" or same(ours, theirs), arguments

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+
+from remote_vae.errors import SettingsError
+from remote_vae.families import find_family, fingerprint, load_families, public_max_pixels, recognise, recognise_config
+from tests.vaes import small_kl, tiny_video
+
+# facts of the protocol: channels, scaling, shift, model, endpoint names
+TABLE = {
+    "sd1": (4, 0.18215, 0.0, "stabilityai/sd-vae-ft-mse", "q1bj3bpq6kzilnsu", "qc6479g0aac6qwy9"),
+    "sdxl": (4, 0.13025, 0.0, "madebyollin/sdxl-vae-fp16-fix", "x2dmsqunjd6k9prw", "xjqqhmyn62rog84g"),
+    "flux": (16, 0.3611, 0.1159, "black-forest-labs/FLUX.1-schnell", "whhx50ex1aryqvw6", "ptccx55jz97f9zgo"),
+    "hunyuan-video": (16, 0.476986, 0.0, "hunyuanvideo-community/HunyuanVideo", "o7ywnmrahorts457", ""),
+}
+
+
+@pytest.mark.parametrize("key", sorted(TABLE))
+def test_the_families_of_the_public_endpoints_are_the_protocols(key: str) -> None:
+    channels, scaling, shift, vae, decode, encode = TABLE[key]
+    family = load_families()[key]
+    assert (family.latent_channels, family.scaling_factor, family.shift_factor, family.vae) == (channels, scaling, shift, vae)
+    for op, name in (("decode", decode), ("encode", encode)):
+        url = f"https://{name}.us-east-1.aws.endpoints.huggingface.cloud/" if name else ""
+        assert family.public_endpoint(op) == url
+    assert public_max_pixels() == 2048 * 2048
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("sd2", "sd1"), ("pixart-alpha", "sd1"), ("pixart-sigma", "sdxl"), ("hunyuandit", "sdxl"), ("auraflow", "sdxl"),
+        ("omnigen", "sdxl"), ("hidream", "flux"), ("chroma", "flux"), ("z-image", "flux"), ("lumina2", "flux"), ("Flux", "flux"),
+    ],
+)  # fmt: skip
+def test_a_model_that_shares_a_vae_finds_its_family(model: str, family: str) -> None:
+    assert find_family(model).key == family
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match=r"sd9.*sd1.*sdxl"):
+        find_family("sd9")
+
+
+@pytest.mark.parametrize("key", ["sd1", "sdxl", "sd3", "flux"])
+def test_a_vae_is_recognised_by_its_config(key: str) -> None:
+    assert recognise_config(small_kl(key).config) == find_family(key)
+
+
+def test_a_video_vae_is_recognised_as_such() -> None:
+    assert recognise_config(tiny_video().vae.config) == find_family("hunyuan-video")
+
+
+def test_a_vae_with_factors_of_its_own_is_custom_and_keeps_them() -> None:
+    family = recognise(latent_channels=4, scaling_factor=0.08489, shift_factor=None)
+    assert not family.is_known
+    assert family.scaling_factor == 0.08489
+    assert family.public_endpoint("decode") == ""
+
+
+def test_what_has_no_scaling_is_not_recognised() -> None:
+    assert recognise_config({}) is None
+    assert recognise_config(diffusers.DDIMScheduler().config) is None
+
+
+def test_the_fingerprint_does_not_depend_on_dtype_names_or_order() -> None:
+    state = small_kl("sd1").half().state_dict()
+    name = fingerprint(state)
+    assert fingerprint({key: value.float() for key, value in state.items()}) == name
+    assert fingerprint({f"first_stage_model.{key}": value for key, value in reversed(state.items())}) == name
+    # ldm stores the attention's linear layers as 1 x 1 convolutions
+    convolutions = {
+        key: value[:, :, None, None] if ".to_" in key and value.ndim == 2 else value for key, value in state.items()
+    }
+    assert convolutions.keys() == state.keys()
+    assert fingerprint(convolutions) == name
+
+
+def test_the_fingerprint_tells_two_vaes_apart() -> None:
+    state = small_kl("sd1").state_dict()
+    other = {key: value.clone() for key, value in state.items()}
+    weight = other["decoder.conv_out.weight"]
+    weight.view(-1)[0] += 0.5
+    assert fingerprint(other) != fingerprint(state)
+    assert fingerprint({"a": torch.ones(2, 3)}) != fingerprint({"a": torch.ones(3, 2)})

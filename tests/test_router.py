@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from remote_vae.errors import VaeCallFailed
+from remote_vae.families import Family, find_family
+from remote_vae.history import History
+from remote_vae.memory import is_out_of_memory
+from remote_vae.rescue import load_latents
+from remote_vae.router import Router
+from remote_vae.routes import Spare, VaeCall
+from remote_vae.server.models import LoadedVae
+from remote_vae.settings import Settings
+from remote_vae.wire import DecodeAnswer
+from tests.chaos import Chaos
+
+
+class Host:
+    """A host whose own calls and spares do what the test says, and note that they were made."""
+
+    def __init__(self, family: Family, latents: torch.Tensor) -> None:
+        self.made: list[str] = []
+        self.fails: dict[str, Exception] = {}
+        self.family = family
+        self.latents = latents
+
+    def _do(self, name: str) -> str:
+        self.made.append(name)
+        if name in self.fails:
+            raise self.fails[name]
+        return name
+
+    def call(self, **changes: Any) -> VaeCall[Any]:
+        arguments: dict[str, Any] = {
+            "op": "decode",
+            "tensor": self.latents,
+            "family": self.family,
+            "whole": lambda: self._do("whole"),
+            "adopt": self._adopt,
+            "spares": (Spare("spare 1", lambda: self._do("spare 1")), Spare("spare 2", lambda: self._do("spare 2"))),
+        }
+        return VaeCall(**{**arguments, **changes})
+
+    def _adopt(self, answer: object) -> str:
+        assert isinstance(answer, DecodeAnswer)
+        return self._do("remote")
+
+
+@pytest.fixture
+def host(loaded: LoadedVae, latents: torch.Tensor) -> Host:
+    return Host(loaded.family, latents)
+
+
+def oom() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_the_endpoint_is_asked_first_and_the_record_says_what_it_cost(host: Host, chaos: Chaos) -> None:
+    router = Router()
+    assert router.run(host.call(), Settings(endpoint=chaos.url)) == "remote"
+    assert host.made == ["remote"]
+    record = router.history.last
+    assert record is not None
+    assert (record.op, record.route, record.detail, record.endpoint) == ("decode", "remote", "u8", f"{chaos.url}/decode")
+    assert (record.images, record.height, record.width) == (1, 64, 96)
+    assert (record.bytes_up, record.bytes_down, record.fallback_reason) == (4 * 8 * 12 * 4, 64 * 96 * 3, "")
+    assert record.ms > 0
+    assert "64" in str(record)
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("503", "503"),
+        ("drop", "connection lost"),
+        ("hang", "no answer in 0.3 s"),
+        ("200 html", "bad answer: content type text/html"),
+        ("short", "bad answer"),
+    ],
+)
+def test_whatever_goes_wrong_remotely_is_done_here_and_the_record_says_why(
+    host: Host, chaos: Chaos, mode: str, reason: str
+) -> None:
+    router = Router()
+    chaos.reset(mode)
+    assert router.run(host.call(), Settings(endpoint=chaos.url, first_byte_timeout=0.3)) == "whole"
+    record = router.history.last
+    assert record is not None
+    assert (record.route, record.detail, record.endpoint) == ("tiled", "whole VAE", f"{chaos.url}/decode")
+    assert reason in record.fallback_reason
+    assert record.bytes_down == 0
+    assert len(router.history.records()) == 1
+
+
+def test_without_an_endpoint_the_call_is_the_hosts_own(host: Host) -> None:
+    router = Router()
+    assert router.run(host.call(), Settings()) == "whole"
+    assert router.history.last is not None
+    assert (router.history.last.route, router.history.last.fallback_reason) == ("local", "")
+
+
+@pytest.mark.parametrize("op", ["decode", "encode"])
+def test_a_kind_of_call_that_is_switched_off_stays_here(host: Host, chaos: Chaos, op: str) -> None:
+    router = Router()
+    settings = Settings.from_mapping({"endpoint": chaos.url, op: False})
+    assert (
+        router.run(host.call(op=op, tensor=torch.zeros(1, 3, 64, 64) if op == "encode" else host.latents), settings) == "whole"
+    )
+    assert not chaos.requests
+
+
+def test_a_local_call_without_memory_goes_on_to_the_spares_in_their_order(host: Host) -> None:
+    router = Router()
+    host.fails = {"whole": oom(), "spare 1": MemoryError()}
+    assert router.run(host.call(), Settings()) == "spare 2"
+    assert host.made == ["whole", "spare 1", "spare 2"]
+    record = router.history.last
+    assert record is not None
+    assert (record.route, record.detail, record.fallback_reason) == ("tiled", "spare 2", "out of memory")
+
+
+def test_a_fallback_without_memory_goes_on_to_the_spares(host: Host, chaos: Chaos) -> None:
+    router = Router()
+    chaos.reset("503")
+    host.fails = {"whole": oom()}
+    assert router.run(host.call(), Settings(endpoint=chaos.url)) == "spare 1"
+    assert host.made == ["whole", "spare 1"]
+
+
+def test_an_answer_that_does_not_fit_on_the_device_is_not_lost_to_it(host: Host, chaos: Chaos) -> None:
+    router = Router()
+    host.fails = {"remote": oom()}
+    assert router.run(host.call(), Settings(endpoint=chaos.url)) == "spare 1"
+    # Tried twice, as emptying the cache may have helped; the whole VAE needs far more than its answer.
+    assert host.made == ["remote", "remote", "spare 1"]
+
+
+def test_when_nothing_can_decode_the_latents_are_saved_and_the_error_says_where(host: Host, tmp_path: Path) -> None:
+    router = Router(rescue_folder=tmp_path / "default")
+    host.fails = dict.fromkeys(("whole", "spare 1", "spare 2"), oom())
+    with pytest.raises(VaeCallFailed, match="remote-vae decode") as caught:
+        router.run(host.call(), Settings())
+    assert caught.value.rescued is not None
+    assert Path(caught.value.rescued).parent == tmp_path / "default"
+    rescued = load_latents(Path(caught.value.rescued))
+    assert torch.equal(rescued.latents, host.latents)
+    assert rescued.family == host.family
+    assert router.history.last is not None
+    assert router.history.last.route == "failed"
+
+
+def test_the_users_folder_for_rescued_latents_counts(host: Host, tmp_path: Path) -> None:
+    host.fails = {"whole": ValueError("a defect of the host")}
+    with pytest.raises(VaeCallFailed, match="a defect of the host") as caught:
+        Router(rescue_folder=tmp_path / "default").run(host.call(), Settings(rescue_folder=str(tmp_path / "mine")))
+    assert Path(caught.value.rescued or "").parent == tmp_path / "mine"
+
+
+def test_a_folder_that_cannot_be_written_does_not_hide_the_error(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    host.fails = {"whole": ValueError("a defect of the host")}
+    with pytest.raises(VaeCallFailed, match=r"a defect of the host.*Nor could they be saved") as caught:
+        Router().run(host.call(), Settings(rescue_folder=str(tmp_path / "file" / "below")))
+    assert caught.value.rescued is None
+
+
+def test_an_encode_that_fails_loses_nothing_and_saves_nothing(host: Host, tmp_path: Path) -> None:
+    host.fails = {"whole": ValueError("a defect of the host")}
+    with pytest.raises(VaeCallFailed, match="could not be encoded"):
+        Router(rescue_folder=tmp_path).run(host.call(op="encode", tensor=torch.zeros(1, 3, 64, 64)), Settings())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_is_not_about_memory_is_not_tried_again(host: Host, tmp_path: Path) -> None:
+    host.fails = {"whole": ValueError("a defect of the host")}
+    with pytest.raises(VaeCallFailed):
+        Router(rescue_folder=tmp_path).run(host.call(), Settings())
+    assert host.made == ["whole"]
+
+
+def test_latents_with_nan_are_not_sent_and_the_host_deals_with_them(host: Host, chaos: Chaos) -> None:
+    router = Router()
+    call = host.call(tensor=torch.full((1, 4, 8, 12), float("nan")))
+    assert router.run(call, Settings(endpoint=chaos.url)) == "whole"
+    assert not chaos.requests
+    assert router.history.last is not None
+    assert "NaN" in router.history.last.fallback_reason
+
+
+def test_an_endpoint_that_failed_costs_nothing_until_its_pause_is_over(host: Host, chaos: Chaos) -> None:
+    router = Router()
+    chaos.reset("503")
+    for _ in range(3):
+        assert router.run(host.call(), Settings(endpoint=chaos.url)) == "whole"
+    assert len(chaos.requests) == 1
+    assert router.history.last is not None
+    assert "asked again in" in router.history.last.fallback_reason
+
+
+def test_a_refused_request_is_no_reason_to_pause(host: Host, chaos: Chaos) -> None:
+    router = Router()
+    wrong = host.call(tensor=torch.zeros(1, 7, 8, 8))
+    assert router.run(wrong, Settings(endpoint=chaos.url)) == "whole"
+    assert router.history.last is not None
+    assert router.history.last.fallback_reason == "400"
+    assert router.run(host.call(), Settings(endpoint=chaos.url)) == "remote"
+
+
+def test_an_interrupted_wait_is_done_here_and_is_no_reason_to_pause(host: Host, chaos: Chaos) -> None:
+    router = Router()
+    chaos.reset("hang")
+    assert router.run(host.call(cancelled=lambda: True), Settings(endpoint=chaos.url)) == "whole"
+    assert router.history.last is not None
+    assert router.history.last.fallback_reason == "interrupted"
+    chaos.reset("pass")
+    assert router.run(host.call(), Settings(endpoint=chaos.url)) == "remote"
+
+
+def test_a_batch_of_pictures_files_is_asked_for_at_once_and_falls_back_as_one(host: Host, chaos: Chaos) -> None:
+    router = Router()
+    call = host.call(tensor=host.latents.repeat(3, 1, 1, 1))
+    assert router.run(call, Settings(endpoint=chaos.url, transfer="png")) == "remote"
+    assert len(chaos.requests) == 3
+    assert router.history.last is not None
+    assert router.history.last.images == 3
+    chaos.reset("503", fail_at=1)
+    assert router.run(call, Settings(endpoint=chaos.url, transfer="png")) == "whole"
+    assert router.history.last.fallback_reason == "503"
+
+
+def test_exact_urls_win_over_the_endpoint(host: Host, chaos: Chaos) -> None:
+    settings = Settings(endpoint="http://127.0.0.1:9", decode_endpoint=f"{chaos.url}/decode")
+    assert Router().run(host.call(), settings) == "remote"
+
+
+def test_public_endpoints_are_asked_for_known_families_only_when_turned_on() -> None:
+    from remote_vae.remote.route import endpoint_for
+
+    sdxl = find_family("sdxl")
+    assert endpoint_for("decode", sdxl, Settings()) == ("", False)
+    assert endpoint_for("decode", sdxl, Settings(public_endpoints=True)) == (sdxl.decode_endpoint, True)
+    assert endpoint_for("decode", sdxl, Settings(public_endpoints=True, endpoint="http://mine")) == (
+        "http://mine/decode",
+        False,
+    )
+    custom = Family("custom", "custom VAE", 4, 8, 0.5)
+    assert endpoint_for("decode", custom, Settings(public_endpoints=True))[0] == ""
+
+
+def test_a_picture_too_large_for_the_public_endpoints_is_not_sent(host: Host) -> None:
+    router = Router()
+    call = host.call(tensor=torch.zeros(1, 4, 257, 256), family=find_family("sd1"))
+    assert router.run(call, Settings(public_endpoints=True)) == "whole"
+    assert router.history.last is not None
+    assert router.history.last.fallback_reason == "too large for the public endpoint"
+
+
+def test_a_key_in_an_address_does_not_reach_the_record(host: Host, chaos: Chaos) -> None:
+    router = Router()
+    router.run(host.call(), Settings(decode_endpoint=f"{chaos.url}/decode?key=secret"))
+    assert router.history.last is not None
+    assert router.history.last.endpoint == f"{chaos.url}/decode"
+
+
+def test_one_line_a_call_is_logged(host: Host, chaos: Chaos, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="remote_vae"):
+        Router().run(host.call(), Settings(endpoint=chaos.url))
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert caplog.messages[0].startswith("decode 96x64: remote (u8)")
+
+
+def test_the_history_is_bounded_and_keeps_the_newest(host: Host) -> None:
+    history = History()
+    router = Router(history)
+    for _ in range(300):
+        router.run(host.call(), Settings())
+    assert len(history.records()) == 200
+    assert history.records()[-1] is history.last
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (oom(), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_recognised_on_every_device(error: Exception, memory: bool) -> None:
+    assert is_out_of_memory(error) is memory

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remote_vae.errors import InvalidRequest, MalformedAnswer
+from remote_vae.wire import TensorHead, pack_latents, unpack_latents
+from remote_vae.wire.tensors import DTYPES, dtype_name, is_packed, tensor_from_bytes, tensor_to_bytes
+
+SIZES = st.integers(1, 6)
+
+
+@given(shape=st.lists(SIZES, min_size=1, max_size=5), name=st.sampled_from(sorted(DTYPES)))
+def test_every_dtype_and_shape_comes_back_bit_equal(shape: list[int], name: str) -> None:
+    tensor = (torch.randn(shape) * 50).abs().to(DTYPES[name])
+    head = TensorHead.parse([str(size) for size in shape], name)
+    back = tensor_from_bytes(bytes(tensor_to_bytes(tensor)), head)
+    assert back.dtype == tensor.dtype
+    assert torch.equal(back, tensor)
+
+
+@pytest.mark.parametrize("name", sorted(DTYPES))
+def test_a_transposed_tensor_is_sent_in_its_logical_order(name: str) -> None:
+    tensor = torch.arange(24).reshape(1, 2, 3, 4).to(DTYPES[name])
+    for view in (
+        tensor.transpose(2, 3),
+        tensor[..., ::2],
+        tensor.expand(3, 2, 3, 4),
+        tensor.to(memory_format=torch.channels_last),
+    ):
+        head = TensorHead(tuple(view.shape), view.dtype)
+        assert torch.equal(tensor_from_bytes(bytes(tensor_to_bytes(view)), head), view)
+
+
+def test_a_tensor_with_gradient_and_an_inference_tensor_can_be_sent() -> None:
+    assert len(tensor_to_bytes(torch.ones(3, requires_grad=True) * 2)) == 12
+    with torch.inference_mode():
+        inside = torch.ones(3)
+    assert len(tensor_to_bytes(inside)) == 12
+
+
+def test_bytes_are_little_endian() -> None:
+    assert bytes(tensor_to_bytes(torch.tensor([1.0]))) == b"\x00\x00\x80\x3f"
+
+
+def test_a_dtype_outside_the_protocol_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="int64"):
+        dtype_name(torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ("[1, 2", "float32"),
+        ('"1"', "float32"),
+        ("{}", "float32"),
+        ("[1, -2]", "float32"),
+        ("[0]", "float32"),
+        ("[1.5]", "float32"),
+        ("[true]", "float32"),
+        ("[]", "float32"),
+        ("[1,1,1,1,1,1]", "float32"),
+        ("[99999999999]", "float32"),
+        (["1", "x"], "float32"),
+        ("[1]", "float64"),
+        ("[1]", None),
+        (None, "float32"),
+    ],
+)
+def test_a_shape_or_dtype_that_makes_no_sense_is_refused(shape: object, dtype: object) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        TensorHead.parse(shape, dtype)
+
+
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_a_length_that_does_not_fit_cannot_become_a_tensor(extra: int) -> None:
+    head = TensorHead((2, 3), torch.float16)
+    with pytest.raises(MalformedAnswer, match="needs 12"):
+        tensor_from_bytes(bytes(12 + extra), head)
+
+
+def test_a_result_can_be_written_to_even_from_immutable_bytes() -> None:
+    tensor = tensor_from_bytes(bytes(12), TensorHead((3,), torch.float32))
+    tensor += 1
+    assert tensor.sum() == 3
+
+
+@given(batch=SIZES, channels=SIZES, rows=SIZES, columns=SIZES)
+def test_unpacking_undoes_packing(batch: int, channels: int, rows: int, columns: int) -> None:
+    latents = torch.randn(batch, channels, rows * 2, columns * 2)
+    packed = pack_latents(latents)
+    assert packed.shape == (batch, rows * columns, channels * 4)
+    assert torch.equal(unpack_latents(packed, rows * 16, columns * 16), latents)
+
+
+def test_packing_is_that_of_diffusers_flux_pipeline() -> None:
+    from diffusers import FluxPipeline
+
+    latents = torch.randn(2, 16, 6, 10)
+    packed = FluxPipeline._pack_latents(latents, 2, 16, 6, 10)
+    assert torch.equal(pack_latents(latents), packed)
+    assert torch.equal(unpack_latents(packed, 48, 80), FluxPipeline._unpack_latents(packed, 48, 80, 8))
+
+
+def test_packed_1208_pixels_are_75_tokens_a_side() -> None:
+    assert unpack_latents(torch.zeros(1, 75 * 75, 64), 1208, 1208).shape == (1, 16, 150, 150)
+
+
+def test_packed_latents_that_do_not_fit_their_size_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="expected"):
+        unpack_latents(torch.zeros(1, 100, 64), 512, 512)
+    with pytest.raises(InvalidRequest, match="even"):
+        pack_latents(torch.zeros(1, 4, 3, 4))
+
+
+@given(rows=st.integers(1, 64), columns=st.integers(1, 64))
+def test_one_pictures_latents_are_never_taken_for_packed_ones(rows: int, columns: int) -> None:
+    height, width = rows * 16, columns * 16
+    assert is_packed((1, rows * columns, 64), height, width)
+    assert is_packed((3, rows * columns, 16), height, width)
+    assert not is_packed((16, height // 8, width // 8), height, width)
