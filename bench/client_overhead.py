@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import multiprocessing
 import random
 import socket
@@ -182,7 +181,9 @@ def _diffusers_way(url: str, name: str, output: Output, latents: torch.Tensor) -
     from diffusers.utils import remote_utils
 
     result = "image" if output.is_image else "tensor"
-    return Way(f"diffusers {name}: remote_decode, {result}", name, _function_call(remote_utils.remote_decode, url, output, latents))
+    return Way(
+        f"diffusers {name}: remote_decode, {result}", name, _function_call(remote_utils.remote_decode, url, output, latents)
+    )
 
 
 def _function_call(function: Callable[..., Any], url: str, output: Output, latents: torch.Tensor) -> Callable[[], Any]:
@@ -237,9 +238,7 @@ def _ratio(way: Way, floor: Way) -> float:
 def main(rounds: int = ROUNDS) -> None:
     latents = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1)).to(torch.float16)
     pixels = photo_pixels(SIDE).to(torch.float16)
-    answers = {
-        name: decode_answer(DecodeRequest(latents, output, Scaling(SCALING)), pixels) for name, output in _FORMS.items()
-    }
+    answers = {name: decode_answer(DecodeRequest(latents, output, Scaling(SCALING)), pixels) for name, output in _FORMS.items()}
     shuffle = random.Random(1).shuffle
     with canned_server(answers) as port:
         ways = _ways(port, latents, answers)

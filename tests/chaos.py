@@ -7,7 +7,7 @@ import http.client
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 
 class Chaos:
@@ -17,14 +17,17 @@ class Chaos:
         mode: "pass" (to ``target``), "hang", "503", "404 html", "200 html", "nan", "short", "cut" (dies in mid-body),
             "drop" (closes without a word), "slow" (a byte now and then, for ever), "redirect".
         fail_at: number of the request, from 0, that ``mode`` is for; the others pass. None: for all.
-        requests: path of every request that came.
+        drops: keys of the query that do not reach the target, which makes a plain endpoint of our own server.
+        requests, queries: path and query of every request that came.
     """
 
     def __init__(self, target: str = "") -> None:
         self.target = target
         self.mode = "pass"
         self.fail_at: int | None = None
+        self.drops: tuple[str, ...] = ()
         self.requests: list[str] = []
+        self.queries: list[str] = []
         self.released = threading.Event()
         chaos = self
 
@@ -53,10 +56,12 @@ class Chaos:
     def reset(self, mode: str, fail_at: int | None = None) -> None:
         self.mode, self.fail_at = mode, fail_at
         self.requests.clear()
+        self.queries.clear()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         number = len(self.requests)
         self.requests.append(urlsplit(handler.path).path)
+        self.queries.append(urlsplit(handler.path).query)
         mode = self.mode if self.fail_at in (None, number) else "pass"
         if mode == "hang":
             # Takes the request in and never answers.
@@ -80,7 +85,9 @@ class Chaos:
     def _forward(self, handler: BaseHTTPRequestHandler, mode: str, body: bytes) -> None:
         parts = urlsplit(self.target)
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
-        connection.request("POST", handler.path, body, dict(handler.headers.items()))
+        path = urlsplit(handler.path)
+        kept = [(key, value) for key, value in parse_qsl(path.query) if key not in self.drops]
+        connection.request("POST", f"{path.path}?{urlencode(kept)}", body, dict(handler.headers.items()))
         answer = connection.getresponse()
         data = answer.read()
         headers = {

@@ -1,0 +1,358 @@
+"""attach() on real diffusers pipelines, with a real server and its failures."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+import remote_vae
+from remote_vae.errors import SettingsError, UnsupportedLayout, VaeCallFailed
+from remote_vae.rescue import load_latents
+from remote_vae.wire.pixels import to_uint8
+from tests.chaos import Chaos
+from tests.conftest import ServerThread
+from tests.vaes import tiny_video
+
+
+def pipeline(kind: str, vae: AutoencoderKL) -> Any:
+    """A real pipeline around ``vae`` with a tiny random UNet."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 16), layers_per_block=1, cross_attention_dim=16, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+    )  # fmt: skip
+    pipe = getattr(diffusers, kind)(
+        vae=vae, text_encoder=None, tokenizer=None, unet=unet.eval(), safety_checker=None, feature_extractor=None,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+MASK = Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16))
+PIPELINES: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": {"height": 64, "width": 64},
+    "StableDiffusionImg2ImgPipeline": {"image": PICTURE, "strength": 0.5},
+    "StableDiffusionInpaintPipeline": {"image": PICTURE, "mask_image": MASK, "strength": 0.5, "height": 64, "width": 64},
+}
+CALLS = {
+    "StableDiffusionPipeline": ["decode"],
+    "StableDiffusionImg2ImgPipeline": ["encode", "decode"],
+    "StableDiffusionInpaintPipeline": ["encode", "encode", "decode"],
+}
+
+
+def generate(pipe: Any, arguments: dict[str, Any], images: int = 1) -> np.ndarray:
+    result = pipe(
+        prompt_embeds=torch.zeros(1, 4, 16), num_images_per_prompt=images, num_inference_steps=4, guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(3), output_type="np", **arguments,
+    )  # fmt: skip
+    return np.asarray(result.images)
+
+
+@pytest.mark.parametrize("kind", sorted(PIPELINES))
+@pytest.mark.parametrize(("transfer", "worst"), [("raw", 1e-5), ("u8", 1.01 / 255), ("png", 2.01 / 255)])
+def test_every_vae_call_of_a_pipeline_goes_remote_and_the_picture_is_the_same(
+    vae: AutoencoderKL, chaos: Chaos, kind: str, transfer: str, worst: float
+) -> None:
+    pipe = pipeline(kind, vae)
+    local = generate(pipe, PIPELINES[kind])
+    handle = remote_vae.attach(pipe, {"endpoint": chaos.url, "transfer": transfer})
+    remote = generate(pipe, PIPELINES[kind])
+    assert np.abs(remote - local).max() <= worst
+    assert [record.op for record in handle.history.records()] == CALLS[kind]
+    assert {record.route for record in handle.history.records()} == {"remote"}
+    assert chaos.requests == [f"/{op}" for op in CALLS[kind]]
+
+
+@pytest.mark.parametrize("kind", sorted(PIPELINES))
+@pytest.mark.parametrize("mode", ["503", "drop", "cut", "nan", "200 html"])
+def test_whatever_the_network_does_the_picture_is_the_local_one(vae: AutoencoderKL, chaos: Chaos, kind: str, mode: str) -> None:
+    pipe = pipeline(kind, vae)
+    local = generate(pipe, PIPELINES[kind])
+    chaos.reset(mode)
+    handle = remote_vae.attach(pipe, {"endpoint": chaos.url, "transfer": "raw", "cooldown": 0.0})
+    assert np.array_equal(generate(pipe, PIPELINES[kind]), local)
+    assert {record.route for record in handle.history.records()} == {"tiled"}
+    assert all(record.fallback_reason for record in handle.history.records())
+
+
+def test_a_batch_is_one_request_and_every_picture_of_it_comes_out(vae: AutoencoderKL, chaos: Chaos) -> None:
+    pipe = pipeline("StableDiffusionPipeline", vae)
+    local = generate(pipe, PIPELINES["StableDiffusionPipeline"], images=3)
+    remote_vae.attach(pipe, {"endpoint": chaos.url, "transfer": "raw"})
+    remote = generate(pipe, PIPELINES["StableDiffusionPipeline"], images=3)
+    assert remote.shape == local.shape == (3, 64, 64, 3)
+    assert np.abs(remote - local).max() <= 1e-5
+    assert chaos.requests == ["/decode"]
+
+
+def test_raw_calls_are_bit_equal_to_local_ones(
+    vae: AutoencoderKL, server: ServerThread, latents: torch.Tensor, pixels: torch.Tensor
+) -> None:
+    handle = remote_vae.attach(vae, remote_vae.Settings(endpoint=server.url, transfer="raw"))
+    with torch.no_grad():
+        decoded, moments = vae.decode(latents).sample, vae.encode(pixels).latent_dist.parameters
+        handle.detach()
+        assert torch.equal(decoded, vae.decode(latents).sample)
+        assert torch.equal(moments, vae.encode(pixels).latent_dist.parameters)
+    assert {record.route for record in handle.history.records()} == {"remote"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_vae_gets_its_own_dtype_back(
+    vae: AutoencoderKL, server: ServerThread, latents: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype
+) -> None:
+    remote_vae.attach(vae.to(dtype), {"endpoint": server.url})
+    with torch.no_grad():
+        assert vae.decode(latents.to(dtype)).sample.dtype == dtype
+        assert vae.encode(pixels.to(dtype)).latent_dist.parameters.dtype == dtype
+
+
+def test_results_have_the_types_of_the_vaes_own(
+    vae: AutoencoderKL, server: ServerThread, latents: torch.Tensor, pixels: torch.Tensor
+) -> None:
+    calls = {
+        "decode": lambda: vae.decode(latents),
+        "decode tuple": lambda: vae.decode(latents, return_dict=False),
+        "encode": lambda: vae.encode(pixels),
+        "encode tuple": lambda: vae.encode(pixels, return_dict=False),
+    }
+    with torch.no_grad():
+        local = {name: call() for name, call in calls.items()}
+        remote_vae.attach(vae, {"endpoint": server.url, "transfer": "raw"})
+        remote = {name: call() for name, call in calls.items()}
+    for name, expected in local.items():
+        assert type(remote[name]) is type(expected)
+        assert len(remote[name]) == len(expected)
+        assert type(remote[name][0]) is type(expected[0])
+
+
+def test_the_generator_of_the_caller_draws_the_sample(vae: AutoencoderKL, server: ServerThread, pixels: torch.Tensor) -> None:
+    def sample() -> torch.Tensor:
+        with torch.no_grad():
+            drawn: torch.Tensor = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(5))
+        return drawn
+
+    local = sample()
+    remote_vae.attach(vae, {"endpoint": server.url, "transfer": "raw"})
+    assert torch.equal(sample(), local)
+
+
+def test_a_plain_endpoints_sample_is_taken_as_it_is(vae: AutoencoderKL, chaos: Chaos, pixels: torch.Tensor) -> None:
+    with torch.no_grad():
+        mode = vae.encode(pixels).latent_dist.mode()
+    remote_vae.attach(vae, {"endpoint": chaos.url, "transfer": "raw"})
+    chaos.drops = ("posterior",)
+    with torch.no_grad():
+        distribution = vae.encode(pixels).latent_dist
+    assert torch.equal(distribution.mode(), mode)
+    assert torch.equal(distribution.sample(), mode)
+
+
+def test_switched_off_nothing_is_sent_and_nothing_recorded(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
+    with torch.no_grad():
+        local = vae.decode(latents).sample
+        handle = remote_vae.attach(vae, {"endpoint": chaos.url})
+        handle.enabled = False
+        assert torch.equal(vae.decode(latents).sample, local)
+    assert not chaos.requests
+    assert not handle.history.records()
+
+
+def test_detaching_leaves_no_trace(vae: AutoencoderKL, server: ServerThread) -> None:
+    pipe = pipeline("StableDiffusionImg2ImgPipeline", vae)
+    before, state = dict(vars(vae)), copy.deepcopy(vae.state_dict())
+    handle = remote_vae.attach(pipe, {"endpoint": server.url})
+    generate(pipe, PIPELINES["StableDiffusionImg2ImgPipeline"])
+    handle.detach()
+    handle.detach()
+    assert vars(vae).keys() == before.keys()
+    assert all(vars(vae)[name] is value for name, value in before.items())
+    assert all(torch.equal(value, vae.state_dict()[name]) for name, value in state.items())
+
+
+def test_attaching_again_replaces_the_first(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
+    first = remote_vae.attach(vae, {"endpoint": "http://127.0.0.1:9"})
+    second = remote_vae.attach(vae, {"endpoint": chaos.url})
+    vae.decode(latents)
+    assert chaos.requests == ["/decode"]
+    assert not first.history.records()
+    second.detach()
+    assert "decode" not in vars(vae)
+
+
+def test_a_hook_of_somebody_else_over_ours_survives_detaching(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
+    handle = remote_vae.attach(vae, {"endpoint": chaos.url})
+    ours, seen = vae.decode, []
+
+    def foreign(*args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return ours(*args, **kwargs)
+
+    vae.decode = foreign
+    handle.detach()
+    vae.decode(latents)
+    assert vae.decode is foreign
+    assert seen == [1]
+    assert not chaos.requests
+
+
+def test_a_hook_of_somebody_else_under_ours_is_put_back(vae: AutoencoderKL) -> None:
+    original = vae.decode
+
+    def foreign(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    vae.decode = foreign
+    remote_vae.attach(vae, {}).detach()
+    assert vae.decode is foreign
+
+
+def test_cancelling_ends_the_wait_and_the_picture_comes_out(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
+    chaos.reset("hang")
+    pressed = threading.Event()
+    handle = remote_vae.attach(vae, {"endpoint": chaos.url, "first_byte_timeout": 30.0}, cancelled=pressed.is_set)
+    threading.Timer(0.3, pressed.set).start()
+    with torch.no_grad():
+        assert vae.decode(latents).sample.shape == (1, 3, 64, 96)
+    assert handle.history.last is not None
+    assert handle.history.last.fallback_reason == "interrupted"
+    assert handle.history.last.ms < 10_000
+
+
+def out_of_memory_for(calls: int, vae: AutoencoderKL, op: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The class's own method runs out of memory that many times, on this very VAE; notes how it was called."""
+    original, seen = getattr(AutoencoderKL, op), []
+
+    def limited(self: AutoencoderKL, *args: Any, **kwargs: Any) -> Any:
+        if self is vae:
+            seen.append("tiling" if self.use_tiling else "whole")
+            if len(seen) <= calls:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, op, limited)
+    return seen
+
+
+@pytest.mark.parametrize("op", ["decode", "encode"])
+def test_without_memory_the_vaes_own_tiling_is_used_and_switched_off_again(
+    vae: AutoencoderKL, latents: torch.Tensor, pixels: torch.Tensor, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = out_of_memory_for(1, vae, op, monkeypatch)
+    handle = remote_vae.attach(vae, {})
+    with torch.no_grad():
+        getattr(vae, op)(latents if op == "decode" else pixels)
+    assert seen == ["whole", "tiling"]
+    assert not vae.use_tiling
+    assert handle.history.last is not None
+    assert (handle.history.last.route, handle.history.last.detail) == ("tiled", "the VAE's own tiling")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_without_memory_for_tiles_a_copy_on_the_cpu_makes_the_exact_picture(
+    vae: AutoencoderKL, latents: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        exact, moments = vae.decode(latents).sample, vae.encode(pixels).latent_dist.parameters
+    vae.to(dtype)
+    before = {name: (value.data_ptr(), value.dtype) for name, value in vae.state_dict().items()}
+    for op in ("decode", "encode"):
+        out_of_memory_for(2, vae, op, monkeypatch)
+    handle = remote_vae.attach(vae, {})
+    with torch.no_grad():
+        picture = vae.decode(latents.to(dtype)).sample
+        encoded = vae.encode(pixels.to(dtype)).latent_dist.parameters
+    assert [record.detail for record in handle.history.records()] == ["whole VAE on the CPU"] * 2
+    assert picture.dtype == encoded.dtype == dtype
+    assert (to_uint8(picture).int() - to_uint8(exact).int()).abs().max() <= 1
+    assert (encoded.float() - moments).abs().max() <= (1e-4 if dtype == torch.float32 else 0.1)
+    assert {name: (value.data_ptr(), value.dtype) for name, value in vae.state_dict().items()} == before
+    assert vae.decode.__name__ == "hooked"
+
+
+def test_a_vae_with_accelerates_offloading_is_copied_without_its_hooks(
+    vae: AutoencoderKL, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    with torch.no_grad():
+        exact = vae.decode(latents).sample
+    moved: list[int] = []
+
+    class Mover(ModelHook):  # type: ignore[misc]
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            moved.append(id(module))
+            return args, kwargs
+
+    add_hook_to_module(vae, Mover())
+    out_of_memory_for(2, vae, "decode", monkeypatch)
+    handle = remote_vae.attach(vae, {})
+    with torch.no_grad():
+        picture = vae.decode(latents).sample
+    assert handle.history.last is not None
+    assert handle.history.last.detail == "whole VAE on the CPU"
+    assert torch.allclose(picture, exact, atol=1e-5)
+    assert set(moved) <= {id(vae)}
+
+
+def test_when_nothing_fits_the_latents_are_saved(
+    vae: AutoencoderKL, latents: torch.Tensor, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(AutoencoderKL, "decode", never)
+    handle = remote_vae.attach(vae, {"rescue_folder": str(tmp_path)})
+    with pytest.raises(VaeCallFailed, match="remote-vae decode") as caught:
+        vae.decode(latents)
+    assert torch.equal(load_latents(caught.value.rescued).latents, latents)  # type: ignore[arg-type]
+    assert handle.history.last is not None
+    assert handle.history.last.route == "failed"
+
+
+def test_calls_of_an_unknown_shape_are_the_vaes_own_business(vae: AutoencoderKL, chaos: Chaos) -> None:
+    handle = remote_vae.attach(vae, {"endpoint": chaos.url})
+    with pytest.raises(RuntimeError):
+        vae.decode(torch.zeros(1, 7, 8, 8))
+    assert not chaos.requests
+    assert not handle.history.records()
+
+
+@pytest.mark.parametrize("thing", [object(), torch.nn.Linear(1, 1), diffusers.DDIMScheduler()])
+def test_what_has_no_vae_cannot_be_attached_to(thing: object) -> None:
+    with pytest.raises(UnsupportedLayout, match="not a diffusers pipeline"):
+        remote_vae.attach(thing)
+
+
+def test_a_video_vae_is_attached_to_and_left_alone(chaos: Chaos) -> None:
+    vae = tiny_video().vae
+    remote_vae.attach(vae, {"endpoint": chaos.url})
+    with torch.no_grad():
+        assert vae.decode(torch.zeros(1, 16, 1, 4, 4)).sample.shape == (1, 3, 1, 32, 32)
+    assert not chaos.requests
+
+
+def test_settings_that_cannot_be_used_are_refused_before_anything_is_hooked(vae: AutoencoderKL) -> None:
+    with pytest.raises(SettingsError, match="transfer"):
+        remote_vae.attach(vae, {"transfer": "gif"})
+    assert "decode" not in vars(vae)
+
+
+def test_settings_can_be_replaced_while_attached(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
+    handle = remote_vae.attach(vae)
+    vae.decode(latents)
+    handle.settings = remote_vae.Settings(endpoint=chaos.url)
+    vae.decode(latents)
+    assert [record.route for record in handle.history.records()] == ["local", "remote"]
