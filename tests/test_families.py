@@ -32,7 +32,8 @@ def test_the_families_of_the_public_endpoints_are_the_protocols(key: str) -> Non
     ("model", "family"),
     [
         ("sd2", "sd1"), ("pixart-alpha", "sd1"), ("pixart-sigma", "sdxl"), ("hunyuandit", "sdxl"), ("auraflow", "sdxl"),
-        ("omnigen", "sdxl"), ("hidream", "flux"), ("chroma", "flux"), ("z-image", "flux"), ("lumina2", "flux"), ("Flux", "flux"),
+        ("omnigen", "sdxl"), ("hidream", "flux"), ("chroma", "flux"), ("z-image", "flux"), ("lumina2", "flux"),
+        ("Flux", "flux"),
     ],
 )  # fmt: skip
 def test_a_model_that_shares_a_vae_finds_its_family(model: str, family: str) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -220,7 +220,6 @@ class Options:
 class State:
     interrupted = False
     skipped = False
-    sampling_step = 0
     current_latent: torch.Tensor | None = None
     current_image: Image.Image | None = None
 
@@ -303,11 +302,8 @@ class Host:
         self.opts, self.state = Options(), State()
         self.opts.data.update(
             show_progress_type="Full",
-            show_progress_every_n_steps=1,
-            live_previews_enable=True,
             live_preview_fast_interrupt=False,
             sd_vae_decode_method="Full",
-            sd_vae_encode_method="Full",
             auto_vae_precision=True,
             save_images_before_highres_fix=False,
         )
@@ -318,9 +314,9 @@ class Host:
         vars(self.shared).update(opts=self.opts, state=self.state, OptionInfo=OptionInfo, device=torch.device("cpu"))
         self.sd_models = _module("modules.sd_models", model_data=ModelData(self._load_lazily))
         self.script_callbacks = _module("modules.script_callbacks", **_script_callbacks())
-        self.sd_vae = _module("modules.sd_vae", **_sd_vae(self))
-        self.sd_samplers_common = _module("modules.sd_samplers_common", **_sd_samplers_common(self))
-        self.processing = _module("modules.processing", **_processing(self))
+        self.sd_vae = SdVae("modules.sd_vae", self)
+        self.sd_samplers_common = SdSamplersCommon("modules.sd_samplers_common", self)
+        self.processing = Processing("modules.processing", self)
 
     def modules(self) -> Iterator[ModuleType]:
         package = _module("modules", __path__=[])
@@ -387,14 +383,17 @@ class Host:
         condition = self.processing.edit_image_conditioning(image * 2 - 1) * getattr(model, "scale_factor", 1.0)
         return self._sampled_from(self.processing.init_latent(model, image) * 0.5 + condition * 0.5, seed)
 
-    def hires(
-        self, upscaler: str, *, batch: int = 1, save_before: bool = False, mask_weight: float = 1.0
+    def hires_latent(
+        self, batch: int = 1, *, save_before: bool = False, mask_weight: float = 1.0
     ) -> tuple[list[np.ndarray], list[Image.Image]]:
-        """The pictures, and those saved before the second pass. ``upscaler``: "latent" or "pixel"."""
+        """The pictures, and those saved before the second pass."""
         self.opts.data["save_images_before_highres_fix"] = save_before
         saved: list[Image.Image] = []
-        decoded = self.processing.sample_hires(self.shared.sd_model, sampled(batch, 1), upscaler, saved, mask_weight)
+        decoded = self.processing.sample_hires_latent(self.shared.sd_model, sampled(batch, 1), saved, mask_weight)
         return self._finished(decoded), saved
+
+    def hires_pixel(self, batch: int = 1) -> list[np.ndarray]:
+        return self._finished(self.processing.sample_hires_pixel(self.shared.sd_model, sampled(batch, 1)))
 
     def preview(self, latents: torch.Tensor) -> Image.Image:
         """What a progress request shows while ``latents`` are being sampled."""
@@ -501,134 +500,124 @@ def _script_callbacks() -> dict[str, Any]:
     }
 
 
-def _sd_vae(host: Host) -> dict[str, Any]:
-    def reload_vae_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+class HostModule(ModuleType):
+    """A module of the host. Its methods find each other through the module, where others may have put something else."""
+
+    def __init__(self, name: str, host: Host) -> None:
+        super().__init__(name)
+        self.host = host
+
+
+class SdVae(HostModule):
+    def reload_vae_weights(self, model: Any, weights: dict[str, torch.Tensor]) -> None:
+        """Other weights in the same model, which is announced again."""
         model.first_stage_model.load_state_dict(weights)
-        model.first_stage_model.to(host.devices.dtype_vae)
-        host.script_callbacks.model_loaded_callback(model)
-
-    return {"reload_vae_weights": reload_vae_weights}
+        model.first_stage_model.to(self.host.devices.dtype_vae)
+        self.host.script_callbacks.model_loaded_callback(model)
 
 
-def _sd_samplers_common(host: Host) -> dict[str, Any]:
-    indexes = {"Full": 0, "Approx NN": 1, "Approx cheap": 2, "TAESD": 3}
+class SdSamplersCommon(HostModule):
+    approximation_indexes = MappingProxyType({"Full": 0, "Approx NN": 1, "Approx cheap": 2, "TAESD": 3})
 
-    def samples_to_images_tensor(sample: torch.Tensor, approximation: int | None = None, model: Any = None) -> torch.Tensor:
-        if approximation is None or (host.state.interrupted and host.opts.live_preview_fast_interrupt):
-            approximation = indexes.get(host.opts.show_progress_type, 0)
+    def samples_to_images_tensor(
+        self, sample: torch.Tensor, approximation: int | None = None, model: Any = None
+    ) -> torch.Tensor:
+        opts = self.host.opts
+        if approximation is None or (self.host.state.interrupted and opts.live_preview_fast_interrupt):
+            approximation = self.approximation_indexes.get(opts.show_progress_type, 0)
         if approximation != 0:
             return functional.interpolate(sample[:, :3], scale_factor=8)
-        model = model or host.shared.sd_model
+        model = model or self.host.shared.sd_model
         with torch.no_grad():
             return model.decode_first_stage(sample.to(model.first_stage_model.dtype))
 
-    def single_sample_to_image(sample: torch.Tensor, approximation: int | None = None) -> Image.Image:
-        unit = samples_to_images_tensor(sample.unsqueeze(0), approximation)[0] * 0.5 + 0.5
+    def single_sample_to_image(self, sample: torch.Tensor, approximation: int | None = None) -> Image.Image:
+        unit = self.samples_to_images_tensor(sample.unsqueeze(0), approximation)[0] * 0.5 + 0.5
         return Image.fromarray(to_levels(unit.clamp(0.0, 1.0)))
 
-    # The two that follow find single_sample_to_image in the module, whoever put it there.
-    def sample_to_image(samples: torch.Tensor, index: int = 0, approximation: int | None = None) -> Image.Image:
-        return host.sd_samplers_common.single_sample_to_image(samples[index], approximation)
+    def sample_to_image(self, samples: torch.Tensor, index: int = 0, approximation: int | None = None) -> Image.Image:
+        return self.single_sample_to_image(samples[index], approximation)
 
-    def samples_to_image_grid(samples: torch.Tensor, approximation: int | None = None) -> list[Image.Image]:
-        return [host.sd_samplers_common.single_sample_to_image(sample, approximation) for sample in samples]
+    def samples_to_image_grid(self, samples: torch.Tensor, approximation: int | None = None) -> list[Image.Image]:
+        return [self.single_sample_to_image(sample, approximation) for sample in samples]
 
-    def decode_first_stage(model: Any, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(host.devices.dtype_vae)
-        return samples_to_images_tensor(x, indexes.get(host.opts.sd_vae_decode_method, 0), model)
+    def decode_first_stage(self, model: Any, x: torch.Tensor) -> torch.Tensor:
+        approximation = self.approximation_indexes.get(self.host.opts.sd_vae_decode_method, 0)
+        return self.samples_to_images_tensor(x.to(self.host.devices.dtype_vae), approximation, model)
 
-    def images_tensor_to_samples(image: torch.Tensor, approximation: int | None = None, model: Any = None) -> torch.Tensor:
-        model = model or host.shared.sd_model
-        model.first_stage_model.to(host.devices.dtype_vae)
-        image = image.to(host.shared.device, host.devices.dtype_vae) * 2 - 1
+    def images_tensor_to_samples(
+        self, image: torch.Tensor, approximation: int | None = None, model: Any = None
+    ) -> torch.Tensor:
+        model = model or self.host.shared.sd_model
+        model.first_stage_model.to(self.host.devices.dtype_vae)
+        image = image.to(self.host.devices.device, self.host.devices.dtype_vae) * 2 - 1
         encoded = [model.get_first_stage_encoding(model.encode_first_stage(one.unsqueeze(0))) for one in image]
         return torch.cat(encoded)
 
-    def store_latent(decoded: torch.Tensor) -> None:
-        host.state.current_latent = decoded
-        if host.opts.live_previews_enable and host.state.sampling_step % host.opts.show_progress_every_n_steps == 0:
-            host.state.assign_current_image(sample_to_image(decoded))
-
-    return {
-        "approximation_indexes": indexes,
-        "samples_to_images_tensor": samples_to_images_tensor,
-        "single_sample_to_image": single_sample_to_image,
-        "sample_to_image": sample_to_image,
-        "samples_to_image_grid": samples_to_image_grid,
-        "decode_first_stage": decode_first_stage,
-        "images_tensor_to_samples": images_tensor_to_samples,
-        "store_latent": store_latent,
-    }
+    def store_latent(self, decoded: torch.Tensor) -> None:
+        self.host.state.current_latent = decoded
+        self.host.state.assign_current_image(self.sample_to_image(decoded))
 
 
-def _processing(host: Host) -> dict[str, Any]:
-    devices, common = host.devices, host.sd_samplers_common
-    # Imported by name in the host: a later change in sd_samplers_common does not reach these.
-    decode_first_stage, images_tensor_to_samples = common.decode_first_stage, common.images_tensor_to_samples
-    full = common.approximation_indexes["Full"]
+class Processing(HostModule):
+    def __init__(self, name: str, host: Host) -> None:
+        super().__init__(name, host)
+        # Imported by name: what is later put into sd_samplers_common does not reach these.
+        self.decode_first_stage = host.sd_samplers_common.decode_first_stage
+        self.images_tensor_to_samples = host.sd_samplers_common.images_tensor_to_samples
 
     def decode_latent_batch(
-        model: Any, batch: torch.Tensor, target_device: Any = None, check_for_nans: bool = False
+        self, model: Any, batch: torch.Tensor, target_device: Any = None, check_for_nans: bool = False
     ) -> list[torch.Tensor]:
+        devices = self.host.devices
         samples = []
         if check_for_nans:
             devices.test_for_nans(batch, "unet")
         for index in range(batch.shape[0]):
-            sample = decode_first_stage(model, batch[index : index + 1])[0]
+            sample = self.decode_first_stage(model, batch[index : index + 1])[0]
             try:
                 if check_for_nans:
                     devices.test_for_nans(sample, "vae")
             except NansException:
-                if not host.opts.auto_vae_precision or devices.dtype_vae == torch.float32:
+                if not self.host.opts.auto_vae_precision or devices.dtype_vae == torch.float32:
                     raise
                 # For the rest of the process.
                 devices.dtype_vae = torch.float32
                 model.first_stage_model.to(devices.dtype_vae)
                 batch = batch.to(devices.dtype_vae)
-                sample = decode_first_stage(model, batch[index : index + 1])[0]
+                sample = self.decode_first_stage(model, batch[index : index + 1])[0]
             samples.append(sample if target_device is None else sample.to(target_device))
         return samples
 
-    def decode_final(model: Any, batch: torch.Tensor) -> list[torch.Tensor]:
-        return host.processing.decode_latent_batch(model, batch, target_device=devices.cpu, check_for_nans=True)
+    def decode_final(self, model: Any, batch: torch.Tensor) -> list[torch.Tensor]:
+        return self.decode_latent_batch(model, batch, target_device=self.host.devices.cpu, check_for_nans=True)
 
-    def init_latent(model: Any, image: torch.Tensor) -> torch.Tensor:
-        return images_tensor_to_samples(image.to(devices.dtype_vae), full, model)
+    def init_latent(self, model: Any, image: torch.Tensor) -> torch.Tensor:
+        return self.images_tensor_to_samples(image.to(self.host.devices.dtype_vae), 0, model)
 
-    def inpainting_image_conditioning(model: Any, source: torch.Tensor) -> torch.Tensor:
+    def inpainting_image_conditioning(self, model: Any, source: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros_like(source[:, :1])
         mask[:, :, 8:24, 8:24] = 1.0
         return model.get_first_stage_encoding(model.encode_first_stage(source * (1.0 - mask)))
 
-    def edit_image_conditioning(source: torch.Tensor) -> torch.Tensor:
-        return host.shared.sd_model.encode_first_stage(source).mode()
+    def edit_image_conditioning(self, source: torch.Tensor) -> torch.Tensor:
+        return self.host.shared.sd_model.encode_first_stage(source).mode()
 
-    def sample_hires(
-        model: Any, samples: torch.Tensor, upscaler: str, saved: list[Image.Image], mask_weight: float
+    def sample_hires_latent(
+        self, model: Any, samples: torch.Tensor, saved: list[Image.Image], mask_weight: float
     ) -> list[torch.Tensor]:
-        keep = host.opts.save_images_before_highres_fix
-        if upscaler == "latent":
-            if keep:
-                saved += [common.sample_to_image(samples, index, approximation=0) for index in range(len(samples))]
-            samples = functional.interpolate(samples, scale_factor=2, mode="bilinear")
-            if mask_weight < 1.0:
-                inpainting_image_conditioning(model, decode_first_stage(model, samples))
-        else:
-            decoded = torch.stack(decode_final(model, samples)).float()
-            low = [Image.fromarray(to_levels(unit)) for unit in ((decoded + 1.0) / 2.0).clamp(0.0, 1.0)]
-            saved += low if keep else []
-            high = [np.asarray(image.resize((image.width * 2, image.height * 2))) for image in low]
-            pixels = torch.from_numpy(np.stack(high).astype(np.float32) / 255.0).movedim(-1, 1)
-            samples = images_tensor_to_samples(pixels.to(devices.dtype_vae), full)
-        return decode_final(model, samples)
+        if self.host.opts.save_images_before_highres_fix:
+            common = self.host.sd_samplers_common
+            saved += [common.sample_to_image(samples, index, approximation=0) for index in range(len(samples))]
+        samples = functional.interpolate(samples, scale_factor=2, mode="bilinear")
+        if mask_weight < 1.0:
+            self.inpainting_image_conditioning(model, self.decode_first_stage(model, samples))
+        return self.decode_final(model, samples)
 
-    return {
-        "decode_latent_batch": decode_latent_batch,
-        "decode_first_stage": decode_first_stage,
-        "images_tensor_to_samples": images_tensor_to_samples,
-        "decode_final": decode_final,
-        "init_latent": init_latent,
-        "inpainting_image_conditioning": inpainting_image_conditioning,
-        "edit_image_conditioning": edit_image_conditioning,
-        "sample_hires": sample_hires,
-    }
+    def sample_hires_pixel(self, model: Any, samples: torch.Tensor) -> list[torch.Tensor]:
+        decoded = torch.stack(self.decode_final(model, samples)).float()
+        low = [Image.fromarray(to_levels(unit)) for unit in ((decoded + 1.0) / 2.0).clamp(0.0, 1.0)]
+        high = [np.asarray(image.resize((image.width * 2, image.height * 2))) for image in low]
+        pixels = torch.from_numpy(np.stack(high).astype(np.float32) / 255.0).movedim(-1, 1)
+        samples = self.images_tensor_to_samples(pixels.to(self.host.devices.dtype_vae), 0)
+        return self.decode_final(model, samples)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from remote_vae.cli import _parser
+from tests.readme import README, with_table
+
+TEXT = README.read_text(encoding="utf-8")
+
+
+def test_the_options_table_is_that_of_options_toml() -> None:
+    assert with_table(TEXT) == TEXT, "run: python -m tests.readme"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", TEXT)) | set(re.findall(r"`((?:tests|assets|bench)/[\w./]+)`", TEXT)))
+)
+def test_every_file_the_readme_names_is_there(path: str) -> None:
+    assert (README.parent / path).exists()
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    commands = set(re.findall(r"remote-vae ([a-z]+)", TEXT))
+    assert {"serve", "check", "decode"} <= commands
+    for command in commands:
+        with pytest.raises(SystemExit) as caught:
+            _parser().parse_args([command, "--help"])
+        assert caught.value.code == 0
+
+
+def test_windows_lines_install_what_make_installs() -> None:
+    makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
+    for requirement in ("torch==2.13.0", "-r requirements-dev.txt"):
+        assert requirement in makefile
+        assert requirement in TEXT
+
+
+def test_every_pinned_requirement_is_exact_and_none_moves_torch() -> None:
+    lines = (Path(README.parent) / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", pin) for pin in pins)
+    assert not [pin for pin in pins if re.match(r"(torch|triton|nvidia|cuda)", pin)]
