@@ -214,6 +214,8 @@ def main() -> None:
     import logging
 
     logging.getLogger("remote_vae").setLevel(logging.ERROR)
+    # On a busy machine a second thread makes the local decode several times slower at random.
+    torch.set_num_threads(1)
     with torch.inference_mode(), canned_server(_canned_answers()) as port:
         bench = Bench()
         bench.warm_up()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Union
 from urllib.parse import urlsplit, urlunsplit
 
@@ -29,6 +30,7 @@ from remote_vae.routes import Op, Outcome, Remote, T, VaeCall
 from remote_vae.settings import Settings
 from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeAnswer, EncodeRequest, Output
 from remote_vae.wire.pixels import to_uint8
+from remote_vae.wire.tensors import DTYPES
 
 _OUTPUTS = {"raw": Output.TENSOR, "u8": Output.UINT8, "png": Output.PNG, "jpg": Output.JPG}
 # Refusals that are about this request; the endpoint itself is well.
@@ -50,6 +52,8 @@ class RemoteRoute:
             raise NotOffered("no endpoint is set for this VAE: Settings, Remote VAE, Endpoint", reason="no endpoint")
         if public:
             _check_public_limits(call)
+            # What those servers were seen to take.
+            call = replace(call, tensor=call.tensor.to(DTYPES[call.family.dtype]))
         breaker = self._breakers.of(url)
         refusal = breaker.enter(settings.cooldown)
         if refusal is not None:

@@ -17,7 +17,15 @@ from remote_vae.families import find_family
 from remote_vae.memory import free_memory, is_out_of_memory
 from remote_vae.server.models import LoadedVae, describe
 from remote_vae.tiled.spares import own_tiling
-from remote_vae.wire import DecodeRequest, EncodeRequest, HttpAnswer, TensorHead, decode_answer, encode_answer
+from remote_vae.wire import (
+    DecodeRequest,
+    EncodeRequest,
+    HttpAnswer,
+    TensorHead,
+    decode_answer,
+    decode_size,
+    encode_answer,
+)
 
 log = logging.getLogger("remote_vae.server")
 
@@ -32,6 +40,11 @@ class Limits:
     max_batch: int = 32
     max_frames: int = 257
     max_waiting: int = 64
+
+    @property
+    def max_total_pixels(self) -> int:
+        """Pixels of one request, all pictures and frames together: bounds the memory of its body and its answer."""
+        return 4 * self.max_pixels
 
 
 class Busy(RemoteVaeError):
@@ -83,7 +96,8 @@ class Engine:
 
     def info(self) -> dict[str, Any]:
         """``GET /info``: who this server is."""
-        return {**describe(self.loaded), "limits": asdict(self.limits), "posterior": self._has_posterior}
+        limits = {**asdict(self.limits), "max_total_pixels": self.limits.max_total_pixels}
+        return {**describe(self.loaded), "limits": limits, "posterior": self._has_posterior}
 
     def check_decode(self, head: TensorHead, height: int | None, width: int | None) -> None:
         """Refuse latents by their head, before their bytes are read.
@@ -91,20 +105,14 @@ class Engine:
         Raises:
             InvalidRequest: more pixels or pictures than the limits allow.
         """
-        shape, scale = head.shape, self.loaded.family.downscale
-        if len(shape) == 5:
-            self._check_size(shape[0], shape[3] * scale, shape[4] * scale, frames=shape[2])
-        elif len(shape) == 4:
-            self._check_size(shape[0], shape[2] * scale, shape[3] * scale)
-        elif len(shape) == 3 and height and width:
-            # Packed or one picture: either way no more pixels than its values stand for.
-            packed = shape[0] if shape[0] != self.loaded.family.latent_channels else 1
-            self._check_size(packed, height, width)
+        family = self.loaded.family
+        self._check_size(*decode_size(head.shape, height, width, family.latent_channels, family.downscale))
 
     def check_encode(self, head: TensorHead) -> None:
         """Refuse pixels by their head, before their bytes are read. Raises InvalidRequest."""
-        if len(head.shape) == 4:
-            self._check_size(head.shape[0], head.shape[2], head.shape[3])
+        if len(head.shape) != 4 or head.shape[1] != 3:
+            raise InvalidRequest(f"the image tensor must be [B, 3, H, W], not {list(head.shape)}")
+        self._check_size(head.shape[0], 1, head.shape[2], head.shape[3])
 
     # --- what runs in the engine's thread ------------------------------------------------------------------------------
 
@@ -121,7 +129,6 @@ class Engine:
             raise InvalidRequest(
                 f"{family.label} takes {'video' if family.video else 'picture'} latents, not {list(latents.shape)}"
             )
-        self._check_size(latents.shape[0], *(side * family.downscale for side in latents.shape[-2:]))
 
         def work() -> torch.Tensor:
             z = request.scaling.unscale(latents.to(vae.device, vae.dtype), family.scaling_factor, family.shift_factor)
@@ -197,7 +204,7 @@ class Engine:
         if find_family(name).key != own.key:
             raise InvalidRequest(f"this server has the VAE of {own.label}, and the request is for {find_family(name).label}")
 
-    def _check_size(self, batch: int, height: int, width: int, frames: int = 1) -> None:
+    def _check_size(self, batch: int, frames: int, height: int, width: int) -> None:
         limits = self.limits
         if height * width > limits.max_pixels:
             raise InvalidRequest(f"{width} x {height} pixels; this server takes at most {limits.max_pixels} a picture")
@@ -205,3 +212,6 @@ class Engine:
             raise InvalidRequest(f"{batch} pictures; this server takes at most {limits.max_batch} at once")
         if frames > limits.max_frames:
             raise InvalidRequest(f"{frames} latent frames; this server takes at most {limits.max_frames}")
+        total = batch * frames * height * width
+        if total > limits.max_total_pixels:
+            raise InvalidRequest(f"{total} pixels in all; this server takes at most {limits.max_total_pixels} in one request")

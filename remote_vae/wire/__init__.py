@@ -23,6 +23,7 @@ from remote_vae.wire.requests import (
     HttpRequest,
     Output,
     Scaling,
+    decode_size,
     tensor_head,
 )
 from remote_vae.wire.tensors import TensorHead, pack_latents, unpack_latents
@@ -39,6 +40,7 @@ __all__ = [
     "Scaling",
     "TensorHead",
     "decode_answer",
+    "decode_size",
     "encode_answer",
     "error_answer",
     "error_detail",

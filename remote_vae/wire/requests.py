@@ -23,6 +23,7 @@ from remote_vae.errors import InvalidRequest, MalformedAnswer
 from remote_vae.wire import pixels as px
 from remote_vae.wire.tensors import (
     MAX_SIZE,
+    PACK,
     Buffer,
     TensorHead,
     dtype_name,
@@ -190,21 +191,13 @@ class DecodeRequest:
         Raises:
             InvalidRequest: they do not have ``channels`` channels, or do not fit height and width.
         """
-        latents = self.latents
-        if latents.ndim == 3:
-            # __post_init__ has made sure that height and width are there.
-            height, width = self.height or 0, self.width or 0
-            if is_packed(tuple(latents.shape), height, width, downscale):
-                latents = unpack_latents(latents, height, width, downscale)
-            elif latents.shape[0] == channels:
-                latents = latents.unsqueeze(0)
-            else:
-                raise InvalidRequest(
-                    f"3-D latents {list(latents.shape)} are neither packed for {height} x {width} pixels nor [{channels}, h, w]"
-                )
-        if latents.shape[1] != channels:
-            raise InvalidRequest(f"this VAE decodes latents with {channels} channels, not {list(latents.shape)}")
-        return latents
+        shape = tuple(self.latents.shape)
+        decode_size(shape, self.height, self.width, channels, downscale)
+        if self.latents.ndim != 3:
+            return self.latents
+        if is_packed(shape, self.height, self.width, downscale):
+            return unpack_latents(self.latents, self.height or 0, self.width or 0, downscale)
+        return self.latents.unsqueeze(0)
 
     def to_http(self) -> HttpRequest:
         query = list(_FORMS[self.output][0])
@@ -331,6 +324,32 @@ class EncodeRequest:
             posterior=_parse_bool(values.get("posterior")),
             family=values.get("family") or None,
         )
+
+
+def decode_size(
+    shape: tuple[int, ...], height: int | None, width: int | None, channels: int, downscale: int
+) -> tuple[int, int, int, int]:
+    """What latents of ``shape`` decode to: pictures (or videos), frames (1 for pictures), height and width in pixels.
+
+    Needs the head of a request only, so that a server can refuse it before it takes memory for the body.
+
+    Raises:
+        InvalidRequest: a VAE with ``channels`` latent channels cannot decode them.
+    """
+    if is_packed(shape, height, width, downscale) and shape[2] == channels * PACK * PACK:
+        cell = downscale * PACK
+        return shape[0], 1, (height or 0) // cell * cell, (width or 0) // cell * cell
+    if len(shape) == 3 and not (height and width):
+        raise InvalidRequest("`height` and `width` required for packed latents.")
+    if len(shape) == 3 and shape[0] == channels:
+        return 1, 1, shape[1] * downscale, shape[2] * downscale
+    if len(shape) == 3:
+        raise InvalidRequest(
+            f"3-D latents {list(shape)} are neither packed for {height} x {width} pixels nor [{channels}, h, w]"
+        )
+    if len(shape) not in (4, 5) or shape[1] != channels:
+        raise InvalidRequest(f"this VAE decodes latents with {channels} channels, not {list(shape)}")
+    return shape[0], shape[2] if len(shape) == 5 else 1, shape[-2] * downscale, shape[-1] * downscale
 
 
 def tensor_head(query: Query) -> TensorHead | None:

@@ -204,7 +204,13 @@ def test_info_says_who_it_is_and_nothing_of_where_its_files_lie(server: ServerTh
     assert (info["latent_channels"], info["downscale"], info["scaling_factor"], info["shift_factor"]) == (4, 8, 0.08489, 0.0)
     assert info["fingerprint"] == loaded.fingerprint
     assert info["posterior"] is True
-    assert info["limits"] == {"max_pixels": 4096 * 4096, "max_batch": 32, "max_frames": 257, "max_waiting": 64}
+    assert info["limits"] == {
+        "max_pixels": 4096 * 4096,
+        "max_batch": 32,
+        "max_frames": 257,
+        "max_waiting": 64,
+        "max_total_pixels": 4 * 4096 * 4096,
+    }
     assert "/" not in json.dumps(info)
 
 
@@ -226,6 +232,12 @@ GOOD = {"shape": [1, 4, 8, 8], "dtype": "float32", "output_type": "pt"}
         (GOOD, b"\xff" * 1024, "NaN"),
         ({**GOOD, "shape": [1, 4, 9000, 9000]}, b"", "at most 16777216"),
         ({**GOOD, "shape": [33, 4, 1, 1]}, bytes(528), "at most 32"),
+        ({**GOOD, "shape": [5, 4, 512, 512]}, b"", "pixels in all"),
+        # Sizes that are small as a picture and huge as a body: refused by the head, as no body comes.
+        ({**GOOD, "shape": [1, 65536, 512, 512]}, b"", "4 channels"),
+        ({**GOOD, "shape": [65536, 65536, 64], "height": 8, "width": 8}, b"", "neither packed"),
+        ({**GOOD, "shape": [1, 65536, 65536], "height": 8, "width": 8}, b"", "neither packed"),
+        ({**GOOD, "shape": [65536]}, b"", "4 channels"),
         ({**GOOD, "shape": [1, 4, 65537, 1]}, b"", "sizes"),
         ({**GOOD, "shape": [2, 4, 8, 8], "output_type": "pil"}, bytes(2048), "one by one"),
         ({**GOOD, "output_type": "mp4"}, bytes(1024), "video"),
@@ -253,6 +265,8 @@ def test_a_request_that_cannot_be_answered_gets_400_and_the_reason_in_json(
         ({"shape": [1, 4, 8, 8], "dtype": "float32"}, bytes(1024), "[B, 3, H, W]"),
         ({"shape": [1, 3, 4, 4], "dtype": "float32"}, bytes(192), "at least 8 x 8"),
         ({"shape": [1, 3, 9000, 9000], "dtype": "float32"}, b"", "at most 16777216"),
+        ({"shape": [1, 65536, 4096, 4096], "dtype": "float32"}, b"", "[B, 3, H, W]"),
+        ({"shape": [1, 3, 9, 4096, 4096], "dtype": "float32"}, b"", "[B, 3, H, W]"),
         ({"scaling_factor": "x"}, b"", ""),
     ],
 )

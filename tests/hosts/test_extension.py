@@ -1,0 +1,129 @@
+"""The start of the extension in A1111, and its section of the settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from diffusers import AutoencoderKL
+
+from remote_vae.datafiles import read_toml
+from remote_vae.hosts.a1111 import adapter
+from remote_vae.settings import Settings
+from remote_vae.webui import settings_panel
+from tests.hosts import a1111_standin as standin
+from tests.hosts.a1111_standin import Host, LdmModel
+
+# From the file, not from what the code makes of it.
+OPTIONS = read_toml("options.toml")
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    """A host before its extensions are loaded."""
+    log = logging.getLogger("remote_vae")
+    before = list(log.handlers), log.level, log.propagate
+    log.handlers = []
+    running = standin.install(monkeypatch, tmp_path)
+    adapter.router.history.clear()
+    yield running
+    adapter.uninstall()
+    adapter.router.history.clear()
+    log.handlers, log.level, log.propagate = before
+    assert running.offences == []
+
+
+def test_the_start_registers_each_callback_once(host: Host) -> None:
+    host.load_extension()
+    assert host.script_callbacks.callbacks == {
+        "ui_settings": [settings_panel.add_options],
+        "model_loaded": [adapter.hook],
+        "script_unloaded": [adapter.uninstall],
+    }
+
+
+def test_reload_ui_registers_each_callback_once_again(host: Host) -> None:
+    host.load_extension()
+    for _ in range(2):
+        host.reload_ui()
+    assert {event: len(callbacks) for event, callbacks in host.script_callbacks.callbacks.items()} == {
+        "ui_settings": 1,
+        "model_loaded": 1,
+        "script_unloaded": 1,
+    }
+
+
+def test_a_model_that_is_loaded_before_the_start_is_hooked_and_one_after_it(host: Host, vae: AutoencoderKL) -> None:
+    before = host.load(LdmModel(vae))
+    host.load_extension()
+    after = host.load(LdmModel(vae))
+    for model in (before, after):
+        assert {"decode_first_stage", "encode_first_stage"} <= set(vars(model))
+
+
+def test_unloading_the_script_gives_the_models_back(host: Host, vae: AutoencoderKL) -> None:
+    host.load_extension()
+    model = host.load(LdmModel(vae))
+    host.script_callbacks.script_unloaded_callback()
+    assert not {"decode_first_stage", "encode_first_stage"} & set(vars(model))
+
+
+def test_a_vae_call_is_one_line_in_the_console_after_reload_ui_too(
+    host: Host, vae: AutoencoderKL, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.load_extension()
+    host.reload_ui()
+    host.load(LdmModel(vae))
+    host.set_options(enabled=True)
+    host.txt2img()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("Remote VAE: decode 48x32: local")
+
+
+def test_the_panel_has_every_option_of_the_file_once_in_its_order(host: Host) -> None:
+    host.load_extension()
+    host.script_callbacks.ui_settings_callback()
+    host.reload_ui()
+    assert list(host.opts.data_labels) == [f"remote_vae_{key}" for key in OPTIONS]
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_an_option_has_its_component_default_bounds_and_words(host: Host, key: str) -> None:
+    host.load_extension()
+    host.script_callbacks.ui_settings_callback()
+    info, entry = host.opts.data_labels[f"remote_vae_{key}"], OPTIONS[key]
+    default = entry["default"]
+    if isinstance(default, bool):
+        component, arguments = standin.Checkbox, {}
+    elif "choices" in entry:
+        component, arguments = standin.Radio, {"choices": entry["choices"]}
+    elif isinstance(default, float):
+        component, arguments = standin.Number, {"minimum": entry["min"], "maximum": entry["max"]}
+    else:
+        component, arguments = standin.Textbox, {"max_lines": 1}
+    assert info.component is component
+    assert info.component_args == arguments
+    assert info.default == default
+    assert type(info.default) is type(default)
+    assert info.section == ("remote_vae", "Remote VAE")
+    assert info.label == (f"{entry['label']} ({entry['unit']})" if "unit" in entry else entry["label"])
+    assert entry["help"] in info.comment_after
+    # As the host makes it.
+    info.component(label=info.label, value=info.default, **info.component_args)
+
+
+def test_what_the_user_has_set_outlives_the_start(host: Host) -> None:
+    host.set_options(endpoint="http://studio:7870", enabled=True)
+    host.load_extension()
+    host.script_callbacks.ui_settings_callback()
+    assert host.opts.remote_vae_endpoint == "http://studio:7870"
+    assert host.opts.remote_vae_enabled is True
+
+
+def test_the_panel_untouched_is_the_default_settings(host: Host) -> None:
+    host.load_extension()
+    host.script_callbacks.ui_settings_callback()
+    assert adapter._settings() == Settings()
