@@ -1,8 +1,8 @@
 """What the client costs on top of the bytes themselves: one 1024 px decode over loopback, against a bare socket.
 
-A server in a child process always gives the same prepared answer. The floor is a keep-alive socket that sends the same latents
-and receives the answer into a buffer that is there already. Every way of asking is asked once a round, in an order drawn anew
-each time, and compared with the floor of the same round.
+A server in a child process always gives the same prepared answer. The floor is a bare keep-alive socket, tensor in, tensor out:
+it sends the latents' bytes behind a prepared head and receives the answer into the memory of a new tensor, as every caller gets
+a tensor of his own. Each way of asking takes turns with the floor, call by call; the ratio is the median over the pairs.
 
     python -m bench.client_overhead [rounds]
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import multiprocessing
-import random
 import socket
 import statistics
 import sys
@@ -38,8 +37,6 @@ SIDE = 1024
 SCALING = 0.18215
 ROUNDS = 200
 WARM_UP = 20
-# Lets the threads of torch and of the server come to rest, so that no call pays for the one before it.
-PAUSE_SECONDS = 0.002
 
 _FORMS = {"u8": Output.UINT8, "fp16": Output.TENSOR, "png": Output.PNG, "jpg": Output.JPG}
 
@@ -104,24 +101,27 @@ def _take_request(connection: socket.socket) -> str:
 
 
 class Floor:
-    """The same bytes through a bare socket."""
+    """The same bytes through a bare socket: latents in, the whole answer out as a tensor of its own (uint8, head and body)."""
 
-    def __init__(self, port: int, name: str, request: HttpRequest, answer: HttpAnswer) -> None:
+    def __init__(self, port: int, name: str, latents: torch.Tensor, request: HttpRequest, answer: HttpAnswer) -> None:
+        self._latents = latents
         target = request.url(f"/{name}")
         lines = [f"POST {target} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Accept-Encoding: identity"]
         lines += [f"{key}: {value}" for key, value in request.headers.items()]
         lines += [f"Content-Length: {memoryview(request.body).nbytes}", "", ""]
-        self._request = "\r\n".join(lines).encode() + bytes(request.body)
-        self._view = memoryview(bytearray(len(whole_answer(answer))))
+        self._head = "\r\n".join(lines).encode()
+        self._length = len(whole_answer(answer))
         self._socket = socket.create_connection(("127.0.0.1", port))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def __call__(self) -> memoryview:
-        self._socket.sendall(self._request)
+    def __call__(self) -> torch.Tensor:
+        self._socket.sendall(self._head + self._latents.numpy().tobytes())
+        answer = torch.empty(self._length, dtype=torch.uint8)
+        view = answer.numpy().data
         filled = 0
-        while filled < len(self._view):
-            filled += self._socket.recv_into(self._view[filled:])
-        return self._view
+        while filled < self._length:
+            filled += self._socket.recv_into(view[filled:])
+        return answer
 
 
 @dataclass
@@ -133,19 +133,29 @@ class Way:
     ask: Callable[[], Any]
     ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
 
-    def measure(self) -> None:
+    def measure(self) -> float:
         cpu, started = time.process_time(), time.perf_counter()
         self.ask()
-        self.ms.append((time.perf_counter() - started) * 1000)
+        ms = (time.perf_counter() - started) * 1000
+        self.ms.append(ms)
         self.cpu_ms.append((time.process_time() - cpu) * 1000)
+        return ms
+
+    def measure_against(self, floor: Way, rounds: int) -> None:
+        for _ in range(WARM_UP):
+            floor.ask(), self.ask()
+        for _ in range(rounds):
+            bare = floor.measure()
+            self.ratios.append(self.measure() / bare)
 
 
 def _ways(port: int, latents: torch.Tensor, answers: dict[str, HttpAnswer]) -> list[Way]:
     ways = []
     for name, output in _FORMS.items():
         url = f"http://127.0.0.1:{port}/{name}"
-        floor = Floor(port, name, DecodeRequest(latents, output).to_http(), answers[name])
+        floor = Floor(port, name, latents, DecodeRequest(latents, output).to_http(), answers[name])
         ways += [Way(f"floor {name}: bare socket", name, floor)]
         if output.is_image:
             ways.append(Way(f"floor {name}: and PIL to an image", name, _floor_and_pil(floor, len(answers[name].body))))
@@ -156,7 +166,7 @@ def _ways(port: int, latents: torch.Tensor, answers: dict[str, HttpAnswer]) -> l
 
 
 def _floor_and_pil(floor: Floor, length: int) -> Callable[[], Image.Image]:
-    return lambda: image_from_bytes(bytes(floor()[-length:]), max_pixels=SIDE * SIDE)
+    return lambda: image_from_bytes(floor().numpy().data[-length:], max_pixels=SIDE * SIDE)
 
 
 def _our_ways(url: str, name: str, output: Output, latents: torch.Tensor) -> list[Way]:
@@ -218,41 +228,28 @@ def _print_table(ways: list[Way]) -> None:
     floors = {way.floor: way for way in reversed(ways) if way.name.endswith("bare socket")}
     print(f"{'one 1024 px decode, loopback':<48} {'ms':>7} {'x floor':>8} {'CPU ms':>7} {'bytes down':>11}")
     for way in ways:
-        floor = floors[way.floor]
-        size = len(floor.ask())
-        print(
-            f"{way.name:<48} {statistics.median(way.ms):>7.2f} {_ratio(way, floor):>8.2f} "
-            f"{statistics.median(way.cpu_ms):>7.2f} {size:>11}"
-        )
+        size = len(floors[way.floor].ask())
+        ratio = statistics.median(way.ratios) if way.ratios else 1.0
+        ms, cpu_ms = statistics.median(way.ms), statistics.median(way.cpu_ms)
+        print(f"{way.name:<48} {ms:>7.2f} {ratio:>8.2f} {cpu_ms:>7.2f} {size:>11}")
     bar = next(way for way in ways if way.name == "remote_vae u8: client, tensor")
-    ratio = _ratio(bar, floors["u8"])
+    ratio = statistics.median(bar.ratios)
     verdict = "PASS" if ratio <= BAR else "MISS"
-    print(f"\n{len(bar.ms)} rounds, medians; CPU of the whole client process.")
+    print(f"\n{len(bar.ms)} pairs a row, medians; CPU of the whole client process.")
     print(f"{verdict}: u8, tensor in, tensor out takes {ratio:.2f} x the floor; the bar is {BAR} x.")
-
-
-def _ratio(way: Way, floor: Way) -> float:
-    return statistics.median(ours / bare for ours, bare in zip(way.ms, floor.ms, strict=True))
 
 
 def main(rounds: int = ROUNDS) -> None:
     latents = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1)).to(torch.float16)
     pixels = photo_pixels(SIDE).to(torch.float16)
     answers = {name: decode_answer(DecodeRequest(latents, output, Scaling(SCALING)), pixels) for name, output in _FORMS.items()}
-    shuffle = random.Random(1).shuffle
     with canned_server(answers) as port:
         ways = _ways(port, latents, answers)
         _check(ways, answers)
-        for number in range(WARM_UP + rounds):
-            order = list(ways)
-            shuffle(order)
-            for way in order:
-                time.sleep(PAUSE_SECONDS)
-                way.measure()
-            if number == WARM_UP - 1:
-                for way in ways:
-                    way.ms.clear()
-                    way.cpu_ms.clear()
+        floors = {way.floor: way for way in ways if way.name.endswith("bare socket")}
+        for way in ways:
+            if way is not floors[way.floor]:
+                way.measure_against(floors[way.floor], rounds)
         _print_table(ways)
 
 

@@ -1,29 +1,30 @@
 """One POST with deadlines that hold and a wait that can be broken off.
 
-urllib3 keeps the connections alive and does TLS. What it cannot do is done here: a read timeout counts anew for every packet, a
-name lookup has none at all, and nothing can break a wait. So the exchange runs on a thread of its own; the caller watches the
-clock and the user, and when either says stop it shuts the socket and walks away.
+On the standard library's http.client: a VAE answer is megabytes that should land in their final buffer, and a read must be able
+to stop when a deadline passes or the user wants it, neither of which the libraries above it offer. What it does not do stands
+here: keep-alive, and sockets that look up from every wait. Proxies and certificates are found as requests finds them.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import http.client
+import io
 import os
+import select
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, Generic, TypeVar, Union, cast
+from urllib.parse import unquote, urlsplit
 
 import certifi
 import numpy as np
 import requests.utils
-import urllib3
-import urllib3.connection
-import urllib3.exceptions
-from urllib3.util import Timeout
 
 from remote_vae.auth import is_loopback
 from remote_vae.errors import (
@@ -32,16 +33,16 @@ from remote_vae.errors import (
     EndpointError,
     EndpointUnreachable,
     MalformedAnswer,
-    RouteFailed,
 )
 from remote_vae.wire import Expected, HttpRequest, error_detail
 from remote_vae.wire.answers import ERROR_LIMIT
 
 Answer = TypeVar("Answer")
+_Connection = Union[http.client.HTTPConnection, http.client.HTTPSConnection]
 
 # How often the user is asked for Interrupt. The promise is 0.2 s.
 POLL_SECONDS = 0.05
-# Pieces of a body: small enough to stay in the processor's cache, and to see an upload move.
+# Pieces of a body: an upload that moves at all moves by one of these.
 _CHUNK = 256 * 1024
 _IDLE_CONNECTIONS = 8
 
@@ -68,7 +69,16 @@ class HttpClient:
     """Keep-alive connections to one origin. May be used from many threads."""
 
     def __init__(self, url: str) -> None:
-        self._pool = _make_pool(url)
+        parts = urlsplit(url)
+        self._secure = parts.scheme == "https"
+        self._host = parts.hostname or ""
+        self._port = parts.port or (443 if self._secure else 80)
+        self._proxy = _proxy_for(url)
+        self._proxy_headers = _proxy_headers(self._proxy)
+        # One context for all connections: loading the certificates takes 15 ms.
+        self._context = _tls_context() if self._secure else None
+        self._lock = threading.Lock()
+        self._idle: list[_Connection] = []
 
     def post(
         self,
@@ -84,291 +94,389 @@ class HttpClient:
         Raises:
             EndpointUnreachable, DeadlineExceeded, CallCancelled, EndpointError, MalformedAnswer: no answer, and why.
         """
-        exchange = _Exchange(self._pool, url, request, {**request.headers, **headers}, expect, deadlines)
-        exchange.start()
-        exchange.watch(cancelled)
-        expected, body = exchange.result()
-        return Reply(expected.finish(body), memoryview(request.body).nbytes, body.nbytes)
+        watch = _Watch(urlsplit(url).netloc, deadlines, cancelled)
+        fields = {**request.headers, **headers, **({} if self._secure else self._proxy_headers)}
+        message = _Message(self._target(request.url(url)), fields, memoryview(request.body))
+        try:
+            expected, body = self._exchange(message, expect, watch)
+        except (OSError, http.client.HTTPException) as error:
+            reason = _plain_reason(error)
+            raise EndpointUnreachable(f"{watch.host}: {reason}", reason=reason) from error
+        return Reply(expected.finish(body), message.body.nbytes, body.nbytes)
 
+    def close(self) -> None:
+        """Close the idle connections; the client can still be used."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
-class _Exchange(Generic[Answer]):
-    """One request on its way: a thread does the work, the caller's thread runs ``watch`` and ``result``."""
+    def _exchange(
+        self, message: _Message, expect: Callable[[Mapping[str, str]], Expected[Answer]], watch: _Watch
+    ) -> tuple[Expected[Answer], np.ndarray]:
+        connection = self._take_idle()
+        if connection is not None:
+            try:
+                return self._talk(connection, message, expect, watch)
+            except (ConnectionError, http.client.BadStatusLine):
+                # The server may close an idle connection just as we take it up. Such a request was never seen, and asking
+                # twice is harmless: a VAE call changes nothing.
+                if watch.answering:
+                    raise
+                watch.restart()
+        return self._talk(self._connect(watch), message, expect, watch)
 
-    def __init__(
+    def _talk(
         self,
-        pool: urllib3.PoolManager,
-        url: str,
-        request: HttpRequest,
-        headers: dict[str, str],
+        connection: _Connection,
+        message: _Message,
         expect: Callable[[Mapping[str, str]], Expected[Answer]],
-        deadlines: Deadlines,
-    ) -> None:
-        self._pool = pool
-        self._url = request.url(url)
-        self._host = urlsplit(url).netloc
-        self._body = memoryview(request.body)
-        self._headers = {**headers, "Accept-Encoding": "identity", "Content-Length": str(self._body.nbytes)}
-        self._expect = expect
-        self._deadlines = deadlines
-        self._started = time.monotonic()
-        self._sent: float | None = None  # when the last piece went out; None while connecting
-        self._answering = False
-        self._reused = False
-        self._aborted = False
-        self._connection: Any = None
-        self._done = threading.Event()
-        self._outcome: tuple[Expected[Answer], np.ndarray] | None = None
-        self._error: Exception | None = None
-
-    # --- the caller's thread -------------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        # A daemon: a name lookup that hangs must not keep the host from closing.
-        threading.Thread(target=self._run, name="remote-vae-exchange", daemon=True).start()
-
-    def watch(self, cancelled: Callable[[], bool]) -> None:
-        """Return when the exchange has ended; end it when a deadline passes or the user wants it."""
-        while not self._done.wait(min(POLL_SECONDS, max(0.0, self._next_deadline()[0] - time.monotonic()))):
-            if cancelled():
-                self._abort()
-                raise CallCancelled(f"interrupted while waiting for {self._host}", reason="interrupted")
-            deadline, what = self._next_deadline()
-            if time.monotonic() >= deadline and not self._done.is_set():
-                self._abort()
-                raise DeadlineExceeded(f"{self._host}: {what}", reason=what)
-
-    def result(self) -> tuple[Expected[Answer], np.ndarray]:
-        if self._error is not None:
-            raise self._error
-        if self._outcome is None:
-            raise EndpointUnreachable(f"{self._host}: the exchange ended without a result")
-        return self._outcome
-
-    def _next_deadline(self) -> tuple[float, str]:
-        limits = self._deadlines
-        total = self._started + limits.total, f"not done in {limits.total:g} s"
-        sent = self._sent
-        if self._answering:
-            return total
-        if sent is None:
-            return min(total, (self._started + limits.connect, f"no connection in {limits.connect:g} s"))
-        return min(total, (sent + limits.first_byte, f"no answer in {limits.first_byte:g} s"))
-
-    def _abort(self) -> None:
-        self._aborted = True
-        sock = getattr(self._connection, "sock", None)
-        if sock is not None:
-            # Already closed by the other side is as good.
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    # --- the exchange's own thread -------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        _current.exchange = self
-        try:
-            self._outcome = self._talk()
-        except RouteFailed as error:
-            self._error = error
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            self._error = _unreachable(self._host, error)
-        except Exception as error:  # must reach the caller whatever it is, or the caller would wait for the deadline
-            failure = EndpointUnreachable(f"{self._host}: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._error = failure
-        finally:
-            _current.exchange = None
-            self._connection = None
-            self._done.set()
-
-    def _talk(self) -> tuple[Expected[Answer], np.ndarray]:
-        try:
-            return self._attempt()
-        except (urllib3.exceptions.ProtocolError, OSError):
-            # The server may close an idle connection just as we take it up. Such a request was never seen, and asking twice
-            # is harmless: a VAE call changes nothing.
-            if self._aborted or not self._reused or self._answering:
-                raise
-            return self._attempt()
-
-    def _attempt(self) -> tuple[Expected[Answer], np.ndarray]:
-        self._sent, self._reused = None, True  # connecting() says otherwise
-        limits = self._deadlines
-        response = self._pool.urlopen(
-            "POST",
-            self._url,
-            body=self._pieces(),
-            headers=self._headers,
-            timeout=Timeout(connect=limits.connect, read=limits.total),
-            retries=False,
-            redirect=False,
-            preload_content=False,
-            decode_content=False,
-        )
-        self._answering = True
+        watch: _Watch,
+    ) -> tuple[Expected[Answer], np.ndarray]:
+        cast(_WatchedSocket, connection.sock).watch = watch
         complete = False
         try:
-            headers = {key.lower(): value for key, value in response.headers.items()}
+            response = message.send(connection)
+            watch.answering = True
+            headers = {name.lower(): value for name, value in response.headers.items()}
             if response.status != 200:
-                raise EndpointError(response.status, _read_error(response), self._host)
-            expected = self._expect(headers)
-            body = _read_body(response, headers, expected)
-            complete = True
+                raise EndpointError(response.status, _read_error(response), watch.host)
+            expected = expect(headers)
+            body = _read_body(response, expected)
+            complete = response.isclosed() and not response.will_close
             return expected, body
         finally:
             if complete:
-                response.release_conn()
+                self._give_back(connection)
             else:
-                response.close()
+                connection.close()
 
-    def _pieces(self) -> Iterator[memoryview]:
-        for start in range(0, self._body.nbytes, _CHUNK):
-            if self._aborted:
-                raise ConnectionAbortedError("given up by the caller")
-            yield self._body[start : start + _CHUNK]
-            self._sent = time.monotonic()
+    def _target(self, url: str) -> str:
+        if self._proxy and not self._secure:
+            # A plain proxy is asked for the whole address.
+            return url
+        parts = urlsplit(url)
+        return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
-    def connecting(self) -> None:
-        """The connection for this exchange has to be made first."""
-        self._reused = False
+    def _take_idle(self) -> _Connection | None:
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            # Something to read where nothing was asked for: the server has closed it.
+            if not select.select([connection.sock], [], [], 0)[0]:
+                return connection
+            connection.close()
 
-    def using(self, connection: Any) -> None:
-        """``connection`` is connected and about to carry this exchange."""
-        self._connection = connection
-        # urllib3 sends under the connect timeout; a slow upload is not a failure, and a stalled one ends by our deadlines.
-        connection.sock.settimeout(self._deadlines.total)
-        self._sent = time.monotonic()
-        if self._aborted:
-            raise ConnectionAbortedError("given up by the caller")
+    def _give_back(self, connection: _Connection) -> None:
+        with self._lock:
+            if len(self._idle) < _IDLE_CONNECTIONS:
+                self._idle.append(connection)
+                return
+        connection.close()
 
+    def _connect(self, watch: _Watch) -> _Connection:
+        """A new connection. Made on a thread of its own, as nothing can break off a name lookup."""
+        attempt = _Attempt(lambda: self._new_connection(watch.deadlines.connect))
+        while not attempt.done.wait(watch.poll()):
+            try:
+                watch.check()
+            except BaseException:
+                attempt.abandon()
+                raise
+        connection = attempt.result()
+        connection.sock = _WatchedSocket(connection.sock, watch)
+        watch.connected()
+        return connection
 
-class _Current(threading.local):
-    exchange: _Exchange[Any] | None = None
-
-
-_current = _Current()
-
-
-class _Watched:
-    """Tells the exchange of this thread which connection carries it, so that it can be shut from outside."""
-
-    def connect(self) -> None:
-        exchange = _current.exchange
-        if exchange is not None:
-            exchange.connecting()
-        super().connect()  # type: ignore[misc]  # mixed into urllib3's connections
-
-    def putrequest(self, *args: Any, **kwargs: Any) -> None:
-        exchange = _current.exchange
-        if getattr(self, "sock", None) is None:
-            self.connect()
-        if exchange is not None:
-            exchange.using(self)
-        super().putrequest(*args, **kwargs)  # type: ignore[misc]
-
-
-class _HTTPConnection(_Watched, urllib3.connection.HTTPConnection):
-    pass
-
-
-class _HTTPSConnection(_Watched, urllib3.connection.HTTPSConnection):
-    pass
-
-
-class _HTTPPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _HTTPConnection
+    def _new_connection(self, timeout: float) -> _Connection:
+        host, port = self._host, self._port
+        if self._proxy:
+            proxy = urlsplit(self._proxy)
+            host, port = proxy.hostname or "", proxy.port or 80
+        connection: _Connection
+        if self._context is not None:
+            connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=self._context)
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        if self._proxy and self._secure:
+            connection.set_tunnel(self._host, self._port, self._proxy_headers)
+        connection.connect()
+        return connection
 
 
-class _HTTPSPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _HTTPSConnection
+@dataclass(frozen=True)
+class _Message:
+    """A POST, ready to be written."""
+
+    target: str
+    headers: Mapping[str, str]
+    body: memoryview
+
+    def send(self, connection: _Connection) -> http.client.HTTPResponse:
+        """Write it, and read the head of the answer."""
+        sock = cast(_WatchedSocket, connection.sock)
+        sock.hold()
+        connection.putrequest("POST", self.target, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            connection.putheader(name, value)
+        connection.putheader("Accept-Encoding", "identity")
+        connection.putheader("Content-Length", str(self.body.nbytes))
+        connection.endheaders()
+        try:
+            sock.release(self.body)
+        except ConnectionError:
+            # A server that refuses by the head alone answers and hangs up, while the body is still on its way.
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return connection.getresponse()
+            raise
+        return connection.getresponse()
 
 
-def _make_pool(url: str) -> urllib3.PoolManager:
-    # Certificates and proxies as requests finds them: certifi or REQUESTS_CA_BUNDLE, and *_PROXY / NO_PROXY.
+class _Watch:
+    """The clock of one call, and the user's word."""
+
+    def __init__(self, host: str, deadlines: Deadlines, cancelled: Callable[[], bool]) -> None:
+        self.host = host
+        self.deadlines = deadlines
+        self.answering = False
+        self._cancelled = cancelled
+        self._started = time.monotonic()
+        self._look_at = self._started + POLL_SECONDS / 2
+        self._is_connected = True
+        self._progress = self._started
+
+    def restart(self) -> None:
+        """The connection has to be made anew; the total goes on."""
+        self._is_connected = False
+
+    def connected(self) -> None:
+        self._is_connected = True
+        self.moved()
+
+    def moved(self) -> None:
+        """A piece of the request went out."""
+        self._progress = time.monotonic()
+
+    def poll(self) -> float:
+        """Seconds that may pass before the next ``check``."""
+        return max(0.001, min(POLL_SECONDS, self._next()[0] - time.monotonic()))
+
+    def check(self) -> None:
+        """Raises CallCancelled or DeadlineExceeded when the wait is over. Looks up twice a poll, not on every packet."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + POLL_SECONDS / 2
+        deadline, what = self._next()
+        if now >= deadline:
+            raise DeadlineExceeded(f"{self.host}: {what}", reason=what)
+        if self._cancelled():
+            raise CallCancelled(f"interrupted while waiting for {self.host}", reason="interrupted")
+
+    def _next(self) -> tuple[float, str]:
+        limits = self.deadlines
+        total = self._started + limits.total, f"not done in {limits.total:g} s"
+        if self.answering:
+            return total
+        if not self._is_connected:
+            return min(total, (self._started + limits.connect, f"no connection in {limits.connect:g} s"))
+        return min(total, (self._progress + limits.first_byte, f"no answer in {limits.first_byte:g} s"))
+
+
+class _WatchedSocket:
+    """What http.client needs of a socket, looking up from every wait to ask the call's watch."""
+
+    def __init__(self, sock: socket.socket, watch: _Watch) -> None:
+        self.watch = watch
+        self._sock = sock
+        self._held: list[bytes] | None = None
+        self._readers = 0
+        self._closing = False
+        sock.settimeout(POLL_SECONDS)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def hold(self) -> None:
+        """Keep what is sent until ``release``: a head in a packet of its own wakes the server for nothing."""
+        self._held = []
+
+    def release(self, body: memoryview) -> None:
+        """Send what was held and ``body``, its beginning together with the head."""
+        head, self._held = b"".join(self._held or []), None
+        self.sendall(head + body[:_CHUNK])
+        if body.nbytes > _CHUNK:
+            self.sendall(body[_CHUNK:])
+
+    def sendall(self, data: Any) -> None:
+        if self._held is not None:
+            self._held.append(data)
+            return
+        view = memoryview(data).cast("B")
+        start = 0
+        while start < view.nbytes:
+            try:
+                start += self._sock.send(view[start : start + _CHUNK])
+            except TimeoutError:
+                self.watch.check()
+            else:
+                self.watch.moved()
+
+    def recv_into(self, buffer: Any) -> int:
+        while True:
+            self.watch.check()
+            try:
+                return self._sock.recv_into(buffer)
+            except TimeoutError:
+                continue
+
+    def makefile(self, mode: str) -> io.BufferedReader:  # noqa: ARG002  # http.client asks for "rb"
+        self._readers += 1
+        return io.BufferedReader(_Reader(self))
+
+    def reader_closed(self) -> None:
+        self._readers -= 1
+        if self._closing and not self._readers:
+            self._sock.close()
+
+    def close(self) -> None:
+        """Close, once an answer that is still being read has been read: http.client counts on that."""
+        self._closing = True
+        if not self._readers:
+            self._sock.close()
+
+
+class _Reader(io.RawIOBase):
+    def __init__(self, sock: _WatchedSocket) -> None:
+        super().__init__()
+        self._sock = sock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._sock.recv_into(buffer)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._sock.reader_closed()
+
+
+class _Attempt:
+    """A connection being made on a daemon thread, which a hanging name lookup may keep for as long as it likes."""
+
+    def __init__(self, connect: Callable[[], _Connection]) -> None:
+        self.done = threading.Event()
+        self._connect = connect
+        self._lock = threading.Lock()
+        self._abandoned = False
+        self._connection: _Connection | None = None
+        self._error: Exception | None = None
+        threading.Thread(target=self._run, name="remote-vae-connect", daemon=True).start()
+
+    def abandon(self) -> None:
+        """Nobody waits any more: what still comes of it is closed."""
+        with self._lock:
+            self._abandoned = True
+            if self._connection is not None:
+                self._connection.close()
+
+    def result(self) -> _Connection:
+        if self._error is not None:
+            raise self._error
+        if self._connection is None:
+            raise ConnectionError("no connection")
+        return self._connection
+
+    def _run(self) -> None:
+        try:
+            connection = self._connect()
+            with self._lock:
+                self._connection = connection
+                if self._abandoned:
+                    connection.close()
+        except Exception as error:  # whatever it is, it belongs to the thread that waits
+            self._error = error
+        finally:
+            self.done.set()
+
+
+def _tls_context() -> ssl.SSLContext:
+    # As requests does: certifi's certificates, or the file or folder that REQUESTS_CA_BUNDLE names. Verification is on.
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or certifi.where()
-    options: dict[str, Any] = {"maxsize": _IDLE_CONNECTIONS, "cert_reqs": "CERT_REQUIRED"}
     if os.path.isdir(bundle):
-        options["ca_cert_dir"] = bundle
-    else:
-        options["ca_certs"] = bundle
-    # A proxy cannot reach this machine's own loopback.
-    found = {} if is_loopback(url) else requests.utils.get_environ_proxies(url)
-    proxy = requests.utils.select_proxy(url, found)
-    pool = urllib3.ProxyManager(_with_scheme(proxy), **options) if proxy else urllib3.PoolManager(**options)
-    pool.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
-    return pool
+        return ssl.create_default_context(capath=bundle)
+    return ssl.create_default_context(cafile=bundle)
 
 
-def _with_scheme(proxy: str) -> str:
-    return proxy if "://" in proxy else f"http://{proxy}"
+def _proxy_for(url: str) -> str:
+    """The URL of the proxy that the environment names for ``url``, or "". None can reach this machine's own loopback."""
+    if is_loopback(url):
+        return ""
+    proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or ""
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
-def _read_body(response: urllib3.response.BaseHTTPResponse, headers: Mapping[str, str], expected: Expected[Any]) -> np.ndarray:
-    length = _content_length(headers)
+def _proxy_headers(proxy: str) -> dict[str, str]:
+    parts = urlsplit(proxy)
+    if not parts.username:
+        return {}
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode("ascii")}
+
+
+def _read_body(response: http.client.HTTPResponse, expected: Expected[Any]) -> np.ndarray:
+    length = response.length
     if expected.exact is not None and length is not None and length != expected.exact:
         raise MalformedAnswer(f"{length} bytes, and {expected.exact} belong to its shape and dtype")
     if length is not None and length > expected.limit:
         raise MalformedAnswer(f"{length} bytes, and at most {expected.limit} were expected")
-    size = expected.exact if expected.exact is not None else length
-    if size is None:
-        return _read_unknown(response, expected.limit)
-    buffer = np.empty(size, dtype=np.uint8)
+    if length is None:
+        return _read_unknown(response, expected)
+    buffer = np.empty(length, dtype=np.uint8)
     view = buffer.data
     filled = 0
-    while filled < size:
-        count = response.readinto(view[filled : filled + _CHUNK])
+    while filled < length:
+        count = response.readinto(view[filled:])
         if not count:
-            raise MalformedAnswer(f"{filled} bytes came of {size}")
+            raise http.client.IncompleteRead(b"", length - filled)
         filled += count
-    if length is None and response.read(1):
-        raise MalformedAnswer(f"more than the {size} bytes that belong to its shape and dtype")
+    # Empty reads tell http.client that the answer is over, so that the connection can be used again.
+    response.read()
     return buffer
 
 
-def _read_unknown(response: urllib3.response.BaseHTTPResponse, limit: int) -> np.ndarray:
+def _read_unknown(response: http.client.HTTPResponse, expected: Expected[Any]) -> np.ndarray:
+    """A body without a length (chunked, or until the end of the connection)."""
     data = bytearray()
     while piece := response.read(_CHUNK):
         data += piece
-        if len(data) > limit:
-            raise MalformedAnswer(f"more than {limit} bytes")
+        if len(data) > expected.limit:
+            raise MalformedAnswer(f"more than the {expected.limit} bytes that were expected")
+    if expected.exact is not None and len(data) != expected.exact:
+        raise MalformedAnswer(f"{len(data)} bytes, and {expected.exact} belong to its shape and dtype")
     return np.frombuffer(data, dtype=np.uint8)
 
 
-def _read_error(response: urllib3.response.BaseHTTPResponse) -> str:
-    try:
-        return error_detail(response.read(ERROR_LIMIT) or b"")
-    except (urllib3.exceptions.HTTPError, OSError):
-        return "the connection broke before the message came"
-
-
-def _content_length(headers: Mapping[str, str]) -> int | None:
-    text = headers.get("content-length", "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
-
-
-def _unreachable(host: str, error: Exception) -> EndpointUnreachable:
-    reason = _plain_reason(error)
-    return EndpointUnreachable(f"{host}: {reason}", reason=reason)
+def _read_error(response: http.client.HTTPResponse) -> str:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return error_detail(response.read(ERROR_LIMIT))
+    return "the connection broke before the message came"
 
 
 def _plain_reason(error: BaseException) -> str:
-    """The cause in the words of a person; urllib3 wraps it in up to three layers."""
-    seen: list[BaseException] = []
-    layer: BaseException | None = error
-    while layer is not None and layer not in seen:
-        seen.append(layer)
-        inner = getattr(layer, "reason", None) or next((a for a in layer.args if isinstance(a, BaseException)), None)
-        layer = inner if isinstance(inner, BaseException) else layer.__cause__ or layer.__context__
-    for found in reversed(seen):
-        if isinstance(found, ConnectionRefusedError):
-            return "connection refused"
-        if isinstance(found, socket.gaierror):
-            return "unknown host"
-        if isinstance(found, (ConnectionError, urllib3.exceptions.ProtocolError)):
-            return "connection lost"
-        if isinstance(found, (urllib3.exceptions.ConnectTimeoutError, TimeoutError)):
-            return "no connection in time"
-    for found in seen:
-        if isinstance(found, urllib3.exceptions.SSLError) or "ssl" in type(found).__module__:
-            return f"TLS failed: {found}"
-    return f"{type(error).__name__}: {error}"
+    """What went wrong, in the words of a person."""
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(error, socket.gaierror):
+        return "unknown host"
+    if isinstance(error, TimeoutError):
+        return "no connection in time"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {error.reason or error}"
+    if isinstance(error, (ConnectionError, http.client.HTTPException)):
+        return "connection lost"
+    return str(error) or type(error).__name__

@@ -37,8 +37,9 @@ def to_uint8(pixels: torch.Tensor, *, truncate: bool = False) -> torch.Tensor:
 
 def from_uint8(levels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """uint8 ``[B, H, W, 3]`` to ``[B, 3, H, W]`` in [-1, 1] such that rounding and truncating hosts get the levels back."""
-    values = levels.movedim(-1, 1).contiguous().to(torch.float32)
-    return values.add_(_QUARTER).mul_(2.0 / 255.0).sub_(1.0).to(dtype)
+    values = levels.to(torch.float32).add_(_QUARTER).mul_(2.0 / 255.0).sub_(1.0).to(dtype)
+    # Last, on the fewest bytes: torch moves axes of uint8 several times slower.
+    return values.movedim(-1, 1).contiguous()
 
 
 def image_to_pixels(image: Image.Image) -> torch.Tensor:

@@ -28,6 +28,7 @@ from remote_vae.wire.tensors import (
     TensorHead,
     dtype_name,
     is_packed,
+    is_within,
     tensor_from_bytes,
     tensor_to_bytes,
     unpack_latents,
@@ -411,7 +412,7 @@ def _check_tensor(tensor: Any, name: str, dimensions: tuple[int, ...]) -> None:
         TensorHead(tuple(tensor.shape), tensor.dtype)
     except ValueError as error:
         raise InvalidRequest(f"{name}: {error}") from None
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+    if not is_within(tensor):
         raise InvalidRequest(f"{name}: NaN or infinite values; the generation itself went wrong")
 
 

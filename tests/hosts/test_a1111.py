@@ -582,13 +582,18 @@ def test_interrupt_and_skip_end_the_wait_and_the_pictures_are_made_locally(
 
 
 @pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("button", ["interrupt", "skip"])
 def test_an_interrupt_during_sampling_does_not_cancel_the_decode_of_the_picture_so_far(
-    host: Host, model: LdmModel, chaos: Chaos, batch: int
+    host: Host, model: LdmModel, chaos: Chaos, button: str, batch: int
 ) -> None:
-    turn_on(host, chaos.url)
-    host.state.interrupt()
+    turn_on(host, chaos.url, first_byte_timeout=0.3)
+    getattr(host.state, button)()
     host.txt2img(batch)
-    assert routes() == ["decode remote"]
+    # An answer that takes its time is waited for as well.
+    chaos.reset("hang")
+    host.txt2img(batch)
+    assert [record.fallback_reason for record in records()] == ["", *["no answer in 0.3 s"] * batch]
+    assert chaos.requests == ["/decode"]
 
 
 # --- hooked once -------------------------------------------------------------------------------------------------------
@@ -645,6 +650,8 @@ def test_every_model_in_memory_is_hooked_whichever_is_in_use(host: Host, model: 
     host.txt2img()
     assert routes() == ["decode remote", "decode remote"]
     assert [hooks_in(one.decode_first_stage) for one in (model, other)] == [1, 1]
+    adapter.uninstall()
+    assert [hooks_in(one.decode_first_stage) for one in (model, other)] == [0, 0]
 
 
 def test_after_a_vae_switch_the_fallback_uses_the_new_weights(host: Host, model: LdmModel, chaos: Chaos) -> None:

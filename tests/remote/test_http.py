@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import socketserver
+import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import trustme
 
 from remote_vae.errors import (
     CallCancelled,
@@ -21,10 +27,13 @@ from remote_vae.errors import (
 )
 from remote_vae.remote.client import EndpointClient, client_for, never
 from remote_vae.remote.http import Deadlines, HttpClient
+from remote_vae.server.engine import Limits
+from remote_vae.server.models import LoadedVae
 from remote_vae.wire import DecodeRequest, EncodeRequest, Output
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
 
+Fresh = Callable[[str], EndpointClient]
 QUICK = Deadlines(connect=2.0, first_byte=5.0, total=20.0)
 
 
@@ -33,8 +42,21 @@ def request_(latents: torch.Tensor) -> DecodeRequest:
     return DecodeRequest(latents, Output.UINT8)
 
 
+@pytest.fixture
+def fresh() -> Iterator[Fresh]:
+    """Makes clients with connections, proxies and certificates of their own, and closes them."""
+    with contextlib.ExitStack() as stack:
+
+        def make(url: str) -> EndpointClient:
+            http = HttpClient(url)
+            stack.callback(http.close)
+            return EndpointClient(url, http)
+
+        yield make
+
+
 def client(chaos: Chaos) -> EndpointClient:
-    return EndpointClient(f"{chaos.url}/decode", HttpClient(chaos.url))
+    return client_for(f"{chaos.url}/decode")
 
 
 def test_an_answer_comes_with_the_bytes_of_both_bodies(chaos: Chaos, request_: DecodeRequest) -> None:
@@ -175,7 +197,9 @@ def test_a_wait_that_was_ended_gives_the_server_its_connection_back(request_: De
         assert closed.wait(2.0)
 
 
-def test_a_connection_that_the_server_closed_meanwhile_is_made_anew(request_: DecodeRequest, server: ServerThread) -> None:
+def test_a_connection_that_the_server_closed_meanwhile_is_made_anew(
+    request_: DecodeRequest, server: ServerThread, fresh: Fresh
+) -> None:
     """The race between an idle connection's end and the next request on it."""
     accepted: list[socket.socket] = []
     target = int(server.url.rpartition(":")[2])
@@ -207,7 +231,7 @@ def test_a_connection_that_the_server_closed_meanwhile_is_made_anew(request_: De
         served = threading.Event()
         threading.Thread(target=relay, daemon=True).start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/decode"
-        endpoint = EndpointClient(url, HttpClient(url))
+        endpoint = fresh(url)
         first = endpoint.decode(request_, QUICK)
         served.set()
         second = endpoint.decode(request_, QUICK)
@@ -251,3 +275,96 @@ def test_no_proxy_stands_between_this_machine_and_itself(
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert client(chaos).decode(request_, QUICK).bytes_down > 0
+
+
+def test_a_refusal_that_comes_before_the_body_is_through_is_understood(loaded: LoadedVae) -> None:
+    """A server that refuses by the head hangs up while megabytes are still on their way."""
+    server = ServerThread(loaded, limits=Limits(max_pixels=4096))
+    try:
+        with pytest.raises(EndpointError, match="at most 4096") as caught:
+            client_for(f"{server.url}/encode").encode(EncodeRequest(torch.zeros(1, 3, 1024, 1024)), QUICK)
+        assert caught.value.status == 400
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def tls() -> Iterator[tuple[str, trustme.CA]]:
+    """A TLS endpoint on loopback with a certificate of an authority of its own; its answer is one level everywhere."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    body = bytes(64 * 96 * 3)
+    head = f"Content-Type: tensor/binary\r\nshape: [1, 64, 96, 3]\r\ndtype: uint8\r\nContent-Length: {len(body)}"
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                length = 0
+                while line := self.rfile.readline().strip():
+                    name, _, value = line.partition(b":")
+                    length = int(value) if name.lower() == b"content-length" else length
+                self.rfile.read(length)
+                self.wfile.write(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode() + body)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+        def get_request(self) -> tuple[socket.socket, object]:
+            connection, address = super().get_request()
+            return context.wrap_socket(connection, server_side=True), address
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            pass
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"https://localhost:{server.server_address[1]}/", authority
+        server.shutdown()
+
+
+def test_tls_works_with_an_authority_that_the_user_names(
+    tls: tuple[str, trustme.CA], request_: DecodeRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: Fresh
+) -> None:
+    url, authority = tls
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+    endpoint = fresh(url)
+    for _ in range(2):
+        assert endpoint.decode(request_, QUICK).bytes_down == 64 * 96 * 3
+
+
+def test_a_certificate_of_an_unknown_authority_is_not_accepted(
+    tls: tuple[str, trustme.CA], request_: DecodeRequest, fresh: Fresh
+) -> None:
+    with pytest.raises(EndpointUnreachable, match="TLS failed: CERTIFICATE_VERIFY_FAILED"):
+        fresh(tls[0]).decode(request_, QUICK)
+
+
+def test_a_certificate_for_another_name_is_not_accepted(
+    tls: tuple[str, trustme.CA], request_: DecodeRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: Fresh
+) -> None:
+    url, authority = tls
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+    other = url.replace("localhost", "127.0.0.1")
+    with pytest.raises(EndpointUnreachable, match="TLS failed"):
+        fresh(other).decode(request_, QUICK)
+
+
+def test_a_proxy_of_the_environment_is_asked_for_the_whole_address(
+    chaos: Chaos, request_: DecodeRequest, monkeypatch: pytest.MonkeyPatch, fresh: Fresh
+) -> None:
+    monkeypatch.setenv("http_proxy", chaos.url.replace("http://", "http://me:pass@"))
+    monkeypatch.setenv("no_proxy", "")
+    seen: list[tuple[str, str]] = []
+    original = chaos._answer
+
+    def noting(handler: Any) -> None:
+        seen.append((handler.path.partition("?")[0], handler.headers["Proxy-Authorization"]))
+        original(handler)
+
+    chaos._answer = noting  # type: ignore[method-assign]
+    url = "http://studio.invalid/decode"
+    assert fresh(url).decode(request_, QUICK).bytes_down == 64 * 96 * 3
+    assert seen == [(url, "Basic bWU6cGFzcw==")]
