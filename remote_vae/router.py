@@ -112,7 +112,7 @@ class Router:
             return VaeCallFailed(f"the picture could not be encoded: {error}")
         folder = Path(settings.rescue_folder) if settings.rescue_folder else self._rescue_folder or rescue.default_folder()
         try:
-            path = rescue.save_latents(call.tensor, call.family, folder, str(error))
+            path = rescue.save_latents(call.tensor if call.lost is None else call.lost, call.family, folder, str(error))
         except Exception as problem:  # whatever stops the saving, the first error is the one to report
             return VaeCallFailed(f"the latents could not be decoded: {error}. Nor could they be saved in {folder}: {problem}")
         return VaeCallFailed(

@@ -40,6 +40,7 @@ class VaeCall(Generic[T]):
         whole: the host's own call, its result untouched. None: it is known not to fit in memory.
         spares: what to try when the host's own call runs out of memory, best first.
         adopt: turns a remote answer into what the host's own call would return.
+        lost: what is lost with the call where that is more than ``tensor``: the latents of the whole batch. Saved in its place.
         truncates: whether the host makes 8-bit levels by rounding down; then an 8-bit transfer does so too.
         cancelled: whether the user wants the waiting to end. Called often, from any thread.
     """
@@ -50,6 +51,7 @@ class VaeCall(Generic[T]):
     whole: Callable[[], T] | None
     adopt: Callable[[Remote], T]
     spares: tuple[Spare[T], ...] = ()
+    lost: torch.Tensor | None = None
     truncates: bool = False
     cancelled: Callable[[], bool] = lambda: False
 

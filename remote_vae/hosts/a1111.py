@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -49,14 +50,17 @@ class _Batch:
 
     def __init__(self, latents: torch.Tensor) -> None:
         self.latents = latents
+        self.raw = latents
         self.answer: Remote | None = None
         self.failure = ""
 
     def index_of(self, latents: torch.Tensor) -> int | None:
         """Which picture of the batch ``latents`` ``[1, C, h, w]`` are, or None."""
-        if latents.shape[1:] != self.latents.shape[1:] or latents.shape[0] != 1 or latents.dtype != self.latents.dtype:
+        if latents.shape[1:] != self.latents.shape[1:] or latents.shape[0] != 1:
             return None
-        return next((index for index, own in enumerate(self.latents) if torch.equal(own, latents[0])), None)
+        # After NaN the UI asks again in float32 for what it has asked in half precision.
+        wanted = latents[0].to(self.latents.dtype)
+        return next((index for index, own in enumerate(self.latents) if torch.equal(own, wanted)), None)
 
 
 class Adapter:
@@ -65,6 +69,7 @@ class Adapter:
     def __init__(self) -> None:
         self.router = Router(History())
         self._installed = False
+        self._presses = 0
         self._thread = _ThreadState()
         self._problems: tuple[str, ...] = ()
 
@@ -72,12 +77,14 @@ class Adapter:
 
     def install(self) -> None:
         """Get in the way of every model that is loaded, and of the two functions. Safe to call again."""
-        from modules import paths, processing, sd_models, sd_samplers_common
+        from modules import paths, processing, sd_models, sd_samplers_common, shared
 
         self.router = Router(self.router.history, Path(paths.data_path) / "remote-vae-rescue")
         self._installed = True
         self._wrap(sd_samplers_common, "single_sample_to_image", self._preview_door)
         self._wrap(processing, "decode_latent_batch", self._batch_door)
+        for name in ("interrupt", "skip"):
+            self._wrap(shared.state, name, self._press_door)
         # Not shared.sd_model: reading that can start the loading of a model.
         data = sd_models.model_data
         for model in [*getattr(data, "loaded_sd_models", []), data.sd_model]:
@@ -86,15 +93,18 @@ class Adapter:
 
     def uninstall(self) -> None:
         """Give the UI its own functions back. A hook that somebody has put over ours stays, and ours only passes on."""
-        from modules import processing, sd_models, sd_samplers_common
+        from modules import processing, sd_models, sd_samplers_common, shared
 
         self._installed = False
         self._unwrap(sd_samplers_common, "single_sample_to_image")
         self._unwrap(processing, "decode_latent_batch")
+        for name in ("interrupt", "skip"):
+            self._unwrap(shared.state, name)
         data = sd_models.model_data
         for model in [*getattr(data, "loaded_sd_models", []), data.sd_model]:
             if model is not None:
-                self._unhook(model)
+                for method in _METHODS.values():
+                    self._unwrap(model, method)
 
     def hook(self, model: Any) -> None:
         """Stand in front of the VAE calls of ``model``, once. The UI announces the same model again on every VAE change."""
@@ -108,34 +118,29 @@ class Adapter:
             current = getattr(model, method)
             if _finds_ours(current):
                 continue
-            setattr(model, method, self._hooked(op, model, kind, current))
+            self._place(model, method, self._hooked(op, model, kind, current))
 
-    def _unhook(self, model: Any) -> None:
-        for method in _METHODS.values():
-            current = vars(model).get(method)
-            if getattr(current, _MARK, None) is not self:
-                continue
-            if current.was_on_instance:
-                setattr(model, method, current.__wrapped__)
-            else:
-                delattr(model, method)
+    def _wrap(self, owner: Any, name: str, door: Callable[..., Any]) -> None:
+        """Put ``door`` around the function ``name`` of a module or an object, once."""
+        current = getattr(owner, name)
+        if not _finds_ours(current):
+            self._place(owner, name, lambda *args, **kwargs: door(current, *args, **kwargs))
 
-    def _wrap(self, module: Any, name: str, door: Callable[..., Any]) -> None:
-        current = getattr(module, name)
-        if _finds_ours(current):
+    def _place(self, owner: Any, name: str, hook: Any) -> None:
+        setattr(hook, _MARK, self)
+        hook.__wrapped__ = getattr(owner, name)
+        # A method of the class is not put back on the instance: taking the hook away uncovers it.
+        hook.covers_class = name not in vars(owner)
+        setattr(owner, name, hook)
+
+    def _unwrap(self, owner: Any, name: str) -> None:
+        current = vars(owner).get(name)
+        if getattr(current, _MARK, None) is not self:
             return
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return door(current, *args, **kwargs)
-
-        setattr(wrapped, _MARK, self)
-        wrapped.__wrapped__ = current  # type: ignore[attr-defined]
-        setattr(module, name, wrapped)
-
-    def _unwrap(self, module: Any, name: str) -> None:
-        current = getattr(module, name)
-        if getattr(current, _MARK, None) is self:
-            setattr(module, name, current.__wrapped__)
+        if current.covers_class:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, current.__wrapped__)
 
     # --- the doors -----------------------------------------------------------------------------------------------------
 
@@ -146,16 +151,25 @@ class Adapter:
         with self._passing_on():
             return original(sample, approximation)
 
+    def _press_door(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around Interrupt and Skip: a second press shows in no flag."""
+        self._presses += 1
+        return original(*args, **kwargs)
+
     def _batch_door(self, original: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``decode_latent_batch``, which decodes picture after picture: the remote answer is fetched for all first."""
-        if not self._active() or not isinstance(batch, torch.Tensor) or batch.shape[0] < 2 or not _decodes_in_full():
-            return original(model, batch, *args, **kwargs)
-        settings = self._settings()
-        hook = getattr(model, _METHODS["decode"], None)
         kind = kind_of(model)
-        if kind is None or not _finds_ours(hook):
+        takes = (
+            self._active()
+            and self._thread.batch is None
+            and isinstance(batch, torch.Tensor)
+            and batch.shape[0] > 1
+            and _decodes_in_full()
+            and _finds_ours(getattr(model, _METHODS["decode"], None))
+        )
+        if not takes or kind is None:
             return original(model, batch, *args, **kwargs)
-        with self._prefetched(model, kind, batch, settings):
+        with self._prefetched(model, kind, batch, self._settings()):
             return original(model, batch, *args, **kwargs)
 
     @contextmanager
@@ -172,15 +186,16 @@ class Adapter:
             whole=None,
             adopt=lambda answer: answer,
             truncates=True,
-            cancelled=_interrupts(),
+            cancelled=self._interrupts(),
         )
+        pending.raw = call.tensor
         if wants_remote(call, settings):
             try:
                 pending.answer = self.router.run_remote(call, settings)
             except RouteFailed as error:
                 log.warning("remote decode of %d pictures: %s", batch.shape[0], error)
                 pending.failure = error.reason
-            self._thread.batch = pending
+        self._thread.batch = pending
         try:
             yield
         finally:
@@ -199,9 +214,6 @@ class Adapter:
             with self._passing_on():
                 return self._run(op, model, kind, original, tensor)
 
-        setattr(hooked, _MARK, self)
-        hooked.__wrapped__ = original  # type: ignore[attr-defined]
-        hooked.was_on_instance = _METHODS[op] in vars(model)  # type: ignore[attr-defined]
         return hooked
 
     @contextmanager
@@ -219,9 +231,11 @@ class Adapter:
         if batch is not None and index is not None and isinstance(batch.answer, DecodeAnswer):
             return batch.answer.picture(index).pixels(tensor.device, tensor.dtype)
         call = self._call(op, model, kind, original, tensor)
-        if batch is not None and index is not None and batch.failure:
-            return self.router.run(call, settings, remote=False, because=batch.failure)
-        return self.router.run(call, settings)
+        if batch is None or index is None:
+            return self.router.run(call, settings)
+        # The UI gives up the whole batch with the first picture that fails.
+        call = replace(call, lost=batch.raw)
+        return self.router.run(call, settings, remote=not batch.failure, because=batch.failure)
 
     def _call(self, op: Op, model: Any, kind: Kind, original: Callable[..., Any], tensor: torch.Tensor) -> VaeCall[Any]:
         def adopt(answer: Remote) -> Any:
@@ -246,13 +260,22 @@ class Adapter:
             adopt=adopt,
             spares=(Spare("whole VAE on the CPU", cpu),),
             truncates=True,
-            cancelled=_interrupts(),
+            cancelled=self._interrupts(),
         )
+
+    def _interrupts(self) -> Callable[[], bool]:
+        """Whether Interrupt or Skip is pressed from now on. A press during sampling asks for the picture so far."""
+        from modules import shared
+
+        presses = self._presses
+        risen = rising(lambda: bool(shared.state.interrupted), lambda: bool(shared.state.skipped))
+        return lambda: self._presses != presses or risen()
 
     def _active(self) -> bool:
         from modules import shared
 
-        return self._installed and bool(getattr(shared.opts, PREFIX + "enabled", False))
+        enabled = getattr(shared.opts, PREFIX + "enabled", False)
+        return self._installed and (enabled if isinstance(enabled, bool) else self._settings().enabled)
 
     def _settings(self) -> Settings:
         from modules import shared
@@ -286,16 +309,12 @@ def _finds_ours(function: Any) -> bool:
 
 
 def _decodes_in_full() -> bool:
+    """Whether a final decode asks the VAE, and not one of the UI's approximations."""
     from modules import shared
 
+    if shared.state.interrupted and getattr(shared.opts, "live_preview_fast_interrupt", False):
+        return getattr(shared.opts, "show_progress_type", "Full") == "Full"
     return getattr(shared.opts, "sd_vae_decode_method", "Full") == "Full"
-
-
-def _interrupts() -> Callable[[], bool]:
-    """Whether Interrupt or Skip is pressed from now on. One that was pressed during sampling asks for the picture so far."""
-    from modules import shared
-
-    return rising(lambda: bool(shared.state.interrupted), lambda: bool(shared.state.skipped))
 
 
 def _family(model: Any, kind: Kind) -> Family:

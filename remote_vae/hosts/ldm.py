@@ -67,13 +67,14 @@ class Sgm(Ldm):
     def from_moments(self, moments: torch.Tensor) -> Any:
         mean, std = _mean_and_std(moments)
         # As sgm's distribution draws: from the CPU's global generator, whatever the device.
-        return self._model.scale_factor * (mean + std * torch.randn(mean.shape).to(mean))
+        # Its noise is float32, and so the sample of a half-precision VAE is as well.
+        return self._model.scale_factor * (mean + std * torch.randn(mean.shape).to(mean.device))
 
     def from_sample(self, latents: torch.Tensor) -> Any:
-        return self._model.scale_factor * latents
+        return self._model.scale_factor * latents.float()
 
-    def from_vae(self, encoded: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        return self._model.scale_factor * encoded.to(device, dtype)
+    def from_vae(self, encoded: Any, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ARG002  # float32, as above
+        return self._model.scale_factor * encoded.to(device)
 
 
 class Sd3(Kind):

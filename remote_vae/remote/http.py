@@ -1,8 +1,9 @@
 """One POST with deadlines that hold and a wait that can be broken off.
 
-On the standard library's http.client: a VAE answer is megabytes that should land in their final buffer, and a read must be able
-to stop when a deadline passes or the user wants it, neither of which the libraries above it offer. What it does not do stands
-here: keep-alive, and sockets that look up from every wait. Proxies and certificates are found as requests finds them.
+A VAE answer is megabytes that should land in their final buffer, and a read must be able to stop when a deadline passes or the
+user wants it. urllib3 offers neither: a thread around it costs three times the transfer itself (bench/client_overhead.py). So
+http.client makes the connections, and what it does not do stands here: keep-alive, and sockets that look up from every wait.
+Proxies and certificates are found as requests finds them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
-import io
 import os
 import select
 import socket
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, TypeVar, Union, cast
 from urllib.parse import unquote, urlsplit
 
@@ -32,12 +33,14 @@ from remote_vae.errors import (
     DeadlineExceeded,
     EndpointError,
     EndpointUnreachable,
+    InvalidRequest,
     MalformedAnswer,
 )
+from remote_vae.remote.http1 import Answer, request_head
 from remote_vae.wire import Expected, HttpRequest, error_detail
 from remote_vae.wire.answers import ERROR_LIMIT
 
-Answer = TypeVar("Answer")
+A = TypeVar("A")
 _Connection = Union[http.client.HTTPConnection, http.client.HTTPSConnection]
 
 # How often the user is asked for Interrupt. The promise is 0.2 s.
@@ -57,10 +60,10 @@ class Deadlines:
 
 
 @dataclass(frozen=True)
-class Reply(Generic[Answer]):
+class Reply(Generic[A]):
     """A checked answer, with the bytes of the two bodies."""
 
-    answer: Answer
+    answer: A
     bytes_up: int
     bytes_down: int
 
@@ -85,24 +88,32 @@ class HttpClient:
         url: str,
         request: HttpRequest,
         headers: Mapping[str, str],
-        expect: Callable[[Mapping[str, str]], Expected[Answer]],
+        expect: Callable[[Mapping[str, str]], Expected[A]],
         deadlines: Deadlines,
         cancelled: Callable[[], bool],
-    ) -> Reply[Answer]:
+    ) -> Reply[A]:
         """Send ``request``; ``expect`` judges the headers of a 200 answer before its body is read.
 
         Raises:
             EndpointUnreachable, DeadlineExceeded, CallCancelled, EndpointError, MalformedAnswer: no answer, and why.
         """
-        watch = _Watch(urlsplit(url).netloc, deadlines, cancelled)
+        watch = _Watch(_host_and_target(url)[0], deadlines, cancelled)
         fields = {**request.headers, **headers, **({} if self._secure else self._proxy_headers)}
-        message = _Message(self._target(request.url(url)), fields, memoryview(request.body))
+        body = memoryview(request.body)
         try:
-            expected, body = self._exchange(message, expect, watch)
+            host, target = _host_and_target(url)
+            # A plain proxy is asked for the whole address.
+            address = url if self._proxy and not self._secure else target
+            head = request_head(host, request.url(address), fields, body.nbytes)
+        except ValueError as error:
+            raise InvalidRequest(f"{watch.host}: {error}") from None
+        message = _Message(head, body)
+        try:
+            expected, answer = self._exchange(message, expect, watch)
         except (OSError, http.client.HTTPException) as error:
             reason = _plain_reason(error)
             raise EndpointUnreachable(f"{watch.host}: {reason}", reason=reason) from error
-        return Reply(expected.finish(body), message.body.nbytes, body.nbytes)
+        return Reply(expected.finish(answer), body.nbytes, answer.nbytes)
 
     def close(self) -> None:
         """Close the idle connections; the client can still be used."""
@@ -112,8 +123,8 @@ class HttpClient:
             connection.close()
 
     def _exchange(
-        self, message: _Message, expect: Callable[[Mapping[str, str]], Expected[Answer]], watch: _Watch
-    ) -> tuple[Expected[Answer], np.ndarray]:
+        self, message: _Message, expect: Callable[[Mapping[str, str]], Expected[A]], watch: _Watch
+    ) -> tuple[Expected[A], np.ndarray]:
         connection = self._take_idle()
         if connection is not None:
             try:
@@ -130,33 +141,26 @@ class HttpClient:
         self,
         connection: _Connection,
         message: _Message,
-        expect: Callable[[Mapping[str, str]], Expected[Answer]],
+        expect: Callable[[Mapping[str, str]], Expected[A]],
         watch: _Watch,
-    ) -> tuple[Expected[Answer], np.ndarray]:
-        cast(_WatchedSocket, connection.sock).watch = watch
+    ) -> tuple[Expected[A], np.ndarray]:
+        sock = cast(_WatchedSocket, connection.sock)
+        sock.watch = watch
         complete = False
         try:
-            response = message.send(connection)
+            answer = message.send(sock)
             watch.answering = True
-            headers = {name.lower(): value for name, value in response.headers.items()}
-            if response.status != 200:
-                raise EndpointError(response.status, _read_error(response), watch.host)
-            expected = expect(headers)
-            body = _read_body(response, expected)
-            complete = response.isclosed() and not response.will_close
+            if answer.status != 200:
+                raise EndpointError(answer.status, _read_error(answer), watch.host)
+            expected = expect(answer.headers)
+            body = _read_body(answer, expected)
+            complete = answer.keeps_alive
             return expected, body
         finally:
             if complete:
                 self._give_back(connection)
             else:
                 connection.close()
-
-    def _target(self, url: str) -> str:
-        if self._proxy and not self._secure:
-            # A plain proxy is asked for the whole address.
-            return url
-        parts = urlsplit(url)
-        return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
     def _take_idle(self) -> _Connection | None:
         while True:
@@ -210,28 +214,22 @@ class HttpClient:
 class _Message:
     """A POST, ready to be written."""
 
-    target: str
-    headers: Mapping[str, str]
+    head: bytes
     body: memoryview
 
-    def send(self, connection: _Connection) -> http.client.HTTPResponse:
+    def send(self, sock: _WatchedSocket) -> Answer:
         """Write it, and read the head of the answer."""
-        sock = cast(_WatchedSocket, connection.sock)
-        sock.hold()
-        connection.putrequest("POST", self.target, skip_accept_encoding=True)
-        for name, value in self.headers.items():
-            connection.putheader(name, value)
-        connection.putheader("Accept-Encoding", "identity")
-        connection.putheader("Content-Length", str(self.body.nbytes))
-        connection.endheaders()
         try:
-            sock.release(self.body)
+            # Together, as a head in a packet of its own wakes the server for nothing.
+            sock.sendall(self.head + self.body[:_CHUNK])
+            if self.body.nbytes > _CHUNK:
+                sock.sendall(self.body[_CHUNK:])
         except ConnectionError:
             # A server that refuses by the head alone answers and hangs up, while the body is still on its way.
             with contextlib.suppress(OSError, http.client.HTTPException):
-                return connection.getresponse()
+                return Answer(sock)
             raise
-        return connection.getresponse()
+        return Answer(sock)
 
 
 class _Watch:
@@ -286,35 +284,21 @@ class _Watch:
 
 
 class _WatchedSocket:
-    """What http.client needs of a socket, looking up from every wait to ask the call's watch."""
+    """A connected socket that looks up from every wait to ask the call's watch."""
 
     def __init__(self, sock: socket.socket, watch: _Watch) -> None:
         self.watch = watch
         self._sock = sock
-        self._held: list[bytes] | None = None
-        self._readers = 0
-        self._closing = False
         sock.settimeout(POLL_SECONDS)
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def hold(self) -> None:
-        """Keep what is sent until ``release``: a head in a packet of its own wakes the server for nothing."""
-        self._held = []
+    def close(self) -> None:
+        self._sock.close()
 
-    def release(self, body: memoryview) -> None:
-        """Send what was held and ``body``, its beginning together with the head."""
-        head, self._held = b"".join(self._held or []), None
-        self.sendall(head + body[:_CHUNK])
-        if body.nbytes > _CHUNK:
-            self.sendall(body[_CHUNK:])
-
-    def sendall(self, data: Any) -> None:
-        if self._held is not None:
-            self._held.append(data)
-            return
-        view = memoryview(data).cast("B")
+    def sendall(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
         start = 0
         while start < view.nbytes:
             try:
@@ -324,45 +308,20 @@ class _WatchedSocket:
             else:
                 self.watch.moved()
 
-    def recv_into(self, buffer: Any) -> int:
-        while True:
-            self.watch.check()
+    def fill(self, view: memoryview, least: int) -> int:
+        """Receive at least ``least`` bytes into ``view``; fewer only at the end of the connection. Returns their number."""
+        receive, check = self._sock.recv_into, self.watch.check
+        filled = 0
+        while filled < least:
+            check()
             try:
-                return self._sock.recv_into(buffer)
+                count = receive(view[filled:])
             except TimeoutError:
                 continue
-
-    def makefile(self, mode: str) -> io.BufferedReader:  # noqa: ARG002  # http.client asks for "rb"
-        self._readers += 1
-        return io.BufferedReader(_Reader(self))
-
-    def reader_closed(self) -> None:
-        self._readers -= 1
-        if self._closing and not self._readers:
-            self._sock.close()
-
-    def close(self) -> None:
-        """Close, once an answer that is still being read has been read: http.client counts on that."""
-        self._closing = True
-        if not self._readers:
-            self._sock.close()
-
-
-class _Reader(io.RawIOBase):
-    def __init__(self, sock: _WatchedSocket) -> None:
-        super().__init__()
-        self._sock = sock
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        return self._sock.recv_into(buffer)
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            self._sock.reader_closed()
+            if not count:
+                break
+            filled += count
+        return filled
 
 
 class _Attempt:
@@ -404,6 +363,13 @@ class _Attempt:
             self.done.set()
 
 
+@lru_cache(maxsize=64)
+def _host_and_target(url: str) -> tuple[str, str]:
+    """For the head of a request: host and port, and path with query."""
+    parts = urlsplit(url)
+    return parts.netloc, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
 def _tls_context() -> ssl.SSLContext:
     # As requests does: certifi's certificates, or the file or folder that REQUESTS_CA_BUNDLE names. Verification is on.
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or certifi.where()
@@ -428,31 +394,23 @@ def _proxy_headers(proxy: str) -> dict[str, str]:
     return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode("ascii")}
 
 
-def _read_body(response: http.client.HTTPResponse, expected: Expected[Any]) -> np.ndarray:
-    length = response.length
+def _read_body(answer: Answer, expected: Expected[Any]) -> np.ndarray:
+    length = answer.length
     if expected.exact is not None and length is not None and length != expected.exact:
         raise MalformedAnswer(f"{length} bytes, and {expected.exact} belong to its shape and dtype")
     if length is not None and length > expected.limit:
         raise MalformedAnswer(f"{length} bytes, and at most {expected.limit} were expected")
     if length is None:
-        return _read_unknown(response, expected)
+        return _read_unknown(answer, expected)
     buffer = np.empty(length, dtype=np.uint8)
-    view = buffer.data
-    filled = 0
-    while filled < length:
-        count = response.readinto(view[filled:])
-        if not count:
-            raise http.client.IncompleteRead(b"", length - filled)
-        filled += count
-    # Empty reads tell http.client that the answer is over, so that the connection can be used again.
-    response.read()
+    answer.read_into(buffer.data)
     return buffer
 
 
-def _read_unknown(response: http.client.HTTPResponse, expected: Expected[Any]) -> np.ndarray:
+def _read_unknown(answer: Answer, expected: Expected[Any]) -> np.ndarray:
     """A body without a length (chunked, or until the end of the connection)."""
     data = bytearray()
-    while piece := response.read(_CHUNK):
+    for piece in answer.pieces():
         data += piece
         if len(data) > expected.limit:
             raise MalformedAnswer(f"more than the {expected.limit} bytes that were expected")
@@ -461,10 +419,14 @@ def _read_unknown(response: http.client.HTTPResponse, expected: Expected[Any]) -
     return np.frombuffer(data, dtype=np.uint8)
 
 
-def _read_error(response: http.client.HTTPResponse) -> str:
+def _read_error(answer: Answer) -> str:
+    data = bytearray()
     with contextlib.suppress(OSError, http.client.HTTPException):
-        return error_detail(response.read(ERROR_LIMIT))
-    return "the connection broke before the message came"
+        for piece in answer.pieces():
+            data += piece
+            if len(data) >= ERROR_LIMIT:
+                break
+    return error_detail(data)
 
 
 def _plain_reason(error: BaseException) -> str:

@@ -339,6 +339,6 @@ def _check_float(head: TensorHead) -> None:
 
 
 def _check_values(tensor: torch.Tensor, limit: float) -> None:
-    if not is_within(tensor, limit):
+    if not is_within(tensor_to_bytes(tensor), tensor.dtype, limit):
         low, high = (float(value) for value in torch.aminmax(tensor.float()))
         raise MalformedAnswer(f"values from {low:g} to {high:g}, which no VAE gives")

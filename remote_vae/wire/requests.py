@@ -12,7 +12,7 @@ import enum
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Union
 from urllib.parse import urlencode
 
@@ -152,9 +152,10 @@ class DecodeRequest:
     truncate: bool = False
     base64_body: bool = False
     base64_answer: bool = False
+    _bytes: memoryview = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_tensor(self.latents, "latents", (3, 4, 5))
+        object.__setattr__(self, "_bytes", _checked_bytes(self.latents, "latents", (3, 4, 5)))
         shape = tuple(self.latents.shape)
         if self.latents.ndim == 3 and not (self.height and self.width):
             raise InvalidRequest("`height` and `width` required for packed latents.")
@@ -211,7 +212,7 @@ class DecodeRequest:
             query.append(("family", self.family))
         if self.truncate:
             query.append(("truncate", "True"))
-        body: bytes | memoryview = tensor_to_bytes(self.latents)
+        body: bytes | memoryview = self._bytes
         if self.base64_body:
             body = json.dumps({"inputs": base64.b64encode(body).decode("ascii")}).encode()
         headers = {
@@ -268,10 +269,11 @@ class EncodeRequest:
     scaling: Scaling = Scaling()
     posterior: bool = False
     family: str | None = None
+    _bytes: memoryview = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.image, torch.Tensor):
-            _check_tensor(self.image, "the image tensor", (4,))
+            object.__setattr__(self, "_bytes", _checked_bytes(self.image, "the image tensor", (4,)))
             if self.image.shape[1] != 3:
                 raise InvalidRequest(f"the image tensor must be [B, 3, H, W], not {list(self.image.shape)}")
         elif not isinstance(self.image, Image.Image):
@@ -305,7 +307,7 @@ class EncodeRequest:
         query += [("shape", str(size)) for size in self.image.shape]
         query.append(("dtype", dtype_name(self.image.dtype)))
         headers = {"Content-Type": TENSOR_TYPE, "Accept": TENSOR_TYPE}
-        return HttpRequest(tuple(query), headers, tensor_to_bytes(self.image))
+        return HttpRequest(tuple(query), headers, self._bytes)
 
     @classmethod
     def from_http(cls, query: Query, body: Buffer, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> EncodeRequest:
@@ -401,7 +403,8 @@ def _output(values: Mapping[str, str], accept: str) -> Output:
     return Output.PNG if image_format == "png" else Output.JPG
 
 
-def _check_tensor(tensor: Any, name: str, dimensions: tuple[int, ...]) -> None:
+def _checked_bytes(tensor: Any, name: str, dimensions: tuple[int, ...]) -> memoryview:
+    """The bytes of ``tensor``, if it can be sent. Raises InvalidRequest."""
     if not isinstance(tensor, torch.Tensor):
         raise InvalidRequest(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     dtype_name(tensor.dtype)
@@ -412,8 +415,10 @@ def _check_tensor(tensor: Any, name: str, dimensions: tuple[int, ...]) -> None:
         TensorHead(tuple(tensor.shape), tensor.dtype)
     except ValueError as error:
         raise InvalidRequest(f"{name}: {error}") from None
-    if not is_within(tensor):
+    values = tensor_to_bytes(tensor)
+    if not is_within(values, tensor.dtype):
         raise InvalidRequest(f"{name}: NaN or infinite values; the generation itself went wrong")
+    return values
 
 
 def _read_tensor(body: Buffer, head: TensorHead) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Union
 
 import numpy as np
@@ -21,6 +22,12 @@ DTYPES: dict[str, torch.dtype] = {
     "uint8": torch.uint8,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NUMPY: dict[torch.dtype, Any] = {
+    torch.float16: np.float16,
+    torch.float32: np.float32,
+    torch.bfloat16: np.int16,
+    torch.uint8: np.uint8,
+}
 # dtype.itemsize came with torch 2.1; hosts still run older ones.
 _SIZES = {torch.float16: 2, torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1}
 
@@ -50,9 +57,11 @@ def tensor_to_bytes(tensor: torch.Tensor) -> memoryview:
 
     Copies only what is not already contiguous on the CPU; the view keeps the values alive.
     """
-    values = tensor.detach().to("cpu").contiguous()
-    # Through uint8, as numpy has no bfloat16.
-    return values.reshape(-1).view(torch.uint8).numpy().data
+    if tensor.requires_grad or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        tensor = tensor.detach().to("cpu").contiguous()
+    # numpy has no bfloat16.
+    values = tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return values.data.cast("B")
 
 
 # Bits of each dtype without the sign: as whole numbers they are in the order of the magnitudes, infinity and NaN last.
@@ -61,23 +70,28 @@ _BITS: dict[torch.dtype, tuple[type[np.unsignedinteger[Any]], int]] = {
     torch.bfloat16: (np.uint16, 0x7FFF),
     torch.float32: (np.uint32, 0x7FFFFFFF),
 }
-_BLOCK = 1 << 16
+_BLOCK = 1 << 15
 
 
-def is_within(tensor: torch.Tensor, limit: float | None = None) -> bool:
-    """Whether every value is finite and, with ``limit``, of no larger magnitude. For a tensor on the CPU.
+def is_within(values: Buffer, dtype: torch.dtype, limit: float | None = None) -> bool:
+    """Whether every value in the bytes is finite and, with ``limit``, of no larger magnitude.
 
     On the bits, block by block: torch.isfinite and torch.aminmax make temporaries of the whole and wake torch's threads,
     which costs a small call more than its transfer.
     """
-    if tensor.dtype not in _BITS:
+    if dtype not in _BITS:
         return True
-    kind, mask = _BITS[tensor.dtype]
-    # The largest finite value is one below infinity's bits.
-    largest = torch.tensor(float("inf") if limit is None else limit, dtype=tensor.dtype)
-    allowed = int.from_bytes(tensor_to_bytes(largest), "little") - (limit is None)
-    bits = np.frombuffer(tensor_to_bytes(tensor), dtype=kind)
+    kind, mask = _BITS[dtype]
+    allowed = _bits_of(limit, dtype)
+    bits = np.frombuffer(values, dtype=kind)
     return all(int((bits[at : at + _BLOCK] & mask).max()) <= allowed for at in range(0, bits.size, _BLOCK))
+
+
+@cache
+def _bits_of(limit: float | None, dtype: torch.dtype) -> int:
+    """The bits of ``limit``, or of the largest finite value: one below infinity's."""
+    bits = tensor_to_bytes(torch.tensor([float("inf") if limit is None else limit], dtype=dtype))
+    return int.from_bytes(bits, "little") - (limit is None)
 
 
 def tensor_from_bytes(buffer: Buffer | np.ndarray, head: TensorHead) -> torch.Tensor:
@@ -91,7 +105,8 @@ def tensor_from_bytes(buffer: Buffer | np.ndarray, head: TensorHead) -> torch.Te
         raise MalformedAnswer(f"{flat.nbytes} bytes for {head}, which needs {head.nbytes}")
     if not flat.flags.writeable:
         flat = flat.copy()
-    return torch.from_numpy(flat).view(head.dtype).reshape(head.shape)
+    tensor = torch.from_numpy(flat.view(_NUMPY[head.dtype]).reshape(head.shape))
+    return tensor.view(torch.bfloat16) if head.dtype == torch.bfloat16 else tensor
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def test_a_batch_whose_endpoint_fails_is_made_locally_after_asking_once(
 ) -> None:
     local = host.txt2img(batch=3)
     chaos.reset(mode)
-    turn_on(host, chaos.url, first_byte_timeout=0.3)
+    turn_on(host, chaos.url, first_byte_timeout=0.3 if mode == "hang" else 20.0)
     assert same(host.txt2img(batch=3), local)
     assert chaos.requests == ["/decode"]
     assert [record.images for record in records()] == [1, 1, 1]
@@ -573,9 +573,9 @@ def test_interrupt_and_skip_end_the_wait_and_the_pictures_are_made_locally(
     wait_for(lambda: bool(chaos.requests))
     pressed = time.monotonic()
     getattr(host.state, button)()
-    generation.join(10)
-    # Local decodes included; the deadline is a minute away.
-    assert time.monotonic() - pressed < 3.0
+    generation.join(40)
+    # Local decodes on a busy machine included; the deadline is a minute away.
+    assert time.monotonic() - pressed < 20.0
     assert same(pictures, local)
     assert [record.fallback_reason for record in records()] == ["interrupted"] * batch
     assert chaos.requests == ["/decode"]
@@ -586,11 +586,12 @@ def test_interrupt_and_skip_end_the_wait_and_the_pictures_are_made_locally(
 def test_an_interrupt_during_sampling_does_not_cancel_the_decode_of_the_picture_so_far(
     host: Host, model: LdmModel, chaos: Chaos, button: str, batch: int
 ) -> None:
-    turn_on(host, chaos.url, first_byte_timeout=0.3)
+    turn_on(host, chaos.url)
     getattr(host.state, button)()
     host.txt2img(batch)
     # An answer that takes its time is waited for as well.
     chaos.reset("hang")
+    host.set_options(first_byte_timeout=0.3)
     host.txt2img(batch)
     assert [record.fallback_reason for record in records()] == ["", *["no answer in 0.3 s"] * batch]
     assert chaos.requests == ["/decode"]
@@ -768,11 +769,17 @@ def test_an_encode_that_does_not_fit_draws_the_noise_of_the_seed(
     host: Host, vae: AutoencoderKL, image: torch.Tensor, kind: type
 ) -> None:
     model = host.load(kind(vae))
-    local = seeded(lambda: host.img2img(image))
+
+    def latents() -> torch.Tensor:
+        return model.get_first_stage_encoding(model.encode_first_stage(image * 2 - 1))
+
+    local = seeded(latents)
+    state = torch.get_rng_state()
     host.set_options(enabled=True)
     with standin.no_memory(model.first_stage_model):
-        assert levels_apart(seeded(lambda: host.img2img(image)), local) <= 1
-    assert routes() == ["encode tiled", "decode tiled"]
+        torch.testing.assert_close(seeded(latents), local, rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert routes() == ["encode tiled"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,159 @@
+"""HTTP/1.1 as far as one POST and its answer need it, on a socket that somebody else watches.
+
+Written out because of its price: http.client parses the head of an answer with the e-mail package, which costs a call whose
+answer is there at once as much as a third of its transfer.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+HEAD_LIMIT = 64 * 1024
+_PIECE = 16 * 1024
+_UNPRINTABLE = re.compile(r"[^\x21-\x7e]")
+_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,8}")
+_LENGTH = re.compile(r"[0-9]{1,15}")
+
+
+class Source(Protocol):
+    """Where the bytes of an answer come from."""
+
+    def fill(self, view: memoryview, least: int) -> int:
+        """Receive at least ``least`` bytes into ``view``; fewer only at the end. Returns their number."""
+        ...
+
+
+def request_head(host: str, target: str, headers: Mapping[str, str], length: int) -> bytes:
+    """The head of a POST with a body of ``length`` bytes.
+
+    Raises:
+        ValueError: a target or a header that would break out of its line.
+    """
+    if _UNPRINTABLE.search(target):
+        raise ValueError(f"the address {target[:80]!r} holds characters that must be percent-encoded")
+    lines = [f"POST {target} HTTP/1.1", f"Host: {host}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    lines += ["Accept-Encoding: identity", f"Content-Length: {length}"]
+    if any("\n" in line or "\r" in line for line in lines):
+        raise ValueError("a header must be one line")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+class Answer:
+    """The head of an answer; its body is still to be read.
+
+    Attributes:
+        status: the HTTP status.
+        headers: by lower-case name; of a repeated one the last.
+        length: bytes of the body, or None where only its end will tell.
+        keeps_alive: whether the connection can carry another request once the body has been read.
+
+    Raises:
+        http.client.HTTPException: what comes is not HTTP. ConnectionError: nothing comes.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._rest = bytearray()
+        self.status = 100
+        while 100 <= self.status < 200:  # 100 Continue and its like stand before the answer
+            self._parse(self._read_head())
+        self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+        length = self.headers.get("content-length", "")
+        self.length = int(length) if _LENGTH.fullmatch(length) and not self._chunked else None
+        connection = self.headers.get("connection", "").lower()
+        by_default = connection != "close" if self._version_1_1 else connection == "keep-alive"
+        self.keeps_alive = by_default and (self._chunked or self.length is not None)
+
+    def _read_head(self) -> bytes:
+        while (end := self._rest.find(b"\r\n\r\n")) < 0:
+            if len(self._rest) > HEAD_LIMIT:
+                raise http.client.LineTooLong("head")
+            if not self._more():
+                raise http.client.RemoteDisconnected("the connection was closed before an answer came")
+        head = bytes(self._rest[:end])
+        del self._rest[: end + 4]
+        return head
+
+    def _parse(self, head: bytes) -> None:
+        first, *lines = head.decode("latin-1").split("\r\n")
+        version, _, rest = first.partition(" ")
+        status = rest[:3]
+        if version not in ("HTTP/1.1", "HTTP/1.0") or not (status.isascii() and status.isdigit() and len(status) == 3):
+            raise http.client.BadStatusLine(first[:80])
+        self.status = int(status)
+        self._version_1_1 = version == "HTTP/1.1"
+        self.headers: dict[str, str] = {}
+        for line in lines:
+            name, colon, value = line.partition(":")
+            if not colon or not name or name != name.strip():
+                raise http.client.HTTPException(f"a header line {line[:80]!r}")
+            self.headers[name.lower()] = value.strip()
+
+    def _more(self) -> int:
+        view = memoryview(bytearray(_PIECE))
+        count = self._source.fill(view, 1)
+        self._rest += view[:count]
+        return count
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill ``view`` with the body, whose length is known.
+
+        Raises:
+            http.client.IncompleteRead: the connection ended before.
+        """
+        filled = min(len(self._rest), len(view))
+        view[:filled] = self._rest[:filled]
+        del self._rest[:filled]
+        missing = len(view) - filled
+        if missing and self._source.fill(view[filled:], missing) < missing:
+            raise http.client.IncompleteRead(b"", missing)
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body piece by piece, whatever tells its end. Raises IncompleteRead when the connection ended before."""
+        if self._chunked:
+            yield from self._chunks()
+            return
+        missing = self.length
+        while missing is None or missing > 0:
+            if not self._rest and not self._more():
+                if missing is None:
+                    return
+                raise http.client.IncompleteRead(b"", missing)
+            piece = bytes(self._rest[:missing])
+            del self._rest[: len(piece)]
+            missing = None if missing is None else missing - len(piece)
+            yield piece
+
+    def _chunks(self) -> Iterator[bytes]:
+        while True:
+            size_text = self._line().partition(b";")[0].strip()
+            if not _CHUNK_SIZE.fullmatch(size_text):
+                raise http.client.HTTPException(f"a chunk of size {size_text[:20]!r}")
+            missing = int(size_text, 16)
+            if not missing:
+                while self._line():
+                    pass  # trailers
+                return
+            while missing:
+                if not self._rest and not self._more():
+                    raise http.client.IncompleteRead(b"", missing)
+                piece = bytes(self._rest[:missing])
+                del self._rest[: len(piece)]
+                missing -= len(piece)
+                yield piece
+            if self._line():
+                raise http.client.HTTPException("a chunk that is longer than its size")
+
+    def _line(self) -> bytes:
+        while (end := self._rest.find(b"\r\n")) < 0:
+            if len(self._rest) > HEAD_LIMIT:
+                raise http.client.LineTooLong("chunk")
+            if not self._more():
+                raise http.client.IncompleteRead(b"")
+        line = bytes(self._rest[:end])
+        del self._rest[: end + 2]
+        return line
