@@ -48,6 +48,7 @@ POLL_SECONDS = 0.05
 # Pieces of a body: an upload that moves at all moves by one of these.
 _CHUNK = 256 * 1024
 _IDLE_CONNECTIONS = 8
+_FRESH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class HttpClient:
         # One context for all connections: loading the certificates takes 15 ms.
         self._context = _tls_context() if self._secure else None
         self._lock = threading.Lock()
-        self._idle: list[_Connection] = []
+        self._idle: list[tuple[float, _Connection]] = []
 
     def post(
         self,
@@ -119,7 +120,7 @@ class HttpClient:
         """Close the idle connections; the client can still be used."""
         with self._lock:
             idle, self._idle = self._idle, []
-        for connection in idle:
+        for _, connection in idle:
             connection.close()
 
     def _exchange(
@@ -167,16 +168,16 @@ class HttpClient:
             with self._lock:
                 if not self._idle:
                     return None
-                connection = self._idle.pop()
-            # Something to read where nothing was asked for: the server has closed it.
-            if not select.select([connection.sock], [], [], 0)[0]:
+                since, connection = self._idle.pop()
+            # Something to read where nothing was asked for: the server has closed it. Hardly within a second.
+            if time.monotonic() - since < _FRESH_SECONDS or not select.select([connection.sock], [], [], 0)[0]:
                 return connection
             connection.close()
 
     def _give_back(self, connection: _Connection) -> None:
         with self._lock:
             if len(self._idle) < _IDLE_CONNECTIONS:
-                self._idle.append(connection)
+                self._idle.append((time.monotonic(), connection))
                 return
         connection.close()
 

@@ -298,7 +298,8 @@ def _fits_picture(request: DecodeRequest, height: int, width: int) -> bool:
         cell = 8 * PACK
         return (height, width) == ((request.height or 0) // cell * cell, (request.width or 0) // cell * cell)
     rows, columns = request.latents.shape[-2:]
-    return any((height, width) == (rows * scale, columns * scale) for scale in KNOWN_DOWNSCALES)
+    scale, rest = divmod(height, rows)
+    return scale in KNOWN_DOWNSCALES and not rest and width == columns * scale
 
 
 def _max_pixels(request: DecodeRequest) -> int:

@@ -70,7 +70,7 @@ _BITS: dict[torch.dtype, tuple[type[np.unsignedinteger[Any]], int]] = {
     torch.bfloat16: (np.uint16, 0x7FFF),
     torch.float32: (np.uint32, 0x7FFFFFFF),
 }
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
 
 
 def is_within(values: Buffer, dtype: torch.dtype, limit: float | None = None) -> bool:
@@ -84,7 +84,9 @@ def is_within(values: Buffer, dtype: torch.dtype, limit: float | None = None) ->
     kind, mask = _BITS[dtype]
     allowed = _bits_of(limit, dtype)
     bits = np.frombuffer(values, dtype=kind)
-    return all(int((bits[at : at + _BLOCK] & mask).max()) <= allowed for at in range(0, bits.size, _BLOCK))
+    if bits.size <= _BLOCK:
+        return bool((bits & mask).max() <= allowed)
+    return all((bits[at : at + _BLOCK] & mask).max() <= allowed for at in range(0, bits.size, _BLOCK))
 
 
 @cache
