@@ -823,3 +823,85 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.005)
+
+
+def test_another_extensions_hook_between_two_of_ours_around_a_batch_makes_one_request(
+    host: Host, model: Any, chaos: Chaos
+) -> None:
+    ours = host.processing.decode_latent_batch
+    host.processing.decode_latent_batch = lambda *args, **kwargs: ours(*args, **kwargs)
+    host.reload_ui()
+    turn_on(host, chaos.url)
+    host.txt2img(batch=2)
+    assert chaos.requests == ["/decode"]
+
+
+@pytest.mark.parametrize("value", ["false", "banana", None, "off", "0"])
+def test_text_in_the_switch_does_not_switch_on(host: Host, model: Any, chaos: Chaos, value: object) -> None:
+    turn_on(host, chaos.url, enabled=value)
+    host.txt2img()
+    assert chaos.requests == []
+    assert records() == []
+
+
+def test_when_nothing_can_decode_every_picture_of_the_batch_is_rescued(
+    host: Host, model: Any, chaos: Chaos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(self: object, z: object) -> None:
+        raise standin.out_of_memory()
+
+    monkeypatch.setattr(standin.LdmVae, "decode", run_out)
+    chaos.reset("503")
+    turn_on(host, chaos.url)
+    with pytest.raises(VaeCallFailed):
+        host.txt2img(batch=3)
+    files = list((Path(host.paths.data_path) / "remote-vae-rescue").iterdir())
+    assert sum(load_latents(file).latents.shape[0] for file in files) == 3
+
+
+def test_a_batch_that_the_ui_will_only_approximate_is_not_sent(host: Host, model: Any, chaos: Chaos) -> None:
+    host.opts.data.update(live_preview_fast_interrupt=True, show_progress_type="Approx NN")
+    turn_on(host, chaos.url)
+    host.state.interrupt()
+    host.txt2img(batch=2)
+    assert chaos.requests == []
+    assert records() == []
+
+
+def test_the_uis_own_retry_after_nan_does_not_ask_the_endpoint_again(host: Host, model: Any, chaos: Chaos) -> None:
+    decode = standin.FirstStage.decode
+    vae = model.first_stage_model
+    vars(vae)["decode"] = lambda z: decode(vae, z) if vae.dtype == torch.float32 else decode(vae, z) * torch.nan
+    host.devices.dtype_vae = torch.bfloat16
+    vae.to(torch.bfloat16)
+    chaos.reset("503")
+    turn_on(host, chaos.url)
+    host.txt2img(batch=2)
+    assert chaos.requests == ["/decode"]
+
+
+def test_an_sdxl_sample_of_a_half_precision_vae_has_the_dtype_of_a_local_one(
+    host: Host, vae: AutoencoderKL, chaos: Chaos, image: torch.Tensor
+) -> None:
+    model = host.load(SgmModel(vae))
+    host.devices.dtype_vae = torch.bfloat16
+    model.first_stage_model.to(torch.bfloat16)
+    pixels = (image * 2 - 1).bfloat16()
+    local = seeded(lambda: model.encode_first_stage(pixels))
+    turn_on(host, chaos.url)
+    remote = seeded(lambda: model.encode_first_stage(pixels))
+    assert remote.dtype == local.dtype == torch.float32
+
+
+def test_a_second_press_of_interrupt_ends_the_wait_as_well(host: Host, model: Any, chaos: Chaos) -> None:
+    """The first press ended the sampling: the flag is up, and the picture so far is to be decoded."""
+    chaos.reset("hang")
+    turn_on(host, chaos.url, first_byte_timeout=60.0)
+    host.state.interrupt()
+    thread = threading.Thread(target=host.txt2img)
+    thread.start()
+    wait_for(lambda: bool(chaos.requests))
+    host.state.interrupt()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert [record.fallback_reason for record in records()] == ["interrupted"]
