@@ -84,9 +84,7 @@ def is_within(values: Buffer, dtype: torch.dtype, limit: float | None = None) ->
     kind, mask = _BITS[dtype]
     allowed = _bits_of(limit, dtype)
     bits = np.frombuffer(values, dtype=kind)
-    if bits.size <= _BLOCK:
-        return bool((bits & mask).max() <= allowed)
-    return all((bits[at : at + _BLOCK] & mask).max() <= allowed for at in range(0, bits.size, _BLOCK))
+    return all(np.maximum.reduce(bits[at : at + _BLOCK] & mask) <= allowed for at in range(0, bits.size, _BLOCK))
 
 
 @cache
