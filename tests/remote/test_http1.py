@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import http.client
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remote_vae.remote.http1 import Answer, request_head
+
+
+class Feed:
+    """Gives bytes out in pieces of the sizes that the test says."""
+
+    def __init__(self, data: bytes, step: int = 7) -> None:
+        self._data = data
+        self._step = step
+
+    def fill(self, view: memoryview, least: int) -> int:
+        filled = 0
+        while filled < least and self._data:
+            piece = self._data[: min(self._step, len(view) - filled)]
+            view[filled : filled + len(piece)] = piece
+            self._data = self._data[len(piece) :]
+            filled += len(piece)
+        return filled
+
+
+def body(answer: Answer) -> bytes:
+    return b"".join(answer.pieces())
+
+
+@given(step=st.integers(1, 80))
+def test_a_body_with_a_length_comes_whole_however_it_is_cut(step: int) -> None:
+    data = b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\nShape: [1]\r\n\r\nhello world"
+    answer = Answer(Feed(data, step))
+    assert (answer.status, answer.length, answer.headers["shape"], answer.keeps_alive) == (200, 11, "[1]", True)
+    view = memoryview(bytearray(11))
+    answer.read_into(view)
+    assert view.tobytes() == body(Answer(Feed(data, step))) == b"hello world"
+
+
+@given(step=st.integers(1, 80))
+def test_a_chunked_body_comes_whole_however_it_is_cut(step: int) -> None:
+    data = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n6;x=1\r\nhello \r\n5\r\nworld\r\n0\r\nTrailer: 1\r\n\r\n"
+    answer = Answer(Feed(data, step))
+    assert answer.length is None
+    assert answer.keeps_alive
+    assert body(answer) == b"hello world"
+
+
+def test_a_body_without_a_length_ends_with_the_connection() -> None:
+    answer = Answer(Feed(b"HTTP/1.1 200 OK\r\n\r\nhello world"))
+    assert not answer.keeps_alive
+    assert body(answer) == b"hello world"
+
+
+@pytest.mark.parametrize(
+    ("head", "alive"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close", False),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 0", False),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\nConnection: Keep-Alive", True),
+    ],
+)
+def test_the_server_says_whether_the_connection_lives(head: bytes, alive: bool) -> None:
+    assert Answer(Feed(head + b"\r\n\r\n")).keeps_alive is alive
+
+
+def test_an_interim_answer_is_passed_over() -> None:
+    assert Answer(Feed(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")).status == 503
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"HTTP/1.1 200",
+        b"SSH-2.0-OpenSSH\r\n\r\n",
+        b"HTTP/1.1 2x0 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nName : x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nA: " + b"x" * 100_000,
+    ],
+)
+def test_what_is_not_http_is_refused(data: bytes) -> None:
+    with pytest.raises((http.client.HTTPException, ConnectionError)):
+        Answer(Feed(data, 5000))
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"Content-Length: 9\r\n\r\nshort",
+        *(b"Transfer-Encoding: chunked\r\n\r\n" + chunk for chunk in (b"9\r\nshort", b"x\r\n", b"2\r\nabc\r\n", b"")),
+    ],
+)
+def test_a_body_that_is_cut_or_broken_is_refused(rest: bytes) -> None:
+    with pytest.raises(http.client.HTTPException):
+        body(Answer(Feed(b"HTTP/1.1 200 OK\r\n" + rest)))
+
+
+def test_a_request_is_one_line_a_header_and_cannot_be_broken_out_of() -> None:
+    assert request_head("h:1", "/d?a=1", {"X": "y"}, 5) == (
+        b"POST /d?a=1 HTTP/1.1\r\nHost: h:1\r\nX: y\r\nAccept-Encoding: identity\r\nContent-Length: 5\r\n\r\n"
+    )
+    for target, headers in (("/a b", {}), ("/a\r\nX: 1", {}), ("/", {"X": "1\r\nY: 2"}), ("/ü", {})):
+        with pytest.raises(ValueError, match=r".+"):
+            request_head("h", target, headers, 0)
