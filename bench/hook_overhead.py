@@ -148,7 +148,7 @@ def _fake_host(model: StillModel) -> Any:
     package.__path__ = []
     sys.modules["modules"] = package
     contents: dict[str, dict[str, Any]] = {
-        "shared": {"opts": Opts({}, {}), "state": SimpleNamespace(interrupted=False, skipped=False)},
+        "shared": {"opts": Opts({}, {}), "state": SimpleNamespace(interrupted=False, skipped=False, interrupt=list, skip=list)},
         "paths": {"data_path": "."},
         "processing": {"decode_latent_batch": lambda _model, batch, *_args, **_kwargs: batch},
         "sd_samplers_common": {"single_sample_to_image": lambda sample, _approximation=None: sample},
