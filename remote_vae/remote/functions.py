@@ -20,7 +20,6 @@ from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeRequest, Output, 
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Images = Union[Image.Image, list[Image.Image]]
 
 # How many pictures of a batch are asked for at once where the protocol wants one request each.
 PARALLEL = 8
