@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from remote_vae.tiled.exact import decode, encode
 from remote_vae.tiled.route import TiledRoute
 
-__all__ = ["TiledRoute"]
+__all__ = ["TiledRoute", "decode", "encode"]

@@ -1,0 +1,217 @@
+"""The exact tiled VAE: the picture of the whole VAE in a fraction of its memory.
+
+Exact means the same arithmetic: GroupNorm over the whole picture, attention over the whole latent, convolutions with all the
+rows that they reach. In float32 the result is as near to the whole VAE's as two memory formats of the whole VAE are to each
+other (PSNR above 100 dB).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+
+from remote_vae.errors import InvalidRequest
+from remote_vae.tiled.budget import plan_budget
+from remote_vae.tiled.executor import NotFinite, Rows, Run, build, never, no_progress
+from remote_vae.tiled.layouts import decoder_plan, encoder_plan
+from remote_vae.tiled.plan import Plan
+from remote_vae.tiled.shelf import Room
+from remote_vae.tiled.weights import bring_in
+
+log = logging.getLogger("remote_vae.tiled")
+
+Device = Union[torch.device, str]
+_HALVES = (torch.float16, torch.bfloat16)
+
+# Strips that stay in a processor's cache; a GPU wants more work at a time.
+_STRIP_BYTES = {"cpu": 8 << 20}
+_GPU_STRIP_BYTES = 64 << 20
+# A processor does this in a tenth of a second or so: how long a wait for Interrupt may take. A GPU is never waited for.
+_STRIP_FLOPS = {"cpu": 16e9}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much memory a call may take, and where and in which precision it is computed.
+
+    Attributes:
+        max_bytes: live bytes on the compute device above what there is at the start, the result included; None: as many as are
+            fastest. Strips get thinner; then they wait on ``store_device``; without one, rows are computed again.
+        store_device: where strips wait that find no room: the host's memory for a GPU.
+        device: where to compute; None: where the input is.
+        dtype: what to compute in; None: the dtype of the VAE's weights, or autocast's. Half precision that gives NaN is done
+            again in float32.
+    """
+
+    max_bytes: int | None = None
+    store_device: Device | None = None
+    device: Device | None = None
+    dtype: torch.dtype | None = None
+
+
+def decode(
+    vae: Any,
+    latents: torch.Tensor,
+    *,
+    max_bytes: int | None = None,
+    store_device: Device | None = None,
+    progress: Callable[[float], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    device: Device | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """What ``vae.decode(latents)`` gives, in less memory.
+
+    Args:
+        vae: diffusers' AutoencoderKL or AutoencoderTiny, or a VAE of ldm, sgm or Forge. It is not changed; other threads may
+            use it meanwhile.
+        latents: raw (unscaled) ``[B, C, h, w]``, of any size that the VAE itself takes.
+        max_bytes, store_device, device, dtype: see ``Limits``.
+        progress: called after every strip with the share of the work that is done, up to 1.
+        cancelled: asked after every strip; True ends the call.
+
+    Returns:
+        Pixels ``[B, 3, H, W]``, nominally in [-1, 1], on the device of ``latents``, in the dtype that the VAE gives.
+
+    Raises:
+        UnsupportedLayout: the VAE's modules are of a kind that is not known.
+        OutOfMemory: ``max_bytes`` cannot be met; the message says what would do.
+        CallCancelled: ``cancelled`` said so.
+    """
+    limits = Limits(max_bytes, store_device, device, dtype)
+    return _run(vae, decoder_plan(vae), latents, limits, progress, cancelled)
+
+
+def encode(
+    vae: Any,
+    pixels: torch.Tensor,
+    *,
+    max_bytes: int | None = None,
+    store_device: Device | None = None,
+    progress: Callable[[float], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    device: Device | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The moments that the VAE's encoder and ``quant_conv`` make of ``pixels``, in less memory.
+
+    Args:
+        vae: as for ``decode``.
+        pixels: ``[B, 3, H, W]`` in [-1, 1], of any size that the VAE itself takes.
+        max_bytes, store_device, progress, cancelled, device, dtype: as for ``decode``.
+
+    Returns:
+        Moments ``[B, 2 C, h, w]``: mean and logvar, unscaled, for the caller to make the posterior of. AutoencoderTiny has
+        none: its latents ``[B, C, h, w]``. Raises as ``decode`` does.
+    """
+    limits = Limits(max_bytes, store_device, device, dtype)
+    return _run(vae, encoder_plan(vae), pixels, limits, progress, cancelled)
+
+
+def _run(
+    vae: Any,
+    plan: Plan,
+    batch: torch.Tensor,
+    limits: Limits,
+    progress: Callable[[float], None] | None,
+    cancelled: Callable[[], bool] | None,
+) -> torch.Tensor:
+    if batch.ndim != 4 or 0 in batch.shape:
+        raise InvalidRequest(f"the tiled VAE takes [B, C, H, W], not {list(batch.shape)}")
+    device = torch.device(limits.device or batch.device)
+    dtype = limits.dtype or _autocast_dtype(device.type) or _own_dtype(plan, batch)
+
+    def run(dtype: torch.dtype) -> torch.Tensor:
+        result = None
+        for index, picture in enumerate(torch.split(batch, 1)):
+            report = _share(progress, index, batch.shape[0])
+            work = _Work(plan, limits, device, dtype, report, cancelled or never, batch.shape[0])
+            rows = work.rows_of(picture)
+            if result is None:
+                shape = (batch.shape[0], rows.channels, rows.height, rows.width)
+                result = torch.empty(shape, device=device, dtype=dtype)
+            _copy_rows(rows, result[index : index + 1])
+        if result is None:
+            raise AssertionError("an empty batch")
+        if dtype in _HALVES and not torch.isfinite(result).all():
+            raise NotFinite("the last convolution")
+        return result
+
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        bring_in(vae)
+        try:
+            result = run(dtype)
+        except NotFinite as error:
+            log.warning("NaN in %s (%s): once more in float32", str(dtype).removeprefix("torch."), error)
+            result = run(torch.float32)
+    return result.to(batch.device, dtype)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """How the pictures of a batch are worked on."""
+
+    plan: Plan
+    limits: Limits
+    device: torch.device
+    dtype: torch.dtype
+    progress: Callable[[float], None]
+    cancelled: Callable[[], bool]
+    batch: int
+
+    def rows_of(self, picture: torch.Tensor) -> Rows:
+        """The result for ``picture`` ``[1, C, H, W]``, still to be read."""
+        height, width = picture.shape[2:]
+        *_, (_, channels, rows, columns) = self.plan.sizes(height, width)
+        half = self.dtype in _HALVES
+        budget = plan_budget(
+            self.plan,
+            height,
+            width,
+            self.dtype,
+            strip_bytes=_STRIP_BYTES.get(self.device.type, _GPU_STRIP_BYTES),
+            max_bytes=self.limits.max_bytes,
+            result_bytes=self.batch * channels * rows * columns * self.dtype.itemsize,
+        )
+        store = None if self.limits.store_device is None else torch.device(self.limits.store_device)
+        run = Run(
+            device=self.device,
+            dtype=self.dtype,
+            strip_bytes=budget.strip_bytes,
+            strip_flops=_STRIP_FLOPS.get(self.device.type, float("inf")),
+            room=Room(self.device, budget.room, store),
+            channels_last=half,
+            finite=half,
+            progress=self.progress,
+            cancelled=self.cancelled,
+        )
+        return build(self.plan, picture, run)
+
+
+def _copy_rows(rows: Rows, result: torch.Tensor) -> None:
+    at = 0
+    for strip in rows.read(last=True):
+        result[:, :, at : at + strip.shape[2]] = strip
+        at += strip.shape[2]
+        del strip
+
+
+def _share(progress: Callable[[float], None] | None, index: int, count: int) -> Callable[[float], None]:
+    return no_progress if progress is None else lambda done: progress((index + done) / count)
+
+
+def _own_dtype(plan: Plan, batch: torch.Tensor) -> torch.dtype:
+    """What the VAE itself computes in: the dtype of its weights, save where Forge has each layer cast them to its input's."""
+    first = next(plan.modules())
+    return batch.dtype if getattr(first, "parameters_manual_cast", False) else plan.first_weight.dtype
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast would compute convolutions in, or None."""
+    if device_type == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if device_type == "cuda" and torch.is_autocast_enabled() else None

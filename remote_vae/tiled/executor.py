@@ -1,0 +1,573 @@
+"""Runs a plan over one picture in strips of rows, top to bottom.
+
+Every step is a node that gives its rows lazily, strip by strip, when the next node asks for them. A convolution keeps back the
+few rows that its next strip needs, so nothing is computed twice. A GroupNorm must have seen the whole picture before it can
+give its first row: there strips wait on a shelf, and each is let go of when it has been used. So two activations of the
+largest size are alive at the most, where the whole VAE has three, and its temporaries are as small as a strip.
+
+Where memory is short and there is no other device to keep strips on, a GroupNorm keeps nothing: it asks for its rows once for
+the statistics and once more for the values, and what is before it is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import ceil
+
+import torch
+from torch import nn
+from torch.nn.functional import batch_norm, conv2d, interpolate, linear, scaled_dot_product_attention
+
+from remote_vae.errors import CallCancelled
+from remote_vae.tiled.moments import Moments
+from remote_vae.tiled.plan import Attention, Conv, Norm, Plan, Pointwise, Residual, Step, Upsample, silu
+from remote_vae.tiled.shelf import Room, Shelf, Taker
+from remote_vae.tiled.weights import borrowed
+
+# A level is small when it has so many times fewer positions than the largest.
+_SMALL = 16
+
+Fill = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+def never() -> bool:
+    """Nobody cancels."""
+    return False
+
+
+def no_progress(done: float) -> None:
+    """Nobody wants to know the share ``done``."""
+
+
+class NotFinite(ArithmeticError):
+    """A NaN or an infinity came up on the way."""
+
+
+@dataclass
+class Run:
+    """One picture on its way through a plan.
+
+    Attributes:
+        device, dtype: of the computation.
+        strip_bytes: how large a strip should be.
+        pixels: rows x columns where there are most of them.
+        strip_flops: how much work may be done between two looks at ``cancelled``.
+        room: for strips that wait.
+        channels_last: the memory format of strips.
+        finite: whether to stop at the first NaN.
+        progress: told the share of the work that is done.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    strip_bytes: int
+    strip_flops: float
+    room: Room
+    pixels: int = 0
+    channels_last: bool = False
+    finite: bool = False
+    progress: Callable[[float], None] = no_progress
+    cancelled: Callable[[], bool] = never
+    work: float = 0.0
+    done: float = field(default=0.0, init=False)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def tick(self, flops: float) -> None:
+        """A strip is done.
+
+        Raises:
+            CallCancelled: and nobody wants the rest.
+        """
+        self.done += flops
+        self.progress(min(1.0, self.done / self.work))
+        if self.cancelled():
+            raise CallCancelled("the VAE call was interrupted", reason="interrupted")
+
+    def rows(self, width: int, channels: int, flops: float = 0.0) -> int:
+        """How many rows of ``channels`` x ``width`` values, which cost ``flops`` each, make a strip."""
+        rows = self.strip_bytes / (width * channels * self.dtype.itemsize)
+        if flops:
+            rows = min(rows, self.strip_flops / flops)
+        return max(1, int(rows))
+
+
+class Rows:
+    """A picture that is given row by row: ``[1, channels, height, width]``.
+
+    Attributes:
+        source: what it is made of.
+    """
+
+    def __init__(self, run: Run, source: Rows | None, channels: int, height: int, width: int) -> None:
+        self.run = run
+        self.source = source
+        self.channels, self.height, self.width = channels, height, width
+
+    def read(self, *, last: bool) -> Iterator[torch.Tensor]:
+        """All rows from the top, in strips that the reader must not write to; ``last``: nobody will ask again."""
+        raise NotImplementedError
+
+    def cost(self, times: int) -> float:
+        """Floating point operations of reading it so many times, with all that is before it."""
+        return self.source.cost(times) if self.source is not None else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        return self.channels * self.height * self.width * self.run.dtype.itemsize
+
+
+class Picture(Rows):
+    """What goes in."""
+
+    def __init__(self, run: Run, picture: torch.Tensor) -> None:
+        super().__init__(run, None, *picture.shape[1:])
+        self._picture = picture
+
+    def read(self, *, last: bool) -> Iterator[torch.Tensor]:  # noqa: ARG002  # it stays with the caller
+        for strip in _pieces(self._picture, self.run.rows(self.width, self.channels)):
+            yield strip.to(self.run.device, self.run.dtype)
+
+
+class Mapped(Rows):
+    """A pointwise function, or an upsampling that no convolution follows."""
+
+    def __init__(self, source: Rows, function: Callable[[torch.Tensor], torch.Tensor], scale: int = 1) -> None:
+        super().__init__(source.run, source, source.channels, source.height * scale, source.width * scale)
+        self._source = source
+        self._function = function
+        self._rows = max(1, self.run.rows(self.width, self.channels) // scale)
+
+    def read(self, *, last: bool) -> Iterator[torch.Tensor]:
+        for strip in self._source.read(last=last):
+            for piece in _pieces(strip, self._rows):
+                yield self._function(piece)
+
+
+class Barrier(Rows):
+    """Where the whole picture has to be seen before the first row can be given; also a place to keep it.
+
+    Attributes:
+        keep: whether strips wait here. If not, what is before is asked once more.
+    """
+
+    def __init__(self, source: Rows, norm: nn.GroupNorm | None, around: tuple[Tee, ...], *, keep: bool) -> None:
+        super().__init__(source.run, source, source.channels, source.height, source.width)
+        self.keep = keep
+        self._around = around
+        self._source = source
+        self._shelf = Shelf(self.run.room)
+        self._norm = norm
+        self._affine: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+        self._is_filled = False
+
+    def read(self, *, last: bool) -> Iterator[torch.Tensor]:
+        self._prepare()
+        rows = self.run.rows(self.width, self.channels)
+        for strip in self._again(last=last):
+            yield from _pieces(strip, rows)
+
+    def cost(self, times: int) -> float:
+        return self._source.cost(1 if self.keep else times + (self._norm is not None))
+
+    def normalise(self, strip: torch.Tensor) -> torch.Tensor:
+        """The rows of ``strip``, normalised, in a new tensor; in float32 where they are of half precision."""
+        if self._norm is None or self._affine is None:
+            raise AssertionError("nothing was read yet")
+        mean, variance, weight, bias = self._affine
+        # A norm with given statistics: x * (weight / std) + (bias - mean * weight / std), as group_norm computes it.
+        return batch_norm(strip.float(), mean, variance, weight, bias, training=False, eps=self._norm.eps)
+
+    def _prepare(self) -> None:
+        if self._norm is not None and self._affine is None:
+            moments = Moments(self._norm.num_groups, self.channels, self.run.device)
+            self._look_at(moments)
+            if self.run.finite and not moments.are_finite():
+                raise NotFinite("a GroupNorm")
+            if moments.second_pass():
+                self._look_at(moments)
+            with borrowed(self._norm, self.run.device, torch.float32) as weights:
+                self._affine = (*moments.by_channel(), *weights)
+        elif self.keep and not self._is_filled:
+            self._fill(None)
+
+    def _look_at(self, moments: Moments) -> None:
+        if self.keep and not self._is_filled:
+            self._fill(moments)
+            return
+        # Nobody adds what comes of these rows to the shortcuts of the residuals around.
+        for tee in () if self.keep else self._around:
+            tee.is_listening = False
+        for strip in self._again(last=False):
+            moments.add(strip)
+        for tee in self._around:
+            tee.is_listening = True
+
+    def _fill(self, moments: Moments | None) -> None:
+        for strip in self._source.read(last=True):
+            if moments is not None:
+                moments.add(strip)
+            self._shelf.append(strip)
+            del strip
+        self._is_filled = True
+
+    def _again(self, *, last: bool) -> Iterator[torch.Tensor]:
+        return self._shelf.read(last=last) if self.keep else self._source.read(last=last)
+
+
+class Convolved(Rows):
+    """A convolution of what ``fill`` makes of the source's strips."""
+
+    def __init__(self, source: Rows, step: Conv, fill: Fill | None, scale: int = 1) -> None:
+        height, width = step.size(source.height * scale, source.width * scale)
+        super().__init__(source.run, source, step.module.out_channels, height, width)
+        self._source = source
+        self._step = step
+        self._fill = fill
+        self._scale = scale
+
+    def read(self, *, last: bool) -> Iterator[torch.Tensor]:
+        with _Strider(self.run, self._step, self._source, self._fill, self._scale) as strider:
+            for strip in self._source.read(last=last):
+                yield from strider.push(strip)
+                del strip
+
+    def cost(self, times: int) -> float:
+        return times * _flops(self._step) * self.height * self.width + self._source.cost(times)
+
+
+class _Strider:
+    """A convolution that is given the rows of its picture bit by bit, and gives those that it can."""
+
+    def __init__(self, run: Run, step: Conv, source: Rows, fill: Fill | None, scale: int = 1) -> None:
+        self._run, self._step, self._fill, self._scale = run, step, fill, scale
+        self._channels = source.channels
+        self._height, self._width = source.height * scale, source.width * scale
+        self._out_height, self._out_width = step.size(self._height, self._width)
+        self._row_flops = _flops(step) * self._out_width
+        rows = run.rows(max(self._width, self._out_width), max(self._channels, step.module.out_channels), self._row_flops)
+        self._piece_rows = max(1, rows * step.stride // scale)
+        self._received = self._produced = 0
+        self._carry: torch.Tensor | None = None
+        self._weights = borrowed(step.module, run.device, run.dtype)
+
+    def __enter__(self) -> _Strider:  # noqa: PYI034  # Self came with Python 3.11
+        weight, bias = self._weights.__enter__()
+        self._weight, self._bias = weight.to(memory_format=self._run.memory_format), bias
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._weights.__exit__(None, None, None)
+        del self._weight, self._bias
+
+    def push(self, strip: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The rows that have become possible."""
+        for piece in _pieces(strip, self._piece_rows):
+            out = self._next(piece)
+            if out is not None:
+                flops = self._row_flops * out.shape[2]
+                yield out
+                del out
+                self._run.tick(flops)
+
+    def _next(self, piece: torch.Tensor) -> torch.Tensor | None:
+        step = self._step
+        left, right, top, _ = step.pad
+        kernel, stride = step.kernel[0], step.stride
+        if self._fill is None and step.kernel == (1, 1) and stride == 1 and not any(step.pad):
+            return conv2d(piece.to(self._run.dtype), self._weight, self._bias, groups=step.module.groups)
+        start = self._received
+        self._received += piece.shape[2] * self._scale
+        ended = self._received == self._height
+        possible = self._out_height if ended else max(0, (self._received + top - kernel) // stride + 1)
+        first = self._produced * stride - top
+        end = max(self._received, (self._out_height - 1) * stride - top + kernel) if ended else self._received
+        # Columns are padded by the convolution itself where both sides are alike.
+        extra = (left, right) if left != right else (0, 0)
+        shape = (1, self._channels, end - first, sum(extra) + self._width)
+        window = torch.empty(shape, device=self._run.device, dtype=self._run.dtype, memory_format=self._run.memory_format)
+        inside = window[..., extra[0] : extra[0] + self._width]
+        if sum(extra):
+            window[..., : extra[0]] = 0
+            window[..., extra[0] + self._width :] = 0
+        if first < 0:
+            window[:, :, :-first] = 0
+        if end > self._received:
+            window[:, :, self._received - first :] = 0
+        if self._carry is not None:
+            inside[:, :, start - first - self._carry.shape[2] : start - first] = self._carry
+        filled = inside[:, :, start - first : self._received - first]
+        if self._fill is None:
+            filled.copy_(piece)
+        else:
+            self._fill(piece, filled)
+        count = possible - self._produced
+        self._produced = possible
+        keep_from = max(0, possible * stride - top)
+        self._carry = None if ended else inside[:, :, keep_from - first : self._received - first].clone()
+        if not count:
+            return None
+        padding = (0, 0 if sum(extra) else left)
+        return conv2d(window, self._weight, self._bias, stride, padding, groups=step.module.groups)
+
+
+class Tee(Rows):
+    """Gives its source's rows on, and puts what the shortcut makes of them on a shelf.
+
+    Attributes:
+        shelf: the shortcut's rows.
+        is_listening: False while the rows are only looked at for statistics.
+    """
+
+    def __init__(self, source: Rows, shortcut: Conv | None) -> None:
+        super().__init__(source.run, source, source.channels, source.height, source.width)
+        self.shelf = Shelf(self.run.room)
+        self.is_listening = True
+        self._source = source
+        self._shortcut = shortcut
+
+    def read(self, *, last: bool) -> Iterator[torch.Tensor]:
+        if not self.is_listening:
+            yield from self._source.read(last=last)
+            return
+        self.shelf.clear()
+        if self._shortcut is None:
+            for strip in self._source.read(last=last):
+                self.shelf.append(strip)
+                yield strip
+                del strip
+            return
+        with _Strider(self.run, self._shortcut, self._source, None) as strider:
+            for strip in self._source.read(last=last):
+                for out in strider.push(strip):
+                    self.shelf.append(out)
+                    del out
+                yield strip
+                del strip
+
+    def cost(self, times: int) -> float:
+        own = 0.0 if self._shortcut is None else times * _flops(self._shortcut) * self.height * self.width
+        return own + self._source.cost(times)
+
+
+class Sum(Rows):
+    """The main path and, from the tee's shelf, the shortcut."""
+
+    def __init__(self, main: Rows, tee: Tee) -> None:
+        super().__init__(main.run, main, main.channels, main.height, main.width)
+        self._main = main
+        self._tee = tee
+        self._is_small = _SMALL * self.height * self.width <= self.run.pixels
+        # With a shelf on the main path, the tee is read once, however often the sum is.
+        self._is_refilled = not any(isinstance(node, Barrier) and node.keep for node in _between(main, tee))
+
+    def read(self, *, last: bool) -> Iterator[torch.Tensor]:
+        shortcut = Taker(self._tee.shelf.read(last=last or self._is_refilled))
+        for part in self._main.read(last=last):
+            # The small levels, where it costs next to nothing, carry what half precision would round away.
+            strip = part.float() if self._is_small else part
+            row = 0
+            for piece in shortcut.take(strip.shape[2]):
+                # The main path ends with a convolution, whose result nobody else has.
+                strip[:, :, row : row + piece.shape[2]] += piece
+                row += piece.shape[2]
+                del piece
+            del part
+            yield strip
+            del strip
+
+
+class Attended(Rows):
+    """Self-attention over the whole picture and the residual. Keys and values are there whole, queries come in strips."""
+
+    def __init__(self, source: Barrier, step: Attention) -> None:
+        super().__init__(source.run, source, source.channels, source.height, source.width)
+        self._source = source
+        self._step = step
+
+    def read(self, *, last: bool) -> Iterator[torch.Tensor]:
+        step, run = self._step, self.run
+        with borrowed(step.key, run.device, run.dtype) as key, borrowed(step.value, run.device, run.dtype) as value:
+            keys, values = self._whole(key), self._whole(value)
+            at = 0
+            for strip in self._source.read(last=False):
+                tokens = self._tokens(strip)
+                for whole, weights in ((keys, key), (values, value)):
+                    whole[:, :, at : at + tokens.shape[1]] = self._project(tokens, weights)
+                at += tokens.shape[1]
+                del strip, tokens
+        with borrowed(step.query, run.device, run.dtype) as query, borrowed(step.out, run.device, run.dtype) as out:
+            for strip in self._source.read(last=last):
+                mixed = self._attend(self._project(self._tokens(strip), query), keys, values)
+                mixed = linear(mixed, out[0].flatten(1), out[1])
+                yield strip + mixed.transpose(1, 2).reshape(strip.shape)
+                del strip, mixed
+
+    def _tokens(self, strip: torch.Tensor) -> torch.Tensor:
+        """``[1, C, n, W]`` to normalised ``[1, n W, C]``."""
+        return self._source.normalise(strip).to(self.run.dtype).flatten(2).transpose(1, 2)
+
+    def _whole(self, weights: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        """Room for all positions, ``[1, heads, H W, C / heads]``."""
+        shape = (1, self._step.heads, self.height * self.width, weights[0].shape[0] // self._step.heads)
+        return torch.empty(shape, device=self.run.device, dtype=self.run.dtype)
+
+    def _project(self, tokens: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        """``[1, N, C]`` to ``[1, heads, N, C / heads]``."""
+        projected = linear(tokens, weights[0].flatten(1), weights[1])
+        return projected.reshape(1, tokens.shape[1], self._step.heads, -1).transpose(1, 2)
+
+    def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """``[1, heads, n, C / heads]`` to ``[1, n, C]``, in portions that leave time to be interrupted."""
+        flops = self._query_flops
+        portion = max(1, int(min(self.run.strip_flops / flops, 8 * self.run.strip_bytes / (keys.shape[2] * 4))))
+        mixed = torch.empty_like(queries)
+        for at in range(0, queries.shape[2], portion):
+            part = slice(at, at + portion)
+            mixed[:, :, part] = scaled_dot_product_attention(queries[:, :, part], keys, values)
+            self.run.tick(flops * mixed[:, :, part].shape[2])
+        return mixed.transpose(1, 2).flatten(2)
+
+    def cost(self, times: int) -> float:
+        return times * self._query_flops * self.height * self.width + self._source.cost(2 * times)
+
+    @property
+    def _query_flops(self) -> float:
+        return 4.0 * self.channels * self.height * self.width
+
+
+# --- from a plan to nodes ----------------------------------------------------------------------------------------------
+
+
+def build(plan: Plan, picture: torch.Tensor, run: Run) -> Rows:
+    """The node that gives the result of ``plan`` for ``picture`` ``[1, C, H, W]``. Sets the run's amount of work."""
+    run.pixels = max(rows * columns for _, _, rows, columns in plan.sizes(*picture.shape[2:]))
+    rows = _chain(plan.steps, Picture(run, picture), _Around())
+    run.work = max(1.0, rows.cost(1))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Around:
+    """The residuals that a node is on the main path of, and the bytes that wait on their shelves."""
+
+    tees: tuple[Tee, ...] = ()
+    waiting: int = 0
+
+    def within(self, tee: Tee, waiting: int) -> _Around:
+        return _Around((*self.tees, tee), self.waiting + waiting)
+
+
+def _chain(steps: tuple[Step, ...], rows: Rows, around: _Around, pending: Fill | None = None) -> Rows:
+    """Nodes for ``steps``, one on the other; ``pending`` is what fills the window of the first convolution."""
+    scale = 1
+    for index, step in enumerate(steps):
+        before_conv = index + 1 < len(steps) and isinstance(steps[index + 1], Conv)
+        if isinstance(step, Norm):
+            rows = barrier = _barrier(rows, step.module, around)
+            pending = _filler(barrier, _activation_after(steps, index))
+        elif isinstance(step, Upsample) and before_conv:
+            rows, scale = _resting_place(rows, around), step.scale
+            pending = _upsampler(scale)
+        elif isinstance(step, Conv):
+            rows = Convolved(rows, step, pending, scale)
+            pending, scale = None, 1
+        elif isinstance(step, Pointwise):
+            # After a norm it belongs to the filling of the convolution's window.
+            rows = rows if pending is not None else Mapped(rows, step.run)
+        elif isinstance(step, Upsample):
+            rows = Mapped(rows, _nearest(step.scale), step.scale)
+        elif isinstance(step, Residual):
+            rows = _residual(step, rows, around)
+        else:
+            rows = Attended(_barrier(rows, step.norm, around), step)
+    if pending is not None:
+        raise AssertionError("a norm has to be followed by a convolution")
+    return rows
+
+
+def _residual(step: Residual, rows: Rows, around: _Around) -> Rows:
+    shortcut = step.shortcut[0] if step.shortcut else None
+    if len(step.shortcut) > 1 or not isinstance(shortcut, (Conv, type(None))):
+        raise AssertionError("a shortcut is one convolution at most")
+    main, fill = step.main, None
+    if isinstance(main[0], Norm):
+        # The norm's shelf is before the tee: what waits there does not wait on the shortcut's shelf as well.
+        rows = barrier = _barrier(rows, main[0].module, around)
+        function = _activation_after(main, 0)
+        fill = _filler(barrier, function)
+        main = main[1 if function is None else 2 :]
+    tee = Tee(rows, shortcut)
+    channels = rows.channels if shortcut is None else shortcut.module.out_channels
+    waiting = channels * rows.height * rows.width * rows.run.dtype.itemsize
+    return Sum(_chain(main, tee, around.within(tee, waiting), fill), tee)
+
+
+def _barrier(rows: Rows, norm: nn.GroupNorm, around: _Around) -> Barrier:
+    room = rows.run.room
+    keep = room.store is not None or room.limit is None or rows.nbytes + around.waiting <= room.limit
+    return Barrier(rows, norm, around.tees, keep=keep)
+
+
+def _resting_place(rows: Rows, around: _Around) -> Rows:
+    """Before an upsampling: what comes after it may be too large to be kept, and then this is what everything is made from."""
+    room = rows.run.room
+    if room.store is not None or room.limit is None or 4 * rows.nbytes + around.waiting <= room.limit:
+        return rows
+    return Barrier(rows, None, around.tees, keep=rows.nbytes + around.waiting <= room.limit)
+
+
+def _activation_after(steps: tuple[Step, ...], index: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    after = steps[index + 1] if index + 1 < len(steps) else None
+    return after.run if isinstance(after, Pointwise) else None
+
+
+def _filler(barrier: Barrier, function: Callable[[torch.Tensor], torch.Tensor] | None) -> Fill:
+    def fill(strip: torch.Tensor, window: torch.Tensor) -> None:
+        values = barrier.normalise(strip)
+        if function is silu and values.dtype == window.dtype:
+            torch.ops.aten.silu.out(values, out=window)
+        else:
+            window.copy_(values if function is None else function(values))
+
+    return fill
+
+
+def _upsampler(scale: int) -> Fill:
+    nearest = _nearest(scale)
+
+    def fill(strip: torch.Tensor, window: torch.Tensor) -> None:
+        window.copy_(nearest(strip))
+
+    return fill
+
+
+def _nearest(scale: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda strip: interpolate(strip, scale_factor=float(scale), mode="nearest")
+
+
+def _between(node: Rows | None, end: Rows) -> Iterator[Rows]:
+    while node is not None and node is not end:
+        yield node
+        node = node.source
+
+
+def _flops(step: Conv) -> float:
+    """Of one position of the result."""
+    module = step.module
+    rows, columns = step.kernel
+    return 2.0 * rows * columns * module.in_channels // module.groups * module.out_channels
+
+
+def _pieces(strip: torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
+    """``strip`` cut into as few even pieces as have at most ``rows`` rows."""
+    height = strip.shape[2]
+    count = ceil(height / rows)
+    if count <= 1:
+        yield strip
+        return
+    for index in range(count):
+        yield strip[:, :, height * index // count : height * (index + 1) // count]

@@ -1,0 +1,37 @@
+"""Plan builders: one file for each way in which VAEs arrange their modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from remote_vae.errors import UnsupportedLayout
+from remote_vae.tiled.layouts import diffusers_kl, diffusers_tiny, ldm
+from remote_vae.tiled.plan import Plan
+
+_BUILDERS = (diffusers_kl, diffusers_tiny, ldm)
+
+
+def decoder_plan(vae: Any) -> Plan:
+    """How ``vae`` makes pixels of raw latents.
+
+    Raises:
+        UnsupportedLayout: no builder knows it.
+    """
+    return _plan(vae, "decoder")
+
+
+def encoder_plan(vae: Any) -> Plan:
+    """How ``vae`` makes moments of pixels (AutoencoderTiny: latents). Raises UnsupportedLayout."""
+    return _plan(vae, "encoder")
+
+
+def _plan(vae: Any, part: str) -> Plan:
+    module = getattr(vae, part, None)
+    for builder in _BUILDERS:
+        if module is not None and builder.knows(module):
+            try:
+                plan: Plan = getattr(builder, f"{part}_plan")(vae)
+            except AttributeError as error:
+                raise UnsupportedLayout(f"{type(vae).__name__}: {error}") from error
+            return plan
+    raise UnsupportedLayout(f"{type(vae).__name__} is a VAE of a layout that the tiled VAE does not know")

@@ -1,0 +1,194 @@
+"""A VAE's encoder or decoder as a list of steps, whatever its modules are called.
+
+The plan builders (``layouts/``) make plans from modules, the executor runs them. A plan holds the modules themselves, never
+copies of their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import nn
+
+from remote_vae.errors import UnsupportedLayout
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution; ``pad`` is the zero padding (left, right, top, bottom)."""
+
+    module: nn.Conv2d
+    pad: tuple[int, int, int, int]
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        rows, columns = self.module.kernel_size
+        return rows, columns
+
+    @property
+    def stride(self) -> int:
+        return self.module.stride[0]
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns that come out of a picture of ``height`` x ``width``."""
+        left, right, top, bottom = self.pad
+        rows, columns = self.kernel
+        return (height + top + bottom - rows) // self.stride + 1, (width + left + right - columns) // self.stride + 1
+
+
+@dataclass(frozen=True)
+class Norm:
+    """GroupNorm over the whole picture."""
+
+    module: nn.GroupNorm
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """A function of each value on its own; may work in place."""
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Upsample:
+    """Every value becomes ``scale`` x ``scale`` equal ones."""
+
+    scale: int = 2
+
+
+@dataclass(frozen=True)
+class Residual:
+    """``main(x) + shortcut(x)``; an empty shortcut is x itself."""
+
+    main: tuple[Step, ...]
+    shortcut: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``x + out(attention(norm(x)))`` of every position to every position of the picture.
+
+    The four projections are Linear layers or 1 x 1 convolutions.
+    """
+
+    norm: nn.GroupNorm
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    out: nn.Module
+    heads: int = 1
+
+
+Step = Union[Conv, Norm, Pointwise, Upsample, Residual, Attention]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to the pixels or latents, in order."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def first_weight(self) -> torch.Tensor:
+        """Its dtype is the one that the VAE computes in."""
+        return next(module.weight for module in self.modules() if isinstance(module, nn.Conv2d))
+
+    def sizes(self, height: int, width: int) -> Iterator[tuple[Step, int, int, int]]:
+        """Each step down to the convolutions, with channels, rows and columns of what it makes of ``height`` x ``width``."""
+        return _sizes(self.steps, self.first_weight.shape[1], height, width)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module with weights that takes part."""
+        return _modules(self.steps)
+
+
+def _modules(steps: tuple[Step, ...]) -> Iterator[nn.Module]:
+    for step in steps:
+        if isinstance(step, (Conv, Norm)):
+            yield step.module
+        elif isinstance(step, Residual):
+            yield from _modules(step.shortcut)
+            yield from _modules(step.main)
+        elif isinstance(step, Attention):
+            yield from (step.norm, step.query, step.key, step.value, step.out)
+
+
+def _sizes(steps: tuple[Step, ...], channels: int, height: int, width: int) -> Iterator[tuple[Step, int, int, int]]:
+    for step in steps:
+        if isinstance(step, Conv):
+            channels, (height, width) = step.module.out_channels, step.size(height, width)
+        elif isinstance(step, Upsample):
+            height, width = height * step.scale, width * step.scale
+        elif isinstance(step, Residual):
+            for part in _sizes(step.main, channels, height, width):
+                yield part
+                channels, height, width = part[1:]
+        yield step, channels, height, width
+
+
+# --- what the builders make steps with: everything they take is checked here ------------------------------------------------
+
+
+def conv(module: object, pad: tuple[int, int, int, int] | None = None) -> Conv:
+    """A convolution step; without ``pad``, the module's own padding.
+
+    Raises:
+        UnsupportedLayout: not a plain two-dimensional convolution.
+    """
+    if not isinstance(module, nn.Conv2d):
+        raise UnsupportedLayout(f"{type(module).__name__} stands where a Conv2d is expected")
+    plain = module.padding_mode == "zeros" and set(module.dilation) == {1} and len(set(module.stride)) == 1
+    # Forge's, for weights that are not what they are computed with.
+    patched = getattr(module, "scale_weight", None) is not None or getattr(module, "forge_online_loras", None)
+    if not plain or patched or isinstance(module.padding, str):
+        raise UnsupportedLayout(f"a convolution of a kind that cannot be cut into strips: {module}")
+    rows, columns = module.padding
+    return Conv(module, (columns, columns, rows, rows) if pad is None else pad)
+
+
+def norm(module: object) -> Norm:
+    """A GroupNorm step. Raises UnsupportedLayout."""
+    if not isinstance(module, nn.GroupNorm):
+        raise UnsupportedLayout(f"{type(module).__name__} stands where a GroupNorm is expected")
+    return Norm(module)
+
+
+def activation(module: object = None) -> Pointwise:
+    """The activation that ``module`` computes; None is SiLU. Raises UnsupportedLayout."""
+    if module is None:
+        return Pointwise(silu)
+    try:
+        return Pointwise(_ACTIVATIONS[type(module).__name__])
+    except KeyError:
+        raise UnsupportedLayout(f"activation {type(module).__name__}") from None
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """The activation x sigmoid(x), in place."""
+    return nn.functional.silu(x, inplace=True)
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "SiLU": silu,
+    "ReLU": torch.relu_,
+    "Identity": lambda x: x,
+    "GELU": nn.functional.gelu,
+    "Mish": nn.functional.mish,
+}
+
+
+def check_complete(plan: Plan, *parts: nn.Module | None) -> None:
+    """Every weight of ``parts`` must have its place in the plan.
+
+    Raises:
+        UnsupportedLayout: there is something that the builder does not know.
+    """
+    used = {id(tensor) for module in plan.modules() for tensor in module.parameters(recurse=False)}
+    for part in parts:
+        for name, tensor in part.named_parameters() if part is not None else ():
+            if id(tensor) not in used:
+                raise UnsupportedLayout(f"{type(part).__name__} has {name}, which the tiled VAE does not know")

@@ -1,0 +1,126 @@
+"""Where strips wait until they are needed: on the compute device while there is room, else on the store device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class Room:
+    """How many bytes of waiting strips one run may keep on the compute device.
+
+    Attributes:
+        limit: bytes; None is no limit.
+        store: where strips go that find no room; None: nowhere, then the limit is what the plan was made for.
+    """
+
+    def __init__(self, device: torch.device, limit: int | None, store: torch.device | None) -> None:
+        self.device = device
+        self.limit = limit
+        self.store = store
+        self.used = 0
+        has_copies = device.type == "cuda" and store is not None
+        self._copies: Any = torch.cuda.Stream(device) if has_copies else None  # type: ignore[no-untyped-call]
+
+    def takes(self, size: int) -> bool:
+        """Whether ``size`` bytes more may stay on the compute device."""
+        return self.store is None or self.limit is None or self.used + size <= self.limit
+
+    def put_away(self, strip: torch.Tensor) -> torch.Tensor:
+        """A copy on the store device; from a GPU into pinned memory, while the GPU goes on."""
+        copies = self._copies
+        if copies is None:
+            return torch.empty_like(strip, device=self.store).copy_(strip)
+        stored = torch.empty_like(strip, device=self.store, pin_memory=self.store == torch.device("cpu"))
+        copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(copies):
+            stored.copy_(strip, non_blocking=True)
+        strip.record_stream(copies)
+        return stored
+
+    def fetch(self, stored: torch.Tensor) -> torch.Tensor:
+        """Back to the compute device; begins at once, and ``arrived`` has to be called before the strip is used."""
+        copies = self._copies
+        if copies is None:
+            return torch.empty_like(stored, device=self.device).copy_(stored)
+        with torch.cuda.stream(copies):
+            return stored.to(self.device, non_blocking=True)
+
+    def arrived(self, strip: torch.Tensor) -> torch.Tensor:
+        """Make what follows wait for a strip that is being fetched."""
+        if self._copies is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._copies)
+            strip.record_stream(current)
+        return strip
+
+
+class Shelf:
+    """Strips ``[1, C, n, W]`` in the order of their rows. What is read for the last time is let go of at once."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._strips: deque[tuple[torch.Tensor, bool]] = deque()
+
+    def append(self, strip: torch.Tensor) -> None:
+        """Put the next rows on the shelf."""
+        if self._room.takes(strip.nbytes):
+            self._room.used += strip.nbytes
+            self._strips.append((strip, False))
+        else:
+            self._strips.append((self._room.put_away(strip), True))
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        while self._strips:
+            self._pop()
+
+    def read(self, *, last: bool) -> Iterator[torch.Tensor]:
+        """The strips from the top; with ``last`` each is gone from the shelf when it is given out.
+
+        Strips that are appended meanwhile are read too.
+        """
+        at = 0
+        ahead: torch.Tensor | None = None
+        while at < len(self._strips):
+            strip, is_away = self._pop() if last else self._strips[at]
+            at += 0 if last else 1
+            if is_away:
+                fetched = self._room.fetch(strip) if ahead is None else ahead
+                # The next one comes while this one is being worked on.
+                ahead = self._ahead(at)
+                strip = self._room.arrived(fetched)
+                del fetched
+            yield strip
+            del strip
+
+    def _ahead(self, at: int) -> torch.Tensor | None:
+        if self._room.device.type != "cuda" or at >= len(self._strips) or not self._strips[at][1]:
+            return None
+        return self._room.fetch(self._strips[at][0])
+
+    def _pop(self) -> tuple[torch.Tensor, bool]:
+        strip, is_away = self._strips.popleft()
+        if not is_away:
+            self._room.used -= strip.nbytes
+        return strip, is_away
+
+
+class Taker:
+    """Reads a shelf in portions of its own, whatever the heights of the strips on it are."""
+
+    def __init__(self, strips: Iterator[torch.Tensor]) -> None:
+        self._strips = strips
+        self._rest: torch.Tensor | None = None
+
+    def take(self, rows: int) -> Iterator[torch.Tensor]:
+        """The next ``rows`` rows, in as many pieces as they lie in."""
+        while rows:
+            rest = next(self._strips) if self._rest is None else self._rest
+            count = min(rows, rest.shape[2])
+            self._rest = rest[:, :, count:] if count < rest.shape[2] else None
+            rows -= count
+            yield rest[:, :, :count]
