@@ -13,7 +13,7 @@ from remote_vae import rescue
 from remote_vae.errors import InvalidRequest, RemoteVaeError, RouteFailed, SettingsError
 from remote_vae.families import Family, find_family
 from remote_vae.remote.route import RemoteRoute, endpoint_for
-from remote_vae.routes import Op, Outcome, Remote, VaeCall
+from remote_vae.routes import Op, Outcome, Remote, Spare, VaeCall
 from remote_vae.settings import Settings
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 from remote_vae.wire.pixels import image_to_pixels, to_uint8
@@ -114,6 +114,7 @@ def _decode_there(latents: torch.Tensor, family: Family, settings: Settings) -> 
 
 def _decode_here(rescued: rescue.Rescued, source: str) -> torch.Tensor:
     from remote_vae.server.models import load_vae
+    from remote_vae.tiled.ladder import exact_ways, first_that_fits
     from remote_vae.tiled.spares import own_tiling
 
     loaded = load_vae(source, family=rescued.family.key if rescued.family.is_known else None)
@@ -121,6 +122,14 @@ def _decode_here(rescued: rescue.Rescued, source: str) -> torch.Tensor:
         raise RemoteVaeError(
             f"{source} takes {loaded.family.latent_channels} channels, the file has {rescued.latents.shape[1]}"
         )
-    with torch.inference_mode(), own_tiling(loaded.vae):
-        pixels: torch.Tensor = loaded.vae.decode(rescued.latents.to(loaded.device, loaded.dtype), return_dict=False)[0]
-    return pixels.float()
+    latents = rescued.latents.to(loaded.device, loaded.dtype)
+
+    def by_its_own_tiling() -> torch.Tensor:
+        with own_tiling(loaded.vae):
+            pixels: torch.Tensor = loaded.vae.decode(latents, return_dict=False)[0]
+        return pixels
+
+    # What is here has failed to decode before, most likely for lack of memory.
+    ways = (*exact_ways(loaded.vae, "decode", latents), Spare("its own tiling", by_its_own_tiling))
+    with torch.inference_mode():
+        return first_that_fits(ways, "the decode")[1].float()

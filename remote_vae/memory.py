@@ -21,6 +21,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_OOM_TEXT.search(str(error)))
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that a computation on ``device`` could still get, or None where that cannot be told."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        # What torch has taken and does not use is free as well.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        # The web UIs ship it; without it the memory is found out by trying.
+        import psutil
+    except ImportError:
+        return None
+    available: int = psutil.virtual_memory().available
+    return available
+
+
 def free_memory() -> None:
     """Give cached device memory back, so that the next attempt starts with all there is."""
     gc.collect()

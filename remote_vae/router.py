@@ -15,6 +15,7 @@ from remote_vae.remote.route import RemoteRoute, endpoint_for, shown
 from remote_vae.routes import Outcome, Route, T, VaeCall
 from remote_vae.settings import Settings
 from remote_vae.tiled import TiledRoute
+from remote_vae.tiled.route import wants_bfloat16
 
 log = logging.getLogger("remote_vae")
 
@@ -70,7 +71,7 @@ class Router:
     def _plan(self, call: VaeCall[T], settings: Settings, *, remote: bool, fell_back: bool) -> list[Route]:
         if remote and wants_remote(call, settings):
             return [self._remote, self._tiled]
-        return [self._tiled] if fell_back else [self._local, self._tiled]
+        return [self._tiled] if fell_back or wants_bfloat16(call, settings) else [self._local, self._tiled]
 
     def run_remote(self, call: VaeCall[T], settings: Settings) -> T:
         """Answer ``call`` remotely or not at all; nothing is recorded when it fails.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, Protocol, TypeVar, Union
+from typing import Any, Generic, Literal, Protocol, TypeVar, Union
 
 import torch
 
@@ -29,6 +29,10 @@ class Spare(Generic[T]):
     run: Callable[[], T]
 
 
+def _unfinished(result: torch.Tensor) -> Any:  # noqa: ARG001
+    raise AssertionError("a call with a VAE needs finish")
+
+
 @dataclass(frozen=True)
 class VaeCall(Generic[T]):
     """One call of a host to its VAE.
@@ -41,6 +45,8 @@ class VaeCall(Generic[T]):
         spares: what to try when the host's own call runs out of memory, best first.
         adopt: turns a remote answer into what the host's own call would return.
         lost: what is lost with the call where that is more than ``tensor``: the latents of the whole batch. Saved in its place.
+        vae: the VAE itself, for the exact tiled VAE to work with its layers; None: it is not at hand.
+        finish: turns pixels or, for an encode, moments into what the host's own call would return.
         truncates: whether the host makes 8-bit levels by rounding down; then an 8-bit transfer does so too.
         cancelled: whether the user wants the waiting to end. Called often, from any thread.
     """
@@ -52,6 +58,8 @@ class VaeCall(Generic[T]):
     adopt: Callable[[Remote], T]
     spares: tuple[Spare[T], ...] = ()
     lost: torch.Tensor | None = None
+    vae: Any = None
+    finish: Callable[[torch.Tensor], T] = _unfinished
     truncates: bool = False
     cancelled: Callable[[], bool] = lambda: False
 

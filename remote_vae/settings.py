@@ -136,6 +136,7 @@ class Settings:
     first_byte_timeout: float = _option("first_byte_timeout")
     total_timeout: float = _option("total_timeout")
     cooldown: float = _option("cooldown")
+    cpu_bfloat16: bool = _option("cpu_bfloat16")
     rescue_folder: str = _option("rescue_folder")
 
     def __post_init__(self) -> None:

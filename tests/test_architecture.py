@@ -37,7 +37,7 @@ ALLOWED = {
     "router": ROUTER - {"router"},
     "hosts": ROUTER | {"hosts"},
     "webui": BASE | {"hosts", "webui"},
-    "server": BASE | {"wire", "tiled", "server"},
+    "server": BASE | {"wire", "routes", "tiled", "server"},
     "commands": ROUTER | {"server"},
     "demo": ROUTER | {"hosts"},
     "cli": ROUTER | {"server", "commands", "demo"},

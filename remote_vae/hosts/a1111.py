@@ -243,6 +243,9 @@ class Adapter:
                 return answer.pixels(tensor.device, tensor.dtype)
             return _encoded(kind, answer, tensor)
 
+        def finish(result: torch.Tensor) -> Any:
+            return result.to(tensor.device, tensor.dtype) if op == "decode" else kind.from_moments(result)
+
         def cpu() -> Any:
             vae = on_cpu(model.first_stage_model)
             if op == "decode":
@@ -258,6 +261,8 @@ class Adapter:
             family=_family(model, kind),
             whole=lambda: original(tensor),
             adopt=adopt,
+            vae=model.first_stage_model,
+            finish=finish,
             spares=(Spare("whole VAE on the CPU", cpu),),
             truncates=True,
             cancelled=self._interrupts(),

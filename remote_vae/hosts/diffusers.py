@@ -130,6 +130,9 @@ class Handle:
                 return _decoder_output(answer.pixels(tensor.device, tensor.dtype), return_dict)
             return _encoder_output(_distribution(answer, tensor.device, tensor.dtype), return_dict)
 
+        def finish(result: torch.Tensor) -> Any:
+            return _decoder_output(result, return_dict) if op == "decode" else _encoder_output(_gaussian(result), return_dict)
+
         def cpu() -> Any:
             return self._on_cpu(op, tensor, return_dict)
 
@@ -139,6 +142,8 @@ class Handle:
             family=self._family,
             whole=whole,
             adopt=adopt,
+            vae=None if op == "encode" and type(self._vae).__name__ == "AutoencoderTiny" else self._vae,
+            finish=finish,
             spares=(Spare("the VAE's own tiling", tiled), Spare("whole VAE on the CPU", cpu)),
             cancelled=self._cancelled,
         )

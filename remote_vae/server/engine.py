@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from remote_vae.errors import InvalidRequest, OutOfMemory, RemoteVaeError, UnsupportedLayout
+from remote_vae.errors import InvalidRequest, RemoteVaeError
 from remote_vae.families import find_family
-from remote_vae.memory import free_memory, is_out_of_memory
+from remote_vae.routes import Op, Spare
 from remote_vae.server.models import LoadedVae, describe
+from remote_vae.tiled.ladder import exact_ways, first_that_fits, whole_fits
 from remote_vae.tiled.spares import own_tiling
 from remote_vae.wire import (
     DecodeRequest,
@@ -130,12 +130,8 @@ class Engine:
                 f"{family.label} takes {'video' if family.video else 'picture'} latents, not {list(latents.shape)}"
             )
 
-        def work() -> torch.Tensor:
-            z = request.scaling.unscale(latents.to(vae.device, vae.dtype), family.scaling_factor, family.shift_factor)
-            pixels: torch.Tensor = vae.decode(z, return_dict=False)[0]
-            return pixels
-
-        pixels = self._guarded(work)
+        z = request.scaling.unscale(latents.to(vae.device, vae.dtype), family.scaling_factor, family.shift_factor)
+        pixels = self._guarded("decode", z)
         # The answer comes in the dtype that was asked in: a half-precision client wants half the bytes.
         dtype = request.latents.dtype if request.latents.is_floating_point() else pixels.dtype
         return decode_answer(request, pixels.to("cpu", dtype))
@@ -151,46 +147,52 @@ class Engine:
         if self.loaded.family.video:
             pixels = pixels.unsqueeze(2)
 
-        def work() -> torch.Tensor:
-            encoded = vae.encode(pixels.to(vae.device, vae.dtype))
-            if request.posterior and self._has_posterior:
-                parameters: torch.Tensor = encoded.latent_dist.parameters
-                return parameters
-            latents: torch.Tensor = encoded.latent_dist.mode() if self._has_posterior else encoded.latents
-            return request.scaling.scale(latents)
-
-        latents = self._guarded(work)
+        latents = self._guarded("encode", pixels.to(vae.device, vae.dtype))
+        is_posterior = request.posterior and self._has_posterior
+        if not is_posterior:
+            # The mode of the posterior is its mean, the first half of the moments.
+            mode = latents.chunk(2, dim=1)[0] if self._has_posterior else latents
+            latents = request.scaling.scale(mode)
         if self.loaded.family.video:
             latents = latents.squeeze(2)
-        is_posterior = request.posterior and self._has_posterior
         # Latents come in the dtype that was asked in; a posterior as the VAE made it, as only our own client asks for it.
         wants_dtype = isinstance(request.image, torch.Tensor) and request.image.is_floating_point() and not is_posterior
         return encode_answer(latents.to("cpu", pixels.dtype if wants_dtype else latents.dtype), is_posterior=is_posterior)
 
-    def _guarded(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """``work``, tiled if the memory runs out, and in float32 if half precision gives NaN."""
-        result = self._in_memory(work)
+    def _guarded(self, op: Op, batch: torch.Tensor) -> torch.Tensor:
+        """Pixels of raw latents, or moments of pixels; in float32 if half precision gives NaN."""
+        result = self._in_memory(op, batch)
         if self.loaded.dtype == torch.float32 or bool(torch.isfinite(result).all()):
             return result
         log.warning("the VAE gives NaN in %s; it runs in float32 from now on", self.loaded.dtype)
         self.loaded.vae.to(torch.float32)
-        return self._in_memory(work)
+        return self._in_memory(op, batch.float())
 
-    def _in_memory(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        failure: Exception | None = None
-        for tiling in (nullcontext, lambda: own_tiling(self.loaded.vae)):
-            try:
-                with tiling(), torch.inference_mode():
-                    return work()
-            except UnsupportedLayout:
-                break
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                log.warning("out of memory: %s", error)
-                failure = error.with_traceback(None)
-            free_memory()
-        raise OutOfMemory(f"the server has too little memory for this picture: {failure}") from failure
+    def _in_memory(self, op: Op, batch: torch.Tensor) -> torch.Tensor:
+        """The whole VAE where it fits, else tiled."""
+        with torch.inference_mode():
+            return first_that_fits(self._ways(op, batch), f"a {op} of {list(batch.shape)}")[1]
+
+    def _ways(self, op: Op, batch: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:
+        vae = self.loaded.vae
+
+        def whole() -> torch.Tensor:
+            if op == "decode":
+                pixels: torch.Tensor = vae.decode(batch, return_dict=False)[0]
+                return pixels
+            encoded = vae.encode(batch)
+            moments: torch.Tensor = encoded.latent_dist.parameters if self._has_posterior else encoded.latents
+            return moments
+
+        def tiled_its_own_way() -> torch.Tensor:
+            with own_tiling(vae):
+                return whole()
+
+        if batch.ndim != 4 or whole_fits(vae, op, batch):
+            yield Spare("the whole VAE", whole)
+        if batch.ndim == 4:
+            yield from exact_ways(vae, op, batch)
+        yield Spare("the VAE's own tiling", tiled_its_own_way)
 
     @property
     def _has_posterior(self) -> bool:

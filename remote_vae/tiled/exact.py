@@ -123,7 +123,7 @@ def _run(
     if batch.ndim != 4 or 0 in batch.shape:
         raise InvalidRequest(f"the tiled VAE takes [B, C, H, W], not {list(batch.shape)}")
     device = torch.device(limits.device or batch.device)
-    dtype = limits.dtype or _autocast_dtype(device.type) or _own_dtype(plan, batch)
+    given = _autocast_dtype(device.type) or _own_dtype(plan, batch)
 
     def run(dtype: torch.dtype) -> torch.Tensor:
         result = None
@@ -144,11 +144,11 @@ def _run(
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         bring_in(vae)
         try:
-            result = run(dtype)
+            result = run(limits.dtype or given)
         except NotFinite as error:
-            log.warning("NaN in %s (%s): once more in float32", str(dtype).removeprefix("torch."), error)
+            log.warning("NaN (%s): once more in float32", error)
             result = run(torch.float32)
-    return result.to(batch.device, dtype)
+    return result.to(batch.device, given)
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,10 @@ def _own_dtype(plan: Plan, batch: torch.Tensor) -> torch.dtype:
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
     """What autocast would compute convolutions in, or None."""
-    if device_type == "cpu":
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-    return torch.get_autocast_gpu_dtype() if device_type == "cuda" and torch.is_autocast_enabled() else None
+    try:
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    except TypeError:
+        # torch before 2.4, which has functions of their own for the CPU.
+        if device_type == "cpu":
+            return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None

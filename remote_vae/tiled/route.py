@@ -1,41 +1,51 @@
-"""The tiled route: the whole VAE, and on a memory error its own tiling and whatever else the host adapter knows."""
+"""The tiled route: the whole VAE where it fits, and else the exact tiled VAE in the memory that there is."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Iterator
+from functools import partial
 
-from remote_vae.errors import OutOfMemory, UnsupportedLayout
-from remote_vae.memory import free_memory, is_out_of_memory
+import torch
+
 from remote_vae.routes import Outcome, Spare, T, VaeCall
 from remote_vae.settings import Settings
-
-log = logging.getLogger("remote_vae.tiled")
+from remote_vae.tiled.exact import decode, encode
+from remote_vae.tiled.ladder import exact_ways, first_that_fits, whole_fits
+from remote_vae.tiled.processor import is_fast_at_bfloat16
 
 
 class TiledRoute:
-    """Tries the whole VAE first, as it is exact and fastest where it fits, then the call's spares in their order."""
+    """Answers on this machine, whatever memory it has.
+
+    Where the whole VAE fits, it is asked first: its answer is the host's own to the last bit.
+    """
 
     name = "tiled"
 
     def run(self, call: VaeCall[T], settings: Settings) -> Outcome[T]:
         """Raises OutOfMemory when nothing fits; an error that is not about memory is the host's own."""
-        ways = list(call.spares)
-        if call.whole is not None:
-            ways.insert(0, Spare("whole VAE", call.whole))
-        failure: BaseException | None = None
-        for way in ways:
-            try:
-                return Outcome(way.run(), detail=way.name)
-            except UnsupportedLayout as error:
-                log.info("%s cannot be used here: %s", way.name, error)
-                failure = failure or error
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                log.warning("%s ran out of memory for a %s of %s", way.name, call.op, call.size)
-                # The traceback's frames hold the tensors that filled the memory.
-                failure = error.with_traceback(None)
-            free_memory()
-        raise OutOfMemory(
-            f"this machine has too little memory for the {call.op} ({failure})", reason="out of memory"
-        ) from failure
+        batch, height, width = call.size
+        what = f"the {call.op} of {batch} x {width} x {height} px"
+        name, value = first_that_fits(_ways(call, settings), what)
+        return Outcome(value, detail=name)
+
+
+def wants_bfloat16(call: VaeCall[T], settings: Settings) -> bool:
+    """Whether the call is to be done by the CPU's fast path."""
+    return settings.cpu_bfloat16 and call.vae is not None and call.tensor.device.type == "cpu" and is_fast_at_bfloat16()
+
+
+def _ways(call: VaeCall[T], settings: Settings) -> Iterator[Spare[T]]:
+    if wants_bfloat16(call, settings):
+        fast = partial(decode if call.op == "decode" else encode, call.vae, call.tensor, dtype=torch.bfloat16)
+        yield Spare("tiled VAE in bfloat16", partial(_finished, call, fast))
+    if call.whole is not None and (call.vae is None or whole_fits(call.vae, call.op, call.tensor)):
+        yield Spare("whole VAE", call.whole)
+    if call.vae is not None:
+        for way in exact_ways(call.vae, call.op, call.tensor):
+            yield Spare(way.name, partial(_finished, call, way.run))
+    yield from call.spares
+
+
+def _finished(call: VaeCall[T], run: Callable[[], torch.Tensor]) -> T:
+    return call.finish(run())

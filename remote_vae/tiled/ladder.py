@@ -1,0 +1,83 @@
+"""From what is fastest down to what needs the least memory, until the picture comes out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from remote_vae.errors import OutOfMemory, UnsupportedLayout
+from remote_vae.memory import available_memory, free_memory, is_out_of_memory
+from remote_vae.routes import Op, Spare, T
+from remote_vae.tiled.budget import whole_bytes
+from remote_vae.tiled.exact import decode, encode
+from remote_vae.tiled.layouts import decoder_plan, encoder_plan
+
+log = logging.getLogger("remote_vae.tiled")
+
+_CALLS = {"decode": decode, "encode": encode}
+_PLANS = {"decode": decoder_plan, "encode": encoder_plan}
+
+# Shares of the free memory that the tiled VAE may take, one attempt after the other. Convolutions have workspaces of their own,
+# which nobody announces, and free memory is in pieces.
+_SHARES = (0.8, 0.4, 0.15)
+# The whole VAE is only tried where it fits with this to spare.
+_WHOLE_SHARE = 0.75
+
+
+def whole_fits(vae: Any, op: Op, tensor: torch.Tensor) -> bool:
+    """Whether the memory that is free takes the whole VAE's call; True where that cannot be told."""
+    free = available_memory(tensor.device)
+    try:
+        plan = _PLANS[op](vae)
+    except UnsupportedLayout:
+        return True
+    return free is None or whole_bytes(plan, tensor.shape, plan.first_weight.dtype) <= _WHOLE_SHARE * free
+
+
+def exact_ways(vae: Any, op: Op, tensor: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:
+    """The exact tiled VAE with less and less memory, last in float32 on the CPU. Each asks for the free memory anew."""
+    call = partial(_CALLS[op], vae, tensor)
+    device = tensor.device
+    store = None if device.type == "cpu" else "cpu"
+    for share in _SHARES:
+        free = available_memory(device)
+        limit = None if free is None else int(share * free)
+        yield Spare("exact tiled VAE", partial(call, max_bytes=limit, store_device=store))
+    if device.type != "cpu":
+        free = available_memory(torch.device("cpu"))
+        limit = None if free is None else int(_SHARES[0] * free)
+        yield Spare("exact tiled VAE on the CPU", partial(call, device="cpu", dtype=torch.float32, max_bytes=limit))
+
+
+def first_that_fits(ways: Iterable[Spare[T]], what: str) -> tuple[str, T]:
+    """Try one way after the other until one has memory enough.
+
+    Args:
+        ways: asked for one by one, after the memory of the one before is free again.
+        what: for the log.
+
+    Returns:
+        The name of the way, and what it gave.
+
+    Raises:
+        OutOfMemory: none has. An error that is not about memory goes through.
+    """
+    failure: BaseException | None = None
+    for way in ways:
+        try:
+            return way.name, way.run()
+        except UnsupportedLayout as error:
+            log.info("%s cannot be used here: %s", way.name, error)
+            failure = failure or error
+        except Exception as error:
+            if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
+                raise
+            log.warning("%s ran out of memory for %s", way.name, what)
+            # The traceback's frames hold the tensors that filled the memory.
+            failure = error.with_traceback(None)
+        free_memory()
+    raise OutOfMemory(f"this machine has too little memory for {what} ({failure})", reason="out of memory") from failure
