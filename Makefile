@@ -21,6 +21,7 @@ bench: $(VENV)/ready
 	$(RUN) -m bench.client_overhead
 	$(RUN) -m bench.hook_overhead
 	$(RUN) -m bench.failures
+	$(RUN) -m bench.tiled --quick
 
 # torch first and by itself: the other packages must take the one that is there.
 $(VENV)/ready: requirements-dev.txt

@@ -44,6 +44,7 @@ BOUNDED_SHARE = 0.10
 BOUNDED_TIME_BAR = 1.3
 HUGE_MEMORY_BAR = 24e9
 HALF_BAR = 1.0
+TICK_BAR = 0.2
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,20 @@ class Bench:
         return self._child("memory", call)
 
     def live(self, call: Call) -> dict[str, Any]:
+        if call.is_long and call.method == "whole":
+            # Four times the pixels: four times the bytes of every tensor, save the attention's small ones.
+            half = self.live(replace(call, size=call.size // 2))
+            return {name: 4 * size for name, size in half.items()}
         return self._child("live", call)
 
     def pairs(self, base: Call, other: Call) -> dict[str, Any]:
-        return self._child("pairs", base, other)
+        if not base.is_long:
+            return self._child("pairs", base, other)
+        ours, theirs = self.memory(base)["seconds"], self.memory(other)["seconds"]
+        return {"base": ours, "other": theirs, "ratio": theirs / ours, "pairs": 1}
+
+    def ticks(self, call: Call) -> dict[str, Any]:
+        return self._child("ticks", call)
 
     def result(self, call: Call) -> torch.Tensor:
         self.memory(call)
@@ -164,12 +175,14 @@ def print_rows(bench: Bench, whole: Call) -> None:
     print(f"\n{whole.vae} {whole.op} {whole.size} px")
     print(f"  {'method':<20}{'s':>8}{'x time':>8}{'memory MB':>11}{'x':>6}{'live MB':>9}{'x':>6}{'max err':>10}{'PSNR dB':>9}")
     base, base_live = bench.memory(whole), bench.live(whole)
-    for method in ("whole", "exact", "diffusers tiling", *_peers(bench.peer)):
+    others = () if whole.is_long else ("diffusers tiling", *_peers(bench.peer))
+    for method in ("whole", "exact", *others):
         call = replace(whole, method=method, peer=bench.peer if method.startswith("multidiffusion") else "")
         try:
             seconds, ratio = _time(bench, whole, call)
             memory = bench.memory(call)["memory"]
-            live = bench.live(call)["live"] if method in ("whole", "exact") else math.nan
+            counted = method == "whole" or (method == "exact" and not whole.is_long)
+            live = bench.live(call)["live"] if counted else math.nan
             levels, psnr = bench.error(call, whole)
         except ChildFailed as error:
             print(f"  {method:<20} failed: {error}")
@@ -254,6 +267,14 @@ def print_half(bench: Bench, whole: Call) -> None:
         bench.check(f"{name}: exact's RMSE x whole's", errors["exact"] / limit, HALF_BAR)
 
 
+def print_ticks(bench: Bench, call: Call) -> None:
+    """How long an Interrupt waits at worst."""
+    ticks = bench.ticks(call)
+    name = f"{call.vae} {call.op} {call.size} px"
+    print(f"  {name}: {ticks['ticks']} ticks, at most {ticks['longest']:.3f} s between two")
+    bench.check(f"exact, {name}: longest wait for a tick, s", ticks["longest"], TICK_BAR)
+
+
 def print_fast_path(bench: Bench, vae: str, size: int) -> None:
     """bfloat16 on a processor that has units for it; no bar."""
     exact = Call(vae, "decode", size, "exact")
@@ -283,6 +304,8 @@ def parts(bench: Bench, sizes: Sizes, *, quick: bool) -> Iterator[tuple[str, Cal
     for vae, size in (*(("small", size) for size in sizes.halves), ("sd", sizes.halves[0])):
         for op in ("decode", "encode"):
             yield f"half-{vae}-{op}-{size}", _part(print_half, bench, Call(vae, op, size))
+    for op in ("decode", "encode"):
+        yield f"ticks-{op}", _part(print_ticks, bench, Call("sd", op, sizes.rows[0] if quick else sizes.rows[1], "exact"))
     for vae in ("small", "sd"):
         yield f"fast-path-{vae}", _part(print_fast_path, bench, vae, sizes.fast_path)
     yield "pictures", _part(tiled_pictures.write, bench.peer)
@@ -338,6 +361,8 @@ def _work_for_parent(order: dict[str, Any], folder: Path) -> None:
     calls = [Call(**call) for call in order["calls"]]
     if order["job"] == "memory":
         answer = vae_call.measure_memory(folder, calls[0], _result_name(calls[0]))
+    elif order["job"] == "ticks":
+        answer = vae_call.measure_ticks(folder, calls[0])
     elif order["job"] == "live":
         answer = vae_call.measure_live(folder, calls[0])
     else:

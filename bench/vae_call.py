@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import resource
 import statistics
 import sys
@@ -24,6 +25,7 @@ from remote_vae.tiled import exact
 DEMO_VAE = Path(__file__).resolve().parent.parent / "assets" / "demo_vae"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP_SIDE = 64
+LONG_SIZE = 2048
 MIN_PAIRS, MAX_PAIRS, PAIRS_SECONDS = 2, 9, 20.0
 
 
@@ -52,6 +54,11 @@ class Call:
     peer: str = ""
 
     @property
+    def is_long(self) -> bool:
+        """Whether it takes minutes on a processor, so that it is called as seldom as can be."""
+        return self.vae == "sd" and self.size >= LONG_SIZE
+
+    @property
     def input_name(self) -> str:
         return f"{self.vae}-{self.op}-{self.size}"
 
@@ -63,13 +70,14 @@ class Call:
         method = self._exact if self.method == "exact" else self._diffusers
         return functools.partial(method, vae)
 
-    def _exact(self, vae: Any, batch: torch.Tensor) -> torch.Tensor:
+    def _exact(self, vae: Any, batch: torch.Tensor, progress: Callable[[float], None] | None = None) -> torch.Tensor:
         return getattr(exact, self.op)(
             vae,
             batch.to(vae.dtype),
             max_bytes=self.max_bytes or None,
             store_device="cpu" if self.max_bytes else None,
             dtype=getattr(torch, self.dtype) if self.dtype else None,
+            progress=progress,
         )
 
     def _diffusers(self, vae: Any, batch: torch.Tensor) -> torch.Tensor:
@@ -125,6 +133,16 @@ def measure_memory(folder: Path, call: Call, result_name: str) -> dict[str, Any]
     torch.save(result, folder / result_name)
     finite = bool(torch.isfinite(result).all())
     return {"seconds": seconds, "memory": peak - start, "process": peak, "finite": finite}
+
+
+def measure_ticks(folder: Path, call: Call) -> dict[str, Any]:
+    """The longest time between two looks at ``cancelled``: how long an Interrupt may have to wait."""
+    run, batch = _warm(folder, call)
+    times = [time.perf_counter()]
+    with torch.inference_mode():
+        run(batch, progress=lambda _: times.append(time.perf_counter()))
+    times.append(time.perf_counter())
+    return {"ticks": len(times) - 2, "longest": max(later - sooner for sooner, later in itertools.pairwise(times))}
 
 
 def measure_live(folder: Path, call: Call) -> dict[str, Any]:

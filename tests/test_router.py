@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from remote_vae.router import Router
 from remote_vae.routes import Spare, VaeCall
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings
+from remote_vae.tiled import ladder, route
 from remote_vae.wire import DecodeAnswer
 from tests.chaos import Chaos
+from tests.layouts import kl_with_extra_parameter
+from tests.nearness import psnr
 
 
 class Host:
@@ -138,6 +142,148 @@ def test_an_answer_that_does_not_fit_on_the_device_is_not_lost_to_it(host: Host,
     assert router.run(host.call(), Settings(endpoint=chaos.url)) == "spare 1"
     # Tried twice, as emptying the cache may have helped; the whole VAE needs far more than its answer.
     assert host.made == ["remote", "remote", "spare 1"]
+
+
+def test_what_the_hosts_own_call_has_filled_is_free_again_for_the_next_attempt(host: Host) -> None:
+    filled: list[weakref.ref[torch.Tensor]] = []
+
+    def whole() -> None:
+        activations = torch.zeros(1000)
+        filled.append(weakref.ref(activations))
+        raise oom()
+
+    call = host.call(whole=whole, spares=(Spare("spare", lambda: filled[0]() is None),))
+    assert Router().run(call, Settings()) is True
+
+
+def here(host: Host, loaded: LoadedVae, **changes: Any) -> VaeCall[Any]:
+    """A call with the VAE at hand, whose result is the pixels or the moments themselves."""
+    return host.call(vae=loaded.vae, finish=lambda result: result, **changes)
+
+
+def test_a_call_without_memory_is_done_by_the_exact_tiled_vae_before_any_spare(host: Host, loaded: LoadedVae) -> None:
+    router = Router()
+    host.fails = {"whole": oom()}
+    result = router.run(here(host, loaded), Settings())
+    assert psnr(result, decoded(loaded, host.latents)) >= 100
+    assert host.made == ["whole"]
+    assert router.history.last is not None
+    assert (router.history.last.route, router.history.last.detail) == ("tiled", "exact tiled VAE")
+
+
+def test_where_the_whole_vae_does_not_fit_a_fallback_begins_with_tiles(
+    host: Host, loaded: LoadedVae, chaos: Chaos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = Router()
+    chaos.reset("503")
+    monkeypatch.setattr(route, "whole_fits", lambda *_: False)
+    result = router.run(here(host, loaded), Settings(endpoint=chaos.url))
+    assert psnr(result, decoded(loaded, host.latents)) >= 100
+    assert host.made == []
+    assert router.history.last is not None
+    assert (router.history.last.detail, router.history.last.fallback_reason) == ("exact tiled VAE", "503")
+
+
+def test_where_the_whole_vae_fits_a_fallback_is_the_hosts_own_call(host: Host, loaded: LoadedVae, chaos: Chaos) -> None:
+    chaos.reset("503")
+    assert Router().run(here(host, loaded), Settings(endpoint=chaos.url)) == "whole"
+
+
+def test_with_too_little_memory_for_tiles_the_spares_are_left(
+    host: Host, loaded: LoadedVae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = Router()
+    monkeypatch.setattr(ladder, "available_memory", lambda device: 1000)
+    host.fails = {"whole": oom()}
+    assert router.run(here(host, loaded), Settings()) == "spare 1"
+    assert host.made == ["whole", "spare 1"]
+
+
+def test_an_encode_is_finished_by_the_host_from_the_moments_of_the_tiled_vae(
+    host: Host, loaded: LoadedVae, pixels: torch.Tensor
+) -> None:
+    with torch.inference_mode():
+        moments = loaded.vae.encode(pixels).latent_dist.parameters
+    host.fails = {"whole": oom()}
+    call = host.call(op="encode", tensor=pixels, vae=loaded.vae, finish=lambda result: ("finished", result))
+    word, result = Router().run(call, Settings())
+    assert word == "finished"
+    assert psnr(result, moments) >= 100
+
+
+# --- bfloat16 on the CPU -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with instructions for bfloat16."""
+    monkeypatch.setattr(route, "is_fast_at_bfloat16", lambda: True)
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("op", ["decode", "encode"])
+def test_with_bfloat16_on_a_fast_cpu_computes_in_it_and_gives_the_vaes_own_dtype(
+    host: Host, loaded: LoadedVae, pixels: torch.Tensor, op: str
+) -> None:
+    router = Router()
+    with torch.inference_mode():
+        exact = decoded(loaded, host.latents) if op == "decode" else loaded.vae.encode(pixels).latent_dist.parameters
+    call = here(host, loaded, op=op, tensor=host.latents if op == "decode" else pixels)
+    result = router.run(call, Settings(cpu_bfloat16=True))
+    assert host.made == []
+    assert result.dtype == torch.float32
+    assert 30 < psnr(result, exact) < 90
+    assert router.history.last is not None
+    assert (router.history.last.route, router.history.last.detail) == ("tiled", "tiled VAE in bfloat16")
+    assert router.history.last.fallback_reason == ""
+
+
+@pytest.mark.parametrize(("on", "is_fast"), [(False, True), (True, False), (False, False)])
+def test_with_bfloat16_off_or_on_a_slow_processor_the_call_is_the_hosts_own(
+    host: Host, loaded: LoadedVae, on: bool, is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = Router()
+    monkeypatch.setattr(route, "is_fast_at_bfloat16", lambda: is_fast)
+    assert router.run(here(host, loaded), Settings(cpu_bfloat16=on)) == "whole"
+    assert router.history.last is not None
+    assert router.history.last.route == "local"
+
+
+@pytest.mark.usefixtures("fast")
+def test_bfloat16_is_only_for_the_cpu_and_for_a_vae_that_is_at_hand(host: Host, loaded: LoadedVae) -> None:
+    elsewhere = host.latents.to("meta")
+    assert Router().run(here(host, loaded, tensor=elsewhere), Settings(cpu_bfloat16=True)) == "whole"
+    assert Router().run(host.call(), Settings(cpu_bfloat16=True)) == "whole"
+    assert host.made == ["whole", "whole"]
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_vae_that_the_tiled_one_does_not_know_is_asked_itself_in_spite_of_bfloat16(host: Host) -> None:
+    router = Router()
+    call = host.call(vae=kl_with_extra_parameter(), finish=lambda result: result)
+    assert router.run(call, Settings(cpu_bfloat16=True)) == "whole"
+    assert router.history.last is not None
+    assert router.history.last.detail == "whole VAE"
+
+
+@pytest.mark.usefixtures("fast")
+def test_with_an_endpoint_bfloat16_is_what_is_fallen_back_to(host: Host, loaded: LoadedVae, chaos: Chaos) -> None:
+    router = Router()
+    settings = Settings(endpoint=chaos.url, cpu_bfloat16=True, cooldown=0.0)
+    assert router.run(here(host, loaded), settings) == "remote"
+    chaos.reset("503")
+    router.run(here(host, loaded), settings)
+    assert router.history.last is not None
+    assert (router.history.last.detail, router.history.last.fallback_reason) == ("tiled VAE in bfloat16", "503")
+
+
+def decoded(loaded: LoadedVae, latents: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        pixels: torch.Tensor = loaded.vae.decode(latents).sample
+    return pixels
+
+
+# --- when nothing works --------------------------------------------------------------------------------------------------
 
 
 def test_when_nothing_can_decode_the_latents_are_saved_and_the_error_says_where(host: Host, tmp_path: Path) -> None:

@@ -399,6 +399,7 @@ class Attended(Rows):
                     whole[:, :, at : at + tokens.shape[1]] = self._project(tokens, weights)
                 at += tokens.shape[1]
                 del strip, tokens
+                run.tick(0.0)
         with borrowed(step.query, run.device, run.dtype) as query, borrowed(step.out, run.device, run.dtype) as out:
             for strip in self._source.read(last=last):
                 mixed = self._attend(self._project(self._tokens(strip), query), keys, values)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -19,6 +21,8 @@ from remote_vae.rescue import load_latents
 from remote_vae.wire.pixels import to_uint8
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
+from tests.layouts import asymmetric_decoder_vae, kl_with_extra_parameter
+from tests.nearness import no_room_for_the_whole, out_of_memory, psnr
 from tests.vaes import tiny_video
 
 
@@ -246,10 +250,51 @@ def out_of_memory_for(calls: int, vae: AutoencoderKL, op: str, monkeypatch: pyte
     return seen
 
 
+def of_an_unknown_layout(vae: AutoencoderKL) -> AutoencoderKL:
+    """``vae`` with a module more than the exact tiled VAE knows, in both parts."""
+    for part in (vae.encoder, vae.decoder):
+        part.colour = torch.nn.Conv2d(3, 3, 1)
+    return vae
+
+
 @pytest.mark.parametrize("op", ["decode", "encode"])
-def test_without_memory_the_vaes_own_tiling_is_used_and_switched_off_again(
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_without_memory_the_exact_tiled_vae_makes_what_the_whole_one_makes(
+    vae: AutoencoderKL,
+    latents: torch.Tensor,
+    pixels: torch.Tensor,
+    op: str,
+    return_dict: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def made() -> Any:
+        with torch.no_grad():
+            return getattr(vae, op)(latents if op == "decode" else pixels, return_dict=return_dict)
+
+    def values(result: Any) -> torch.Tensor:
+        tensor: torch.Tensor = result[0] if op == "decode" else result[0].parameters
+        return tensor
+
+    whole = made()
+    seen = no_room_for_the_whole(monkeypatch, vae)
+    handle = remote_vae.attach(vae, {})
+    exact = made()
+    # Once by the host's own call, and not again before tiles.
+    assert seen == ["decoder" if op == "decode" else "encoder"]
+    assert type(exact) is type(whole)
+    assert type(exact[0]) is type(whole[0])
+    assert psnr(values(exact), values(whole)) >= 100
+    record = handle.history.last
+    assert record is not None
+    assert (record.route, record.detail, record.fallback_reason) == ("tiled", "exact tiled VAE", "out of memory")
+    assert not vae.use_tiling
+
+
+@pytest.mark.parametrize("op", ["decode", "encode"])
+def test_without_memory_a_vae_of_an_unknown_layout_is_tiled_in_its_own_way_and_its_tiling_is_switched_off_again(
     vae: AutoencoderKL, latents: torch.Tensor, pixels: torch.Tensor, op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    of_an_unknown_layout(vae)
     seen = out_of_memory_for(1, vae, op, monkeypatch)
     handle = remote_vae.attach(vae, {})
     with torch.no_grad():
@@ -260,13 +305,32 @@ def test_without_memory_the_vaes_own_tiling_is_used_and_switched_off_again(
     assert (handle.history.last.route, handle.history.last.detail) == ("tiled", "the VAE's own tiling")
 
 
+@pytest.mark.parametrize("make", [kl_with_extra_parameter, asymmetric_decoder_vae])
+def test_a_vae_that_the_exact_one_does_not_know_is_never_decoded_by_it(
+    make: Callable[[], Any], latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = make()
+    original = type(vae).decode
+    with torch.no_grad():
+        whole = vae.decode(latents).sample
+    monkeypatch.setattr(
+        type(vae), "decode", lambda self, *args, **kwargs: out_of_memory() if self is vae else original(self, *args, **kwargs)
+    )
+    handle = remote_vae.attach(vae, {})
+    with torch.no_grad():
+        picture = vae.decode(latents).sample
+    assert handle.history.last is not None
+    assert handle.history.last.detail == "whole VAE on the CPU"
+    assert torch.equal(picture, whole)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_without_memory_for_tiles_a_copy_on_the_cpu_makes_the_exact_picture(
     vae: AutoencoderKL, latents: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.no_grad():
         exact, moments = vae.decode(latents).sample, vae.encode(pixels).latent_dist.parameters
-    vae.to(dtype)
+    of_an_unknown_layout(vae).to(dtype)
     before = {name: (value.data_ptr(), value.dtype) for name, value in vae.state_dict().items()}
     for op in ("decode", "encode"):
         out_of_memory_for(2, vae, op, monkeypatch)
@@ -282,21 +346,24 @@ def test_without_memory_for_tiles_a_copy_on_the_cpu_makes_the_exact_picture(
     assert vae.decode.__name__ == "hooked"
 
 
+class Mover(ModelHook):  # type: ignore[misc]
+    """Notes what accelerate would have moved to the GPU."""
+
+    def __init__(self) -> None:
+        self.moved: list[int] = []
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        self.moved.append(id(module))
+        return args, kwargs
+
+
 def test_a_vae_with_accelerates_offloading_is_copied_without_its_hooks(
     vae: AutoencoderKL, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
     with torch.no_grad():
         exact = vae.decode(latents).sample
-    moved: list[int] = []
-
-    class Mover(ModelHook):  # type: ignore[misc]
-        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-            moved.append(id(module))
-            return args, kwargs
-
-    add_hook_to_module(vae, Mover())
+    mover = Mover()
+    add_hook_to_module(of_an_unknown_layout(vae), mover)
     out_of_memory_for(2, vae, "decode", monkeypatch)
     handle = remote_vae.attach(vae, {})
     with torch.no_grad():
@@ -304,7 +371,38 @@ def test_a_vae_with_accelerates_offloading_is_copied_without_its_hooks(
     assert handle.history.last is not None
     assert handle.history.last.detail == "whole VAE on the CPU"
     assert torch.allclose(picture, exact, atol=1e-5)
-    assert set(moved) <= {id(vae)}
+    assert set(mover.moved) <= {id(vae)}
+
+
+def test_the_exact_tiled_vae_tells_accelerates_offloading_that_the_vae_is_used(
+    vae: AutoencoderKL, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        whole = vae.decode(latents).sample
+    mover = Mover()
+    add_hook_to_module(vae, mover)
+    no_room_for_the_whole(monkeypatch, vae)
+    handle = remote_vae.attach(vae, {})
+    with torch.no_grad():
+        picture = vae.decode(latents).sample
+    assert handle.history.last is not None
+    assert handle.history.last.detail == "exact tiled VAE"
+    assert psnr(picture, whole) >= 100
+    # By the whole VAE's own call, and once more before the tiles.
+    assert mover.moved == [id(vae)] * 2
+
+
+def test_a_tiny_vae_without_memory_decodes_in_exact_tiles_and_encodes_in_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+    vae = diffusers.AutoencoderTiny().eval().requires_grad_(False)
+    latents, pixels = torch.rand(1, 4, 8, 8), torch.rand(1, 3, 64, 64) * 2 - 1
+    whole, encoded = vae.decode(latents).sample, vae.encode(pixels).latents
+    no_room_for_the_whole(monkeypatch, vae)
+    handle = remote_vae.attach(vae, {})
+    assert psnr(vae.decode(latents).sample, whole) >= 100
+    monkeypatch.undo()
+    assert torch.equal(vae.encode(pixels).latents, encoded)
+    assert [record.detail for record in handle.history.records()] == ["exact tiled VAE", ""]
 
 
 def test_when_nothing_fits_the_latents_are_saved(

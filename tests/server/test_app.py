@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,13 @@ import requests
 import torch
 from PIL import Image
 
+from remote_vae.server import engine
 from remote_vae.server.engine import Limits
 from remote_vae.server.models import LoadedVae
+from remote_vae.tiled import ladder
 from remote_vae.wire.pixels import image_to_pixels, to_uint8
 from tests.conftest import ServerThread
+from tests.nearness import no_room_for_the_whole, out_of_memory, psnr
 from tests.vaes import tiny_flux
 
 TIMEOUT = 30
@@ -307,29 +312,79 @@ def test_an_error_of_the_vae_is_a_500_with_its_words(server: ServerThread, monke
     assert "a defect of the VAE" in answer.json()["error"]
 
 
-def test_out_of_memory_is_tried_again_tiled_and_then_a_507(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_tried_again_tiled_and_then_a_507(
+    server: ServerThread, loaded: LoadedVae, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked() -> requests.Response:
+        params = {**head(latents), "output_type": "pt"}
+        return requests.post(f"{server.url}/decode", params=params, data=body(latents), timeout=TIMEOUT)
+
     vae = server.engine.loaded.vae
-    original, tilings = vae.decode, []
+    whole, tilings = locally(loaded, latents), []
 
-    def full(*args: Any, **kwargs: Any) -> Any:
+    def run_out(*args: Any, **kwargs: Any) -> Any:
         tilings.append(vae.use_tiling)
-        if len(tilings) in (1, 3, 4):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(*args, **kwargs)
+        out_of_memory()
 
-    monkeypatch.setattr(vae, "decode", full)
-    statuses = [
-        requests.post(f"{server.url}/decode", params=GOOD, data=bytes(1024), timeout=TIMEOUT).status_code for _ in range(2)
-    ]
-    assert statuses == [200, 507]
-    assert tilings == [False, True, False, True]
+    monkeypatch.setattr(vae.decoder, "forward", run_out)
+    assert psnr(tensor_of(asked()), whole) >= 100
+    assert tilings == [False]
+
+    # Too little for anything: the whole VAE is not even tried, the tiles that it brings along are.
+    monkeypatch.setattr(ladder, "available_memory", lambda device: 1000)
+    answer = asked()
+    assert answer.status_code == 507
+    assert "memory" in answer.text
+    assert tilings == [False, True]
     assert not vae.use_tiling
 
 
-def test_half_precision_that_gives_nan_goes_on_in_float32(loaded: LoadedVae) -> None:
-    import copy
-    from dataclasses import replace
+def test_a_picture_that_does_not_fit_whole_is_encoded_in_tiles(
+    server: ServerThread, loaded: LoadedVae, pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.inference_mode():
+        whole = loaded.vae.encode(pixels).latent_dist.parameters
+    seen = no_room_for_the_whole(monkeypatch, server.engine.loaded.vae)
+    params = {**head(pixels), "posterior": True}
+    answer = requests.post(f"{server.url}/encode", data=body(pixels), params=params, timeout=TIMEOUT)
+    assert psnr(tensor_of(answer), whole) >= 100
+    assert seen == ["encoder"]
 
+
+def test_a_picture_for_which_memory_is_short_is_not_tried_whole(
+    server: ServerThread, loaded: LoadedVae, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = locally(loaded, latents)
+    seen = no_room_for_the_whole(monkeypatch, server.engine.loaded.vae)
+    monkeypatch.setattr(engine, "whole_fits", lambda *_: False)
+    params = {**head(latents), "output_type": "pt"}
+    answer = requests.post(f"{server.url}/decode", params=params, data=body(latents), timeout=TIMEOUT)
+    assert psnr(tensor_of(answer), whole) >= 100
+    assert seen == []
+
+
+def test_a_vae_of_an_unknown_layout_is_tiled_in_its_own_way(loaded: LoadedVae, latents: torch.Tensor) -> None:
+    own = replace(loaded, vae=copy.deepcopy(loaded.vae))
+    own.vae.decoder.colour = torch.nn.Conv2d(3, 3, 1)
+    original, tilings = type(own.vae).decode, []
+
+    def decode(z: torch.Tensor, **kwargs: Any) -> Any:
+        tilings.append(own.vae.use_tiling)
+        return original(own.vae, z, **kwargs) if own.vae.use_tiling else out_of_memory()
+
+    own.vae.decode = decode
+    running = ServerThread(own)
+    try:
+        params = {**head(latents), "output_type": "pt"}
+        answer = requests.post(f"{running.url}/decode", params=params, data=body(latents), timeout=TIMEOUT)
+        # So small a picture is a single tile.
+        assert torch.equal(tensor_of(answer), locally(loaded, latents))
+    finally:
+        running.close()
+    assert tilings == [False, True]
+
+
+def test_half_precision_that_gives_nan_goes_on_in_float32(loaded: LoadedVae) -> None:
     own = replace(loaded, vae=copy.deepcopy(loaded.vae).half())
     original = type(own.vae).decode
 

@@ -1,0 +1,105 @@
+"""What the exact tiled VAE needs, and what it does with less."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from bench.live_bytes import STORE, LiveBytes
+from remote_vae import tiled
+from remote_vae.errors import OutOfMemory
+from remote_vae.tiled.budget import whole_bytes
+from remote_vae.tiled.layouts import decoder_plan, encoder_plan
+from tests import layouts
+from tests.tiled.measures import psnr, psnr_of_moments
+
+SIDE = 256
+LATENTS = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1))
+PIXELS = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def vae() -> Any:
+    """As in the real ones, the channels double and there are two blocks a level."""
+    return layouts.plain_kl(block_out_channels=(32, 64, 64, 64), layers_per_block=2)
+
+
+def live(run: Any) -> tuple[LiveBytes, torch.Tensor]:
+    counter = LiveBytes()
+    with torch.no_grad(), counter.storing(), counter:
+        result = run()
+    return counter, result
+
+
+@pytest.fixture(scope="module")
+def whole_decode(vae: Any) -> tuple[int, torch.Tensor]:
+    counter, pixels = live(lambda: vae.decode(LATENTS).sample)
+    return counter.peak["cpu"], pixels
+
+
+@pytest.fixture(scope="module")
+def whole_encode(vae: Any) -> tuple[int, torch.Tensor]:
+    counter, moments = live(lambda: vae.encode(PIXELS).latent_dist.parameters)
+    return counter.peak["cpu"], moments
+
+
+def test_what_the_whole_vae_needs_is_known_beforehand(vae: Any, whole_decode: Any, whole_encode: Any) -> None:
+    assert whole_bytes(decoder_plan(vae), LATENTS.shape, torch.float32) == pytest.approx(whole_decode[0], rel=0.02)
+    assert whole_bytes(encoder_plan(vae), PIXELS.shape, torch.float32) == pytest.approx(whole_encode[0], rel=0.02)
+
+
+@pytest.mark.parametrize("store", ["cpu", None])
+@pytest.mark.parametrize("share", [0.6, 0.4, 0.3, 0.2, 0.15])
+def test_a_decode_keeps_to_its_bytes_and_is_the_same_picture(vae: Any, whole_decode: Any, share: float, store: Any) -> None:
+    whole, true = whole_decode
+    limit = int(share * whole)
+    counter, pixels = live(lambda: tiled.decode(vae, LATENTS, max_bytes=limit, store_device=store))
+    assert counter.peak["cpu"] <= limit
+    assert psnr(pixels, true) >= 100
+    assert store is not None or not counter.peak[STORE]
+
+
+@pytest.mark.parametrize("store", ["cpu", None])
+@pytest.mark.parametrize("share", [0.6, 0.4, 0.3, 0.2])
+def test_an_encode_keeps_to_its_bytes_and_gives_the_same_moments(vae: Any, whole_encode: Any, share: float, store: Any) -> None:
+    whole, true = whole_encode
+    limit = int(share * whole)
+    counter, moments = live(lambda: tiled.encode(vae, PIXELS, max_bytes=limit, store_device=store))
+    assert counter.peak["cpu"] <= limit
+    assert psnr_of_moments(moments, true) >= 100
+
+
+def test_strips_are_put_away_only_where_they_find_no_room(vae: Any, whole_decode: Any) -> None:
+    plenty, _ = live(lambda: tiled.decode(vae, LATENTS, max_bytes=whole_decode[0], store_device="cpu"))
+    little, _ = live(lambda: tiled.decode(vae, LATENTS, max_bytes=whole_decode[0] // 5, store_device="cpu"))
+    assert plenty.peak[STORE] == 0
+    assert little.peak[STORE] > 0
+
+
+def test_without_a_limit_it_needs_much_less_than_the_whole_vae(
+    vae: Any, whole_decode: Any, whole_encode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiled.exact._STRIP_BYTES, "cpu", 64 << 10)
+    decode, _ = live(lambda: tiled.decode(vae, LATENTS))
+    encode, _ = live(lambda: tiled.encode(vae, PIXELS))
+    assert decode.peak["cpu"] <= 0.45 * whole_decode[0]
+    assert encode.peak["cpu"] <= 0.50 * whole_encode[0]
+
+
+def test_pictures_of_a_batch_are_worked_on_one_after_the_other(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiled.exact._STRIP_BYTES, "cpu", 64 << 10)
+    one, _ = live(lambda: tiled.decode(vae, LATENTS))
+    three, pixels = live(lambda: tiled.decode(vae, LATENTS.repeat(3, 1, 1, 1)))
+    assert three.peak["cpu"] <= one.peak["cpu"] + pixels.nbytes
+    assert torch.equal(pixels[0], pixels[2])
+
+
+def test_too_few_bytes_say_how_many_would_do(vae: Any) -> None:
+    with pytest.raises(OutOfMemory, match=r"\d+ MB are needed") as error:
+        tiled.decode(vae, LATENTS, max_bytes=10_000, store_device="cpu")
+    needed = int(re.findall(r"(\d+) MB are needed", str(error.value))[0]) + 1
+    counter, _ = live(lambda: tiled.decode(vae, LATENTS, max_bytes=needed * 10**6, store_device="cpu"))
+    assert counter.peak["cpu"] <= needed * 10**6
