@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,10 @@ def _decode_here(rescued: rescue.Rescued, source: str) -> torch.Tensor:
             pixels: torch.Tensor = loaded.vae.decode(latents, return_dict=False)[0]
         return pixels
 
-    # What is here has failed to decode before, most likely for lack of memory.
-    ways = (*exact_ways(loaded.vae, "decode", latents), Spare("its own tiling", by_its_own_tiling))
+    def ways() -> Iterator[Spare[torch.Tensor]]:
+        # What is here has failed to decode before, most likely for lack of memory: not the whole VAE.
+        yield from exact_ways(loaded.vae, "decode", latents)
+        yield Spare("its own tiling", by_its_own_tiling)
+
     with torch.inference_mode():
-        return first_that_fits(ways, "the decode")[1].float()
+        return first_that_fits(ways(), "the decode")[1].float()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import re
+from pathlib import Path
 
 import torch
 
+_CGROUP = Path("/sys/fs/cgroup")
 _OOM_TEXT = re.compile(r"out of memory|can't allocate memory|not enough memory|alloc_cpu", re.IGNORECASE)
 
 
@@ -35,7 +37,28 @@ def available_memory(device: torch.device) -> int | None:
     except ImportError:
         return None
     available: int = psutil.virtual_memory().available
-    return available
+    return min(available, _container_memory(available))
+
+
+def _container_memory(otherwise: int) -> int:
+    """Bytes that the limit of the container (cgroup v2) leaves, which psutil does not know of."""
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return otherwise
+    return max(0, int(limit) - int(used)) if limit.isdigit() else otherwise
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go of what ``error`` and its causes came through: their frames hold the tensors that filled the memory."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        each = pending.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            pending += [each.__cause__, each.__context__]
 
 
 def free_memory() -> None:

@@ -11,6 +11,7 @@ from remote_vae import rescue
 from remote_vae.errors import OutOfMemory, RouteFailed, VaeCallFailed
 from remote_vae.history import History, Record
 from remote_vae.local import LocalRoute
+from remote_vae.memory import forget_frames
 from remote_vae.remote.route import RemoteRoute, endpoint_for, shown
 from remote_vae.routes import Outcome, Route, T, VaeCall
 from remote_vae.settings import Settings
@@ -53,6 +54,7 @@ class Router:
                 outcome = route.run(call, settings)
             except RouteFailed as error:
                 log.warning("%s %s: %s", route.name, call.op, error)
+                forget_frames(error)
                 reasons.append(error.reason)
                 failure = error
                 if isinstance(error, OutOfMemory):

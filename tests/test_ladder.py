@@ -103,6 +103,13 @@ def test_a_vae_of_an_unknown_layout_is_taken_to_fit(monkeypatch: pytest.MonkeyPa
 # --- exact_ways --------------------------------------------------------------------------------------------------------
 
 
+def test_a_layout_that_is_not_known_has_no_exact_way() -> None:
+    assert list(exact_ways(kl_with_extra_parameter(), "decode", given_to("decode"))) == []
+
+
+KL = plain_kl()
+
+
 @pytest.fixture
 def orders(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the exact tiled VAE is told to do, which it does not."""
@@ -122,7 +129,7 @@ def test_each_attempt_gets_less_of_the_memory_that_is_free(
     monkeypatch: pytest.MonkeyPatch, orders: list[dict[str, Any]], op: Op
 ) -> None:
     memory(monkeypatch, 1_000_000)
-    for way in exact_ways(None, op, given_to(op)):
+    for way in exact_ways(KL, op, given_to(op)):
         assert way.name == "exact tiled VAE"
         way.run()
     limits = [order["max_bytes"] for order in orders]
@@ -137,7 +144,7 @@ def test_each_attempt_asks_for_the_free_memory_only_when_its_turn_comes(
     monkeypatch: pytest.MonkeyPatch, orders: list[dict[str, Any]]
 ) -> None:
     asked = memory(monkeypatch, 1_000, 1_000_000)
-    ways = exact_ways(None, "decode", given_to("decode"))
+    ways = exact_ways(KL, "decode", given_to("decode"))
     assert asked == []
     next(ways).run()
     assert len(asked) == 1
@@ -151,7 +158,7 @@ def test_where_the_memory_cannot_be_told_there_is_no_limit(
     monkeypatch: pytest.MonkeyPatch, orders: list[dict[str, Any]]
 ) -> None:
     memory(monkeypatch, None)
-    for way in exact_ways(None, "decode", given_to("decode")):
+    for way in exact_ways(KL, "decode", given_to("decode")):
         way.run()
     assert {order["max_bytes"] for order in orders} == {None}
 
@@ -161,7 +168,7 @@ def test_off_the_cpu_strips_wait_in_the_hosts_memory_and_the_last_attempt_is_the
 ) -> None:
     asked = memory(monkeypatch, 1_000, 1_000, 1_000, 64_000)
     names = []
-    for way in exact_ways(None, "decode", given_to("decode").half().to(ELSEWHERE)):
+    for way in exact_ways(KL, "decode", given_to("decode").half().to(ELSEWHERE)):
         names.append(way.name)
         way.run()
     assert names == ["exact tiled VAE"] * 3 + ["exact tiled VAE on the CPU"]

@@ -143,10 +143,13 @@ def _run(
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         bring_in(vae)
+        result = None
         try:
             result = run(limits.dtype or given)
         except NotFinite as error:
             log.warning("NaN (%s): once more in float32", error)
+        # Not within the except clause, which keeps the strips of the failed attempt alive.
+        if result is None:
             result = run(torch.float32)
     return result.to(batch.device, given)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from remote_vae.errors import OutOfMemory, UnsupportedLayout
-from remote_vae.memory import available_memory, free_memory, is_out_of_memory
+from remote_vae.memory import available_memory, forget_frames, free_memory, is_out_of_memory
 from remote_vae.routes import Op, Spare, T
 from remote_vae.tiled.budget import whole_bytes
 from remote_vae.tiled.exact import decode, encode
@@ -38,15 +38,23 @@ def whole_fits(vae: Any, op: Op, tensor: torch.Tensor) -> bool:
     return free is None or whole_bytes(plan, tensor.shape, plan.first_weight.dtype) <= _WHOLE_SHARE * free
 
 
-def exact_ways(vae: Any, op: Op, tensor: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:
-    """The exact tiled VAE with less and less memory, last in float32 on the CPU. Each asks for the free memory anew."""
+def exact_ways(vae: Any, op: Op, tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> Iterator[Spare[torch.Tensor]]:
+    """The exact tiled VAE with less and less memory, last in float32 on the CPU. Each asks for the free memory anew.
+
+    None for a VAE of a layout that is not known.
+    """
+    try:
+        _PLANS[op](vae)
+    except UnsupportedLayout as error:
+        log.info("no exact tiled VAE: %s", error)
+        return
     call = partial(_CALLS[op], vae, tensor)
     device = tensor.device
     store = None if device.type == "cpu" else "cpu"
     for share in _SHARES:
         free = available_memory(device)
         limit = None if free is None else int(share * free)
-        yield Spare("exact tiled VAE", partial(call, max_bytes=limit, store_device=store))
+        yield Spare("exact tiled VAE", partial(call, max_bytes=limit, store_device=store, dtype=dtype))
     if device.type != "cpu":
         free = available_memory(torch.device("cpu"))
         limit = None if free is None else int(_SHARES[0] * free)
@@ -77,7 +85,7 @@ def first_that_fits(ways: Iterable[Spare[T]], what: str) -> tuple[str, T]:
             if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
                 raise
             log.warning("%s ran out of memory for %s", way.name, what)
-            # The traceback's frames hold the tensors that filled the memory.
-            failure = error.with_traceback(None)
+            forget_frames(error)
+            failure = error
         free_memory()
     raise OutOfMemory(f"this machine has too little memory for {what} ({failure})", reason="out of memory") from failure

@@ -9,7 +9,6 @@ import torch
 
 from remote_vae.routes import Outcome, Spare, T, VaeCall
 from remote_vae.settings import Settings
-from remote_vae.tiled.exact import decode, encode
 from remote_vae.tiled.ladder import exact_ways, first_that_fits, whole_fits
 from remote_vae.tiled.processor import is_fast_at_bfloat16
 
@@ -37,8 +36,8 @@ def wants_bfloat16(call: VaeCall[T], settings: Settings) -> bool:
 
 def _ways(call: VaeCall[T], settings: Settings) -> Iterator[Spare[T]]:
     if wants_bfloat16(call, settings):
-        fast = partial(decode if call.op == "decode" else encode, call.vae, call.tensor, dtype=torch.bfloat16)
-        yield Spare("tiled VAE in bfloat16", partial(_finished, call, fast))
+        for way in exact_ways(call.vae, call.op, call.tensor, dtype=torch.bfloat16):
+            yield Spare("tiled VAE in bfloat16", partial(_finished, call, way.run))
     if call.whole is not None and (call.vae is None or whole_fits(call.vae, call.op, call.tensor)):
         yield Spare("whole VAE", call.whole)
     if call.vae is not None:

@@ -18,6 +18,7 @@ from PIL import Image
 import remote_vae
 from remote_vae.errors import SettingsError, UnsupportedLayout, VaeCallFailed
 from remote_vae.rescue import load_latents
+from remote_vae.tiled import ladder
 from remote_vae.wire.pixels import to_uint8
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
@@ -412,6 +413,7 @@ def test_when_nothing_fits_the_latents_are_saved(
         raise MemoryError
 
     monkeypatch.setattr(AutoencoderKL, "decode", never)
+    monkeypatch.setattr(ladder, "available_memory", lambda device: 1000)
     handle = remote_vae.attach(vae, {"rescue_folder": str(tmp_path)})
     with pytest.raises(VaeCallFailed, match="remote-vae decode") as caught:
         vae.decode(latents)
