@@ -137,7 +137,7 @@ def test_each_attempt_gets_less_of_the_memory_that_is_free(
     assert all(later < earlier for earlier, later in itertools.pairwise(limits))
     assert 0 < limits[-1] <= 200_000
     assert 500_000 <= limits[0] < 1_000_000
-    assert all(order["op"] == op and order["store_device"] is None for order in orders)
+    assert all(order["op"] == op and order.get("store_device") is None for order in orders)
 
 
 def test_each_attempt_asks_for_the_free_memory_only_when_its_turn_comes(
@@ -163,7 +163,7 @@ def test_where_the_memory_cannot_be_told_there_is_no_limit(
     assert {order["max_bytes"] for order in orders} == {None}
 
 
-def test_off_the_cpu_strips_wait_in_the_hosts_memory_and_the_last_attempt_is_the_cpus_in_float32(
+def test_off_the_cpu_the_last_attempt_is_the_cpus_in_float32(
     monkeypatch: pytest.MonkeyPatch, orders: list[dict[str, Any]]
 ) -> None:
     asked = memory(monkeypatch, 1_000, 1_000, 1_000, 64_000)
@@ -174,8 +174,7 @@ def test_off_the_cpu_strips_wait_in_the_hosts_memory_and_the_last_attempt_is_the
     assert names == ["exact tiled VAE"] * 3 + ["exact tiled VAE on the CPU"]
     assert asked == [ELSEWHERE] * 3 + [torch.device("cpu")]
     *there, last = orders
-    assert {order["store_device"] for order in there} == {"cpu"}
-    assert not any("device" in order or "dtype" in order for order in there)
+    assert not any(order.get("device") or order.get("dtype") for order in there)
     assert (last["device"], last["dtype"]) == ("cpu", torch.float32)
     assert 32_000 <= last["max_bytes"] < 64_000
 

@@ -27,9 +27,9 @@ log = logging.getLogger("remote_vae.tiled")
 Device = Union[torch.device, str]
 _HALVES = (torch.float16, torch.bfloat16)
 
-# Strips that stay in a processor's cache; a GPU wants more work at a time.
+# Strips that stay in a processor's cache; a GPU wants more work at a time, but seven of them are alive at once.
 _STRIP_BYTES = {"cpu": 8 << 20}
-_GPU_STRIP_BYTES = 64 << 20
+_GPU_STRIP_BYTES = 16 << 20
 # A processor does this in a tenth of a second or so: how long a wait for Interrupt may take. A GPU is never waited for.
 _STRIP_FLOPS = {"cpu": 16e9}
 
@@ -40,8 +40,9 @@ class Limits:
 
     Attributes:
         max_bytes: live bytes on the compute device above what there is at the start, the result included; None: as many as are
-            fastest. Strips get thinner; then they wait on ``store_device``; without one, rows are computed again.
-        store_device: where strips wait that find no room: the host's memory for a GPU.
+            fastest. Strips get thinner; then they wait on the store device; without one, rows are computed again.
+        store_device: where strips wait that find no room; None: in the host's memory when the compute device is a GPU, and
+            nowhere when it is the CPU.
         device: where to compute; None: where the input is.
         dtype: what to compute in; None: the dtype of the VAE's weights, or autocast's. Half precision that gives NaN is done
             again in float32.
@@ -180,13 +181,14 @@ class _Work:
             max_bytes=self.limits.max_bytes,
             result_bytes=self.batch * channels * rows * columns * self.dtype.itemsize,
         )
-        store = None if self.limits.store_device is None else torch.device(self.limits.store_device)
+        # Beside a GPU there is always the host's memory.
+        store = self.limits.store_device or (None if self.device.type == "cpu" else "cpu")
         run = Run(
             device=self.device,
             dtype=self.dtype,
             strip_bytes=budget.strip_bytes,
             strip_flops=_STRIP_FLOPS.get(self.device.type, float("inf")),
-            room=Room(self.device, budget.room, store),
+            room=Room(self.device, budget.room, None if store is None else torch.device(store)),
             channels_last=half,
             finite=half,
             progress=self.progress,

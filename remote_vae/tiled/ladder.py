@@ -50,11 +50,10 @@ def exact_ways(vae: Any, op: Op, tensor: torch.Tensor, *, dtype: torch.dtype | N
         return
     call = partial(_CALLS[op], vae, tensor)
     device = tensor.device
-    store = None if device.type == "cpu" else "cpu"
     for share in _SHARES:
         free = available_memory(device)
         limit = None if free is None else int(share * free)
-        yield Spare("exact tiled VAE", partial(call, max_bytes=limit, store_device=store, dtype=dtype))
+        yield Spare("exact tiled VAE", partial(call, max_bytes=limit, dtype=dtype))
     if device.type != "cpu":
         free = available_memory(torch.device("cpu"))
         limit = None if free is None else int(_SHARES[0] * free)

@@ -34,6 +34,8 @@ class Room:
         copies = self._copies
         if copies is None:
             return torch.empty_like(strip, device=self.store).copy_(strip)
+        # One strip on its way at a time: it takes up memory until it has arrived.
+        copies.synchronize()
         stored = torch.empty_like(strip, device=self.store, pin_memory=self.store == torch.device("cpu"))
         copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(copies):
