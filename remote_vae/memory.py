@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
-_OOM_TEXT = re.compile(r"out of memory|can't allocate memory|not enough memory|alloc_cpu", re.IGNORECASE)
+# The CPU's, CUDA's and its libraries', Apple's, Intel's and DirectML's words for it.
+_OOM_TEXT = re.compile(
+    r"out of memory|can't allocate memory|not enough .{0,20}memory|alloc_cpu|could not allocate|ALLOC_FAILED"
+    r"|valid cuDNN algorithm|find an engine|OUT_OF_(DEVICE|HOST)_MEMORY|OUT_OF_RESOURCES",
+    re.IGNORECASE,
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -43,10 +48,13 @@ def available_memory(device: torch.device) -> int | None:
 def _container_memory(otherwise: int) -> int:
     """Bytes that the limit of the container (cgroup v2) leaves, which psutil does not know of."""
     try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
+        limit, used, stat = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
+        # The cache of files is let go of when memory is wanted.
+        cached = next(int(line.split()[1]) for line in stat.splitlines() if line.startswith("file "))
+        return max(0, int(limit) - int(used) + cached)
+    except (OSError, ValueError, StopIteration):
+        # No container, or none with a limit ("max").
         return otherwise
-    return max(0, int(limit) - int(used)) if limit.isdigit() else otherwise
 
 
 def forget_frames(error: BaseException) -> None:

@@ -154,13 +154,29 @@ def test_each_attempt_asks_for_the_free_memory_only_when_its_turn_comes(
     assert orders[0]["max_bytes"] < 1_000 < orders[1]["max_bytes"]
 
 
-def test_where_the_memory_cannot_be_told_there_is_no_limit(
+def test_where_the_memory_cannot_be_told_the_limits_are_shares_of_what_the_whole_vae_needs(
     monkeypatch: pytest.MonkeyPatch, orders: list[dict[str, Any]]
 ) -> None:
     memory(monkeypatch, None)
     for way in exact_ways(KL, "decode", given_to("decode")):
         way.run()
-    assert {order["max_bytes"] for order in orders} == {None}
+    needed = whole_bytes(decoder_plan(KL), given_to("decode").shape, torch.float32)
+    limits = [order["max_bytes"] for order in orders]
+    assert limits == sorted(limits, reverse=True)
+    assert len(set(limits)) == len(limits) >= 3
+    assert 0 < limits[-1] < limits[0] < needed
+
+
+def test_an_error_of_the_exact_tiled_vae_that_nobody_has_thought_of_leaves_the_call_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("this device has no such thing")
+
+    monkeypatch.setitem(ladder._CALLS, "decode", broken)
+    picture = torch.zeros(1)
+    ways = [*exact_ways(KL, "decode", given_to("decode")), Spare("another way", lambda: picture)]
+    assert first_that_fits(ways, "a picture") == ("another way", picture)
 
 
 def test_off_the_cpu_the_last_attempt_is_the_cpus_in_float32(

@@ -43,6 +43,7 @@ def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert memory.available_memory(torch.device("cpu")) == 2_000_000
+    (tmp_path / "memory.stat").write_text("anon 700000\nfile 300000\nkernel 1\n")
+    assert memory.available_memory(torch.device("cpu")) == 2_300_000
     (tmp_path / "memory.max").write_text("max\n")
     assert (memory.available_memory(torch.device("cpu")) or 0) > 2_000_000

@@ -153,6 +153,10 @@ class Handle:
         result = getattr(vae, op)(tensor.to("cpu", torch.float32))
         if op == "decode":
             return _decoder_output(result.sample.to(tensor.device, tensor.dtype), return_dict)
+        if not hasattr(result, "latent_dist"):
+            # AutoencoderTiny's: latents, and no distribution.
+            result.latents = result.latents.to(tensor.device, tensor.dtype)
+            return result if return_dict else (result.latents,)
         moments = result.latent_dist.parameters.to(tensor.device, tensor.dtype)
         return _encoder_output(_gaussian(moments), return_dict)
 

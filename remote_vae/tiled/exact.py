@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -69,7 +70,7 @@ def decode(
 
     Args:
         vae: diffusers' AutoencoderKL or AutoencoderTiny, or a VAE of ldm, sgm or Forge. It is not changed; other threads may
-            use it meanwhile.
+            use it meanwhile, unless accelerate takes its layers away after each use.
         latents: raw (unscaled) ``[B, C, h, w]``, of any size that the VAE itself takes.
         max_bytes, store_device, device, dtype: see ``Limits``.
         progress: called after every strip with the share of the work that is done, up to 1.
@@ -142,8 +143,12 @@ def _run(
             raise NotFinite("the last convolution")
         return result
 
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        bring_in(vae)
+    # Not all devices know autocast, not even to switch it off.
+    plain = torch.autocast(device.type, enabled=False) if _autocast_dtype(device.type) else nullcontext()
+    with torch.no_grad(), plain:
+        # Away from where the batch is, layers are copied one by one, and the VAE need not be brought to a device that is full.
+        if device == batch.device:
+            bring_in(vae)
         result = None
         try:
             result = run(limits.dtype or given)
@@ -189,7 +194,7 @@ class _Work:
             strip_bytes=budget.strip_bytes,
             strip_flops=_STRIP_FLOPS.get(self.device.type, float("inf")),
             room=Room(self.device, budget.room, None if store is None else torch.device(store)),
-            channels_last=half,
+            channels_last=half and self.device.type in ("cpu", "cuda"),
             finite=half,
             progress=self.progress,
             cancelled=self.cancelled,
@@ -210,9 +215,10 @@ def _share(progress: Callable[[float], None] | None, index: int, count: int) -> 
 
 
 def _own_dtype(plan: Plan, batch: torch.Tensor) -> torch.dtype:
-    """What the VAE itself computes in: the dtype of its weights, save where Forge has each layer cast them to its input's."""
-    first = next(plan.modules())
-    return batch.dtype if getattr(first, "parameters_manual_cast", False) else plan.first_weight.dtype
+    """What the VAE computes in: the dtype of its weights, or of its input where each layer casts them (Forge, float8)."""
+    own = plan.first_weight.dtype
+    casts = getattr(next(plan.modules()), "parameters_manual_cast", False)
+    return own if not casts and own in (*_HALVES, torch.float32, torch.float64) else batch.dtype
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -145,6 +145,8 @@ class Mapped(Rows):
         for strip in self._source.read(last=last):
             for piece in _pieces(strip, self._rows):
                 yield self._function(piece)
+                del piece
+            del strip
 
 
 class Barrier(Rows):
@@ -169,6 +171,7 @@ class Barrier(Rows):
         rows = self.run.rows(self.width, self.channels)
         for strip in self._again(last=last):
             yield from _pieces(strip, rows)
+            del strip
 
     def cost(self, times: int) -> float:
         return self._source.cost(1 if self.keep else times + (self._norm is not None))
@@ -203,6 +206,7 @@ class Barrier(Rows):
             tee.is_listening = False
         for strip in self._again(last=False):
             moments.add(strip)
+            del strip
         for tee in self._around:
             tee.is_listening = True
 
@@ -529,7 +533,8 @@ def _activation_after(steps: tuple[Step, ...], index: int) -> Callable[[torch.Te
 def _filler(barrier: Barrier, function: Callable[[torch.Tensor], torch.Tensor] | None) -> Fill:
     def fill(strip: torch.Tensor, window: torch.Tensor) -> None:
         values = barrier.normalise(strip)
-        if function is silu and values.dtype == window.dtype:
+        # Apple's GPUs have written wrong values into a part of a tensor.
+        if function is silu and values.dtype == window.dtype and window.device.type in ("cpu", "cuda"):
             torch.ops.aten.silu.out(values, out=window)
         else:
             window.copy_(values if function is None else function(values))

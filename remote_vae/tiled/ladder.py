@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from remote_vae.errors import OutOfMemory, UnsupportedLayout
+from remote_vae.errors import OutOfMemory, RouteFailed, UnsupportedLayout
 from remote_vae.memory import available_memory, forget_frames, free_memory, is_out_of_memory
 from remote_vae.routes import Op, Spare, T
 from remote_vae.tiled.budget import whole_bytes
@@ -41,23 +41,38 @@ def whole_fits(vae: Any, op: Op, tensor: torch.Tensor) -> bool:
 def exact_ways(vae: Any, op: Op, tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> Iterator[Spare[torch.Tensor]]:
     """The exact tiled VAE with less and less memory, last in float32 on the CPU. Each asks for the free memory anew.
 
-    None for a VAE of a layout that is not known.
+    None for a VAE of a layout that is not known. Where the free memory cannot be told, the limits are shares of what the whole
+    VAE needs.
     """
     try:
-        _PLANS[op](vae)
+        plan = _PLANS[op](vae)
     except UnsupportedLayout as error:
         log.info("no exact tiled VAE: %s", error)
         return
-    call = partial(_CALLS[op], vae, tensor)
+    call = partial(_guarded, _CALLS[op], vae, tensor)
+    whole = whole_bytes(plan, tensor.shape, plan.first_weight.dtype)
     device = tensor.device
     for share in _SHARES:
         free = available_memory(device)
-        limit = None if free is None else int(share * free)
+        limit = int(share * (whole if free is None else free))
         yield Spare("exact tiled VAE", partial(call, max_bytes=limit, dtype=dtype))
     if device.type != "cpu":
-        free = available_memory(torch.device("cpu"))
-        limit = None if free is None else int(_SHARES[0] * free)
-        yield Spare("exact tiled VAE on the CPU", partial(call, device="cpu", dtype=torch.float32, max_bytes=limit))
+        memory = available_memory(torch.device("cpu"))
+        most = None if memory is None else int(_SHARES[0] * memory)
+        yield Spare("exact tiled VAE on the CPU", partial(call, device="cpu", dtype=torch.float32, max_bytes=most))
+
+
+def _guarded(call: Callable[..., torch.Tensor], *args: Any, **limits: Any) -> torch.Tensor:
+    try:
+        return call(*args, **limits)
+    except RouteFailed:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # Something about this VAE or this device that nobody has thought of must not cost the picture: others may know a way.
+        log.exception("the exact tiled VAE failed")
+        raise UnsupportedLayout(f"the exact tiled VAE failed: {error}") from error
 
 
 def first_that_fits(ways: Iterable[Spare[T]], what: str) -> tuple[str, T]:
@@ -79,6 +94,7 @@ def first_that_fits(ways: Iterable[Spare[T]], what: str) -> tuple[str, T]:
             return way.name, way.run()
         except UnsupportedLayout as error:
             log.info("%s cannot be used here: %s", way.name, error)
+            forget_frames(error)
             failure = failure or error
         except Exception as error:
             if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):

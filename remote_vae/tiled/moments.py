@@ -17,8 +17,8 @@ class Moments:
     """The statistics of ``[1, C, H, W]`` in ``groups`` groups, strip by strip."""
 
     def __init__(self, groups: int, channels: int, device: torch.device) -> None:
-        # Apple's GPUs have no float64.
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        # Apple's and Intel's GPUs and DirectML have no float64.
+        self._dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
         self._groups = groups
         self._per_group = channels // groups
         self._device = device

@@ -144,7 +144,9 @@ def conv(module: object, pad: tuple[int, int, int, int] | None = None) -> Conv:
     plain = module.padding_mode == "zeros" and set(module.dilation) == {1} and len(set(module.stride)) == 1
     # Forge's, for weights that are not what they are computed with.
     patched = getattr(module, "scale_weight", None) is not None or getattr(module, "forge_online_loras", None)
-    if not plain or patched or isinstance(module.padding, str):
+    # Seamless tiles in one direction are made by replacing methods of each convolution. accelerate's hook is another matter.
+    replaced = "_conv_forward" in vars(module) or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+    if not plain or patched or replaced or isinstance(module.padding, str):
         raise UnsupportedLayout(f"a convolution of a kind that cannot be cut into strips: {module}")
     rows, columns = module.padding
     return Conv(module, (columns, columns, rows, rows) if pad is None else pad)

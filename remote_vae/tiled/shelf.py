@@ -48,6 +48,9 @@ class Room:
         copies = self._copies
         if copies is None:
             return torch.empty_like(stored, device=self.device).copy_(stored)
+        # Not further ahead of the computation than one strip.
+        copies.synchronize()
+        copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(copies):
             return stored.to(self.device, non_blocking=True)
 
@@ -91,11 +94,9 @@ class Shelf:
             strip, is_away = self._pop() if last else self._strips[at]
             at += 0 if last else 1
             if is_away:
-                fetched = self._room.fetch(strip) if ahead is None else ahead
+                strip = self._room.arrived(self._room.fetch(strip) if ahead is None else ahead)
                 # The next one comes while this one is being worked on.
                 ahead = self._ahead(at)
-                strip = self._room.arrived(fetched)
-                del fetched
             yield strip
             del strip
 

@@ -1,4 +1,4 @@
-"""Ways to run a VAE with less device memory, for adapters to offer as spares. Until the exact tiled VAE, these are all."""
+"""Ways to run a VAE with less device memory where its layout is not known, for adapters to offer as spares."""
 
 from __future__ import annotations
 

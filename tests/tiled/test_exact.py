@@ -342,6 +342,29 @@ def test_forges_weights_that_are_patched_at_run_time_are_refused() -> None:
         tiled.decode(vae, random(1, 4, 4, 4))
 
 
+@pytest.mark.parametrize("method", ["_conv_forward", "forward"])
+def test_convolutions_whose_methods_somebody_has_replaced_are_refused(method: str) -> None:
+    # Seamless tiles in one direction are made so.
+    vae = layouts.ldm_vae()
+    setattr(vae.decoder.conv_in, method, getattr(vae.decoder.conv_in, method))
+    with pytest.raises(UnsupportedLayout):
+        tiled.decode(vae, random(1, 4, 4, 4))
+
+
+def test_a_vae_with_a_codebook_is_refused() -> None:
+    vae = layouts.plain_kl()
+    vae.quantize = torch.nn.Identity()
+    with pytest.raises(UnsupportedLayout, match="codebook"):
+        tiled.decode(vae, random(1, 4, 4, 4))
+
+
+def test_a_layout_that_only_looks_known_is_refused() -> None:
+    vae = layouts.plain_kl()
+    vae.decoder.mid_block.resnets = torch.nn.ModuleList()
+    with pytest.raises(UnsupportedLayout):
+        tiled.decode(vae, random(1, 4, 4, 4))
+
+
 @pytest.mark.parametrize("shape", [(4, 8, 8), (1, 4, 1, 8, 8), (0, 4, 8, 8)])
 def test_what_is_no_batch_of_pictures_is_refused(vae: Any, shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidRequest, match=r"\[B, C, H, W\]"):

@@ -27,11 +27,15 @@ def encoder_plan(vae: Any) -> Plan:
 
 def _plan(vae: Any, part: str) -> Plan:
     module = getattr(vae, part, None)
+    if getattr(vae, "quantize", None) is not None:
+        raise UnsupportedLayout(f"{type(vae).__name__} has a codebook between its latents and its decoder")
     for builder in _BUILDERS:
         if module is not None and builder.knows(module):
             try:
                 plan: Plan = getattr(builder, f"{part}_plan")(vae)
-            except AttributeError as error:
+            except UnsupportedLayout:
+                raise
+            except Exception as error:  # a part is missing or is something else: whatever that leads to
                 raise UnsupportedLayout(f"{type(vae).__name__}: {error}") from error
             return plan
     raise UnsupportedLayout(f"{type(vae).__name__} is a VAE of a layout that the tiled VAE does not know")
