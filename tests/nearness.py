@@ -11,11 +11,21 @@ import torch
 
 def psnr(result: torch.Tensor, expected: torch.Tensor) -> float:
     """In dB of the range that ``expected`` has; pixels in [-1, 1] have 2."""
-    assert result.shape == expected.shape
-    error = (result.double() - expected.double()).square().mean().sqrt().item()
+    error = rmse(result, expected)
     peak = (expected.max() - expected.min()).item()
     # The range of a picture is at most 2: whatever a VAE makes beyond does not make an error smaller.
     return math.inf if error == 0 else 20 * math.log10(min(peak, 2.0) / error)
+
+
+def psnr_of_moments(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """In dB of the standard deviation of ``expected``."""
+    error = rmse(result, expected)
+    return math.inf if error == 0 else 20 * math.log10(expected.double().std(correction=0).item() / error)
+
+
+def rmse(result: torch.Tensor, expected: torch.Tensor) -> float:
+    assert result.shape == expected.shape
+    return (result.double() - expected.double()).square().mean().sqrt().item()
 
 
 def out_of_memory(*_: Any, **__: Any) -> Any:

@@ -14,7 +14,7 @@ from remote_vae.errors import OutOfMemory
 from remote_vae.tiled.budget import whole_bytes
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from tests import layouts
-from tests.tiled.measures import psnr, psnr_of_moments
+from tests.nearness import psnr, psnr_of_moments
 
 SIDE = 256
 LATENTS = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1))

@@ -18,7 +18,7 @@ from remote_vae import tiled
 from remote_vae.errors import CallCancelled, InvalidRequest, UnsupportedLayout
 from remote_vae.tiled import exact
 from tests import layouts
-from tests.tiled.measures import psnr, psnr_of_moments, rmse
+from tests.nearness import psnr, psnr_of_moments, rmse
 
 EXACT_DB = 100.0
 
