@@ -13,7 +13,7 @@ standard deviation for moments, both of float32 and of everything the whole VAE 
 
     python -m bench.tiled [--quick] [--only sd-decode-1024,bounded,...] [--peer FOLDER] [--pictures-only]
 
-Everything takes about two hours on two cores, nearly all of it the sd VAE at 2048 px; --quick takes 15 minutes.
+Everything takes some hours on two cores, most of it the sd VAE at 2048 px and in half precision.
 """
 
 from __future__ import annotations
