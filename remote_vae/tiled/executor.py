@@ -522,7 +522,7 @@ def _resting_place(rows: Rows, around: _Around) -> Rows:
     room = rows.run.room
     if room.store is not None or room.limit is None or 4 * rows.nbytes + around.waiting <= room.limit:
         return rows
-    return Barrier(rows, None, around.tees, keep=rows.nbytes + around.waiting <= room.limit)
+    return Barrier(rows, None, around.tees, keep=True) if rows.nbytes + around.waiting <= room.limit else rows
 
 
 def _activation_after(steps: tuple[Step, ...], index: int) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -6,7 +6,7 @@ copies of their weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Union
 
@@ -130,6 +130,10 @@ def _sizes(steps: tuple[Step, ...], channels: int, height: int, width: int) -> I
         yield step, channels, height, width
 
 
+# Downsamplers pad below and to the right only, as the first VAEs in TensorFlow did.
+DOWN_PAD = (0, 1, 0, 1)
+
+
 # --- what the builders make steps with: everything they take is checked here ------------------------------------------------
 
 
@@ -183,14 +187,16 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def check_complete(plan: Plan, *parts: nn.Module | None) -> None:
-    """Every weight of ``parts`` must have its place in the plan.
+def complete_plan(steps: Sequence[Step], *parts: nn.Module | None) -> Plan:
+    """The plan of ``steps``, in which every weight of ``parts`` must have its place.
 
     Raises:
         UnsupportedLayout: there is something that the builder does not know.
     """
+    plan = Plan(tuple(steps))
     used = {id(tensor) for module in plan.modules() for tensor in module.parameters(recurse=False)}
     for part in parts:
         for name, tensor in part.named_parameters() if part is not None else ():
             if id(tensor) not in used:
                 raise UnsupportedLayout(f"{type(part).__name__} has {name}, which the tiled VAE does not know")
+    return plan

@@ -7,10 +7,7 @@ from typing import Any
 from torch import nn
 
 from remote_vae.errors import UnsupportedLayout
-from remote_vae.tiled.plan import Attention, Plan, Residual, Step, Upsample, activation, check_complete, conv, norm
-
-# Downsample2D pads below and to the right only, as the first VAEs in TensorFlow did.
-_DOWN_PAD = (0, 1, 0, 1)
+from remote_vae.tiled.plan import DOWN_PAD, Attention, Plan, Residual, Step, Upsample, activation, complete_plan, conv, norm
 
 
 def knows(part: nn.Module) -> bool:
@@ -31,9 +28,7 @@ def decoder_plan(vae: Any) -> Plan:
                 raise UnsupportedLayout("an upsampler with a norm or without interpolation")
             steps += [Upsample(), conv(_conv_of(upsampler))]
     steps += _tail(decoder)
-    plan = Plan(tuple(steps))
-    check_complete(plan, decoder, before)
-    return plan
+    return complete_plan(steps, decoder, before)
 
 
 def encoder_plan(vae: Any) -> Plan:
@@ -47,14 +42,12 @@ def encoder_plan(vae: Any) -> Plan:
                 raise UnsupportedLayout("a downsampler with a norm")
             module = _conv_of(downsampler)
             own = getattr(downsampler, "padding", 0)
-            steps.append(conv(module, _DOWN_PAD if own == 0 else None))
+            steps.append(conv(module, DOWN_PAD if own == 0 else None))
     steps += [*_mid(encoder.mid_block), *_tail(encoder)]
     after = getattr(vae, "quant_conv", None)
     if after is not None:
         steps.append(conv(after))
-    plan = Plan(tuple(steps))
-    check_complete(plan, encoder, after)
-    return plan
+    return complete_plan(steps, encoder, after)
 
 
 def _tail(part: Any) -> list[Step]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from remote_vae.errors import UnsupportedLayout
-from remote_vae.tiled.plan import Plan, Pointwise, Residual, Step, Upsample, activation, check_complete, conv
+from remote_vae.tiled.plan import Plan, Pointwise, Residual, Step, Upsample, activation, complete_plan, conv
 
 _SCALE = 2
 
@@ -23,18 +23,12 @@ def decoder_plan(vae: Any) -> Plan:
     """Latents ``[B, C, h, w]`` to pixels ``[B, 3, H, W]``. Raises UnsupportedLayout."""
     # The latents are bounded to 3 in a soft way first; the last layer gives [0, 1].
     steps = [Pointwise(lambda x: torch.tanh(x / 3) * 3), *_steps(vae.decoder.layers), Pointwise(lambda x: x.mul(2).sub(1))]
-    return _checked(steps, vae.decoder)
+    return complete_plan(steps, vae.decoder)
 
 
 def encoder_plan(vae: Any) -> Plan:
     """Pixels ``[B, 3, H, W]`` to latents ``[B, C, h, w]``: there is no posterior. Raises UnsupportedLayout."""
-    return _checked([Pointwise(lambda x: x.add(1).div(2)), *_steps(vae.encoder.layers)], vae.encoder)
-
-
-def _checked(steps: list[Step], part: nn.Module) -> Plan:
-    plan = Plan(tuple(steps))
-    check_complete(plan, part)
-    return plan
+    return complete_plan([Pointwise(lambda x: x.add(1).div(2)), *_steps(vae.encoder.layers)], vae.encoder)
 
 
 def _steps(layers: Iterable[nn.Module]) -> list[Step]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from remote_vae.errors import UnsupportedLayout
 from remote_vae.tiled.plan import (
+    DOWN_PAD,
     Attention,
     Plan,
     Pointwise,
@@ -16,12 +17,10 @@ from remote_vae.tiled.plan import (
     Step,
     Upsample,
     activation,
-    check_complete,
+    complete_plan,
     conv,
     norm,
 )
-
-_DOWN_PAD = (0, 1, 0, 1)
 
 
 def knows(part: nn.Module) -> bool:
@@ -45,9 +44,7 @@ def decoder_plan(vae: Any) -> Plan:
     steps += [norm(decoder.norm_out), activation(), conv(decoder.conv_out)]
     if getattr(decoder, "tanh_out", False):
         steps.append(Pointwise(torch.tanh))
-    plan = Plan(tuple(steps))
-    check_complete(plan, decoder, before)
-    return plan
+    return complete_plan(steps, decoder, before)
 
 
 def encoder_plan(vae: Any) -> Plan:
@@ -57,14 +54,12 @@ def encoder_plan(vae: Any) -> Plan:
     for level in encoder.down:
         steps += _level(level)
         if hasattr(level, "downsample"):
-            steps.append(conv(level.downsample.conv, _DOWN_PAD))
+            steps.append(conv(level.downsample.conv, DOWN_PAD))
     steps += [*_mid(encoder.mid), norm(encoder.norm_out), activation(), conv(encoder.conv_out)]
     after = getattr(vae, "quant_conv", None)
     if after is not None:
         steps.append(conv(after))
-    plan = Plan(tuple(steps))
-    check_complete(plan, encoder, after)
-    return plan
+    return complete_plan(steps, encoder, after)
 
 
 def _mid(mid: Any) -> list[Step]:
