@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 
+# The C library gives memory of more than 32 MB back at once; what is less it keeps, and strips that come and go leave holes
+# in it that may add up to half of what is alive. So on a processor strips wait together, in slabs of this many bytes.
+SLAB_BYTES = 40 << 20
+# A shelf of fewer slabs than this would lose more by them than it gains.
+_WORTH_SLABS = 3
+_ALIGNMENT = 64
+
 
 class Room:
     """How many bytes of waiting strips one run may keep on the compute device.
@@ -64,17 +71,25 @@ class Room:
 
 
 class Shelf:
-    """Strips ``[1, C, n, W]`` in the order of their rows. What is read for the last time is let go of at once."""
+    """Strips ``[1, C, n, W]`` in the order of their rows. What is read for the last time is let go of at once.
 
-    def __init__(self, room: Room) -> None:
+    Args:
+        room: what may be kept where.
+        nbytes: of all the strips that will wait here.
+    """
+
+    def __init__(self, room: Room, nbytes: int) -> None:
         self._room = room
         self._strips: deque[tuple[torch.Tensor, bool]] = deque()
+        self._has_slabs = room.device.type == "cpu" and room.limit is None and nbytes >= _WORTH_SLABS * SLAB_BYTES
+        self._slab: torch.Tensor | None = None
+        self._filled = 0
 
     def append(self, strip: torch.Tensor) -> None:
         """Put the next rows on the shelf."""
         if self._room.takes(strip.nbytes):
             self._room.used += strip.nbytes
-            self._strips.append((strip, False))
+            self._strips.append((self._in_slab(strip) if self._has_slabs else strip, False))
         else:
             self._strips.append((self._room.put_away(strip), True))
 
@@ -100,6 +115,20 @@ class Shelf:
             yield strip
             del strip
 
+    def _in_slab(self, strip: torch.Tensor) -> torch.Tensor:
+        """A copy of ``strip`` behind the ones before it; the slab lives as long as one of its strips does."""
+        if strip.nbytes > SLAB_BYTES or strip.untyped_storage().nbytes() == SLAB_BYTES:
+            # Too large, or in a slab already: it has waited on another shelf.
+            return strip
+        if self._slab is None or self._filled + strip.nbytes > SLAB_BYTES:
+            self._slab, self._filled = torch.empty(SLAB_BYTES, dtype=torch.uint8, device=strip.device), 0
+        place = self._slab[self._filled : self._filled + strip.nbytes].view(strip.dtype)
+        self._filled += -(-strip.nbytes // _ALIGNMENT) * _ALIGNMENT
+        _, channels, rows, width = strip.shape
+        if strip.is_contiguous(memory_format=torch.channels_last):
+            return place.view(1, rows, width, channels).permute(0, 3, 1, 2).copy_(strip)
+        return place.view(1, channels, rows, width).copy_(strip)
+
     def _ahead(self, at: int) -> torch.Tensor | None:
         if self._room.device.type != "cuda" or at >= len(self._strips) or not self._strips[at][1]:
             return None
@@ -109,6 +138,8 @@ class Shelf:
         strip, is_away = self._strips.popleft()
         if not is_away:
             self._room.used -= strip.nbytes
+        if not self._strips:
+            self._slab = None
         return strip, is_away
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from remote_vae import tiled
 from remote_vae.errors import CallCancelled, InvalidRequest, UnsupportedLayout
-from remote_vae.tiled import exact
+from remote_vae.tiled import exact, shelf
 from tests import layouts
 from tests.nearness import psnr, psnr_of_moments, rmse
 
@@ -98,6 +98,20 @@ def test_every_known_layout_decodes_as_the_whole_vae_does(name: str) -> None:
 def test_every_known_layout_encodes_to_the_moments_of_the_whole_vae(name: str) -> None:
     vae, pixels = KNOWN[name](), random(2, 3, 75, 58).clamp(-1, 1)
     assert psnr_of_moments(tiled.encode(vae, pixels), whole_encode(vae, pixels)) >= EXACT_DB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strips_that_wait_in_slabs_are_the_same_strips(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latents, pixels = layouts.plain_kl().to(dtype), random(1, 4, 13, 9).to(dtype), random(1, 3, 75, 58).to(dtype)
+    without = tiled.decode(vae, latents), tiled.encode(vae, pixels)
+    slabs = []
+    empty = torch.empty
+    monkeypatch.setattr(shelf, "SLAB_BYTES", 100_000)
+    monkeypatch.setattr(shelf, "_WORTH_SLABS", 1)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: slabs.append(args[0]) or empty(*args, **kwargs))
+    assert torch.equal(tiled.decode(vae, latents), without[0])
+    assert torch.equal(tiled.encode(vae, pixels), without[1])
+    assert slabs.count(100_000) > 4
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
