@@ -108,6 +108,7 @@ class Router:
             when=time.time(),
         )
         self.history.add(record)
+        call.recorded(record)
         log.info("%s", record)
 
     def _failed(self, call: VaeCall[T], settings: Settings, error: Exception | None) -> VaeCallFailed:

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, Union
 import torch
 
 from remote_vae.families import Family
+from remote_vae.history import Record
 from remote_vae.settings import Settings
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
@@ -27,6 +28,14 @@ class Spare(Generic[T]):
 
     name: str
     run: Callable[[], T]
+
+
+def silent(_: Any) -> None:
+    """Nobody wants to know."""
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _unfinished(result: torch.Tensor) -> Any:  # noqa: ARG001
@@ -47,8 +56,13 @@ class VaeCall(Generic[T]):
         lost: what is lost with the call where that is more than ``tensor``: the latents of the whole batch. Saved in its place.
         vae: the VAE itself, for the exact tiled VAE to work with its layers; None: it is not at hand.
         finish: turns pixels or, for an encode, moments into what the host's own call would return.
+        device: where the VAE computes; None: where ``tensor`` is.
+        bring: gets the VAE onto its device in the host's own way, and gives a tensor there in the VAE's dtype.
         truncates: whether the host makes 8-bit levels by rounding down; then an 8-bit transfer does so too.
         cancelled: whether the user wants the waiting to end. Called often, from any thread.
+        part: which part of a larger job this is, for the eyes of the user: "2 of 4".
+        tell: shown to the user while the call runs: "decoding 2 of 4 on studio:7870". Called from any thread.
+        recorded: given the record of the call when it has ended.
     """
 
     op: Op
@@ -61,7 +75,17 @@ class VaeCall(Generic[T]):
     vae: Any = None
     finish: Callable[[torch.Tensor], T] = _unfinished
     truncates: bool = False
+    device: torch.device | None = None
+    bring: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
     cancelled: Callable[[], bool] = lambda: False
+    part: str = ""
+    tell: Callable[[str], None] = silent
+    recorded: Callable[[Record], None] = silent
+
+    @property
+    def doing(self) -> str:
+        """What goes on, for the eyes of the user."""
+        return " ".join(filter(None, ("decoding" if self.op == "decode" else "encoding", self.part)))
 
     @property
     def size(self) -> tuple[int, int, int]:

@@ -29,7 +29,7 @@ ALLOWED = {
     "settings": {"errors", "datafiles"},
     "families": {"errors", "datafiles"},
     "wire": {"errors", "wire"},
-    "routes": {"families", "settings", "wire"},
+    "routes": {"families", "history", "settings", "wire"},
     "rescue": {"errors", "families"},
     "remote": FACE | {"remote"},
     "local": FACE,

@@ -58,6 +58,7 @@ class RemoteRoute:
         refusal = breaker.enter(settings.cooldown)
         if refusal is not None:
             raise NotOffered(f"{url}: {refusal}", reason=refusal)
+        call.tell(f"{call.doing} on {urlsplit(url).netloc.rpartition('@')[2]}")
         try:
             reply = _Asking(client_for(url, public=public), call, settings).ask()
         except (CallCancelled, InvalidRequest) as error:

@@ -28,9 +28,9 @@ _SHARES = (0.8, 0.4, 0.15)
 _WHOLE_SHARE = 0.75
 
 
-def whole_fits(vae: Any, op: Op, tensor: torch.Tensor) -> bool:
-    """Whether the memory that is free takes the whole VAE's call; True where that cannot be told."""
-    free = available_memory(tensor.device)
+def whole_fits(vae: Any, op: Op, tensor: torch.Tensor, device: torch.device | None = None) -> bool:
+    """Whether the memory that is free on ``device`` takes the whole VAE's call; True where that cannot be told."""
+    free = available_memory(device or tensor.device)
     try:
         plan = _PLANS[op](vae)
     except UnsupportedLayout:
@@ -38,7 +38,14 @@ def whole_fits(vae: Any, op: Op, tensor: torch.Tensor) -> bool:
     return free is None or whole_bytes(plan, tensor.shape, plan.first_weight.dtype) <= _WHOLE_SHARE * free
 
 
-def exact_ways(vae: Any, op: Op, tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> Iterator[Spare[torch.Tensor]]:
+def exact_ways(
+    vae: Any,
+    op: Op,
+    tensor: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[Spare[torch.Tensor]]:
     """The exact tiled VAE with less and less memory, last in float32 on the CPU. Each asks for the free memory anew.
 
     None for a VAE of a layout that is not known. Where the free memory cannot be told, the limits are shares of what the whole
@@ -49,7 +56,7 @@ def exact_ways(vae: Any, op: Op, tensor: torch.Tensor, *, dtype: torch.dtype | N
     except UnsupportedLayout as error:
         log.info("no exact tiled VAE: %s", error)
         return
-    call = partial(_guarded, _CALLS[op], vae, tensor)
+    call = partial(_guarded, _CALLS[op], vae, tensor, progress=progress)
     whole = whole_bytes(plan, tensor.shape, plan.first_weight.dtype)
     device = tensor.device
     for share in _SHARES:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
+from remote_vae.memory import free_memory, is_out_of_memory
 from remote_vae.routes import Outcome, Spare, T, VaeCall
 from remote_vae.settings import Settings
 from remote_vae.tiled.ladder import exact_ways, first_that_fits, whole_fits
 from remote_vae.tiled.processor import is_fast_at_bfloat16
+
+log = logging.getLogger("remote_vae.tiled")
 
 
 class TiledRoute:
@@ -25,25 +29,54 @@ class TiledRoute:
         """Raises OutOfMemory when nothing fits; an error that is not about memory is the host's own."""
         batch, height, width = call.size
         what = f"the {call.op} of {batch} x {width} x {height} px"
+        call.tell(f"{call.doing} on this machine")
         name, value = first_that_fits(_ways(call, settings), what)
         return Outcome(value, detail=name)
 
 
 def wants_bfloat16(call: VaeCall[T], settings: Settings) -> bool:
     """Whether the call is to be done by the CPU's fast path."""
-    return settings.cpu_bfloat16 and call.vae is not None and call.tensor.device.type == "cpu" and is_fast_at_bfloat16()
+    return settings.cpu_bfloat16 and call.vae is not None and (call.device or call.tensor.device).type == "cpu" and is_fast_at_bfloat16()
 
 
 def _ways(call: VaeCall[T], settings: Settings) -> Iterator[Spare[T]]:
+    device = call.device or call.tensor.device
     if wants_bfloat16(call, settings):
-        for way in exact_ways(call.vae, call.op, call.tensor, dtype=torch.bfloat16):
+        for way in exact_ways(call.vae, call.op, call.tensor, dtype=torch.bfloat16, progress=_teller(call)):
             yield Spare("tiled VAE in bfloat16", partial(_finished, call, way.run))
-    if call.whole is not None and (call.vae is None or whole_fits(call.vae, call.op, call.tensor)):
+    if call.whole is not None and (call.vae is None or whole_fits(call.vae, call.op, call.tensor, device)):
         yield Spare("whole VAE", call.whole)
     if call.vae is not None:
-        for way in exact_ways(call.vae, call.op, call.tensor):
+        tensor = _brought(call)
+        for way in exact_ways(call.vae, call.op, tensor, progress=_teller(call)):
             yield Spare(way.name, partial(_finished, call, way.run))
+        del tensor
     yield from call.spares
+
+
+def _brought(call: VaeCall[T]) -> torch.Tensor:
+    """What the VAE computes with, on its device; where even that finds no room, as it is."""
+    try:
+        return call.bring(call.tensor)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning("no room for the VAE on its device: %s", error)
+    free_memory()
+    return call.tensor
+
+
+def _teller(call: VaeCall[T]) -> Callable[[float], None]:
+    """Shows the user how far it is, in whole per cents."""
+    shown = -1
+
+    def tell(done: float) -> None:
+        nonlocal shown
+        if int(100 * done) > shown:
+            shown = int(100 * done)
+            call.tell(f"{call.doing} on this machine, {shown} %")
+
+    return tell
 
 
 def _finished(call: VaeCall[T], run: Callable[[], torch.Tensor]) -> T:
