@@ -75,6 +75,7 @@ class VaeCall(Generic[T]):
     vae: Any = None
     finish: Callable[[torch.Tensor], T] = _unfinished
     truncates: bool = False
+    identity: Any = None
     device: torch.device | None = None
     bring: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
     cancelled: Callable[[], bool] = lambda: False

@@ -2,4 +2,5 @@
 
 from remote_vae.webui import extension
 
-extension.load()
+# The host looks for scripts among the names of this module.
+RemoteVaeScript = extension.load()

@@ -1,47 +1,36 @@
 """The adapter for AUTOMATIC1111's web UI: stands in front of ``decode_first_stage`` and ``encode_first_stage`` of its models.
 
 Whatever makes a VAE call in this UI (img2img, inpaint, hires fix, ControlNet) makes it through these two methods of the loaded
-model, so they are replaced on the instance. Two functions of the UI are wrapped as well: ``single_sample_to_image``, to know a
-live preview, which never leaves the machine, and ``decode_latent_batch``, to send a whole batch at once.
-
-The UI executes ``scripts/*.py`` again on Reload UI, while this module stays. So there is one ``Adapter`` a process, and
-``install`` and ``uninstall`` may be called any number of times.
+model, so they are replaced on the instance. ``decode_latent_batch`` is wrapped as well, to send a whole batch at once.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
 from remote_vae.errors import RouteFailed
 from remote_vae.families import Family, find_family, recognise
-from remote_vae.history import History
-from remote_vae.hosts.edges import rising
 from remote_vae.hosts.ldm import Kind, kind_of
-from remote_vae.router import Router, wants_remote
+from remote_vae.hosts.webui import ThreadState, WebUi
+from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
+from remote_vae.router import wants_remote
 from remote_vae.routes import Op, Remote, Spare, VaeCall
-from remote_vae.settings import Settings, load_options
+from remote_vae.settings import Settings
 from remote_vae.tiled.spares import on_cpu
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
 log = logging.getLogger("remote_vae.hosts.a1111")
 
-PREFIX = "remote_vae_"
 _METHODS: dict[Op, str] = {"decode": "decode_first_stage", "encode": "encode_first_stage"}
-# Attribute of a hook that names the adapter it belongs to.
-_MARK = "remote_vae_adapter"
 
 
-class _ThreadState(threading.local):
-    # Previews and calls that are being answered already: what the VAE is asked within is the UI's own business.
-    passing = 0
+class _ThreadState(ThreadState):
     batch: Optional[_Batch] = None
 
 
@@ -63,52 +52,30 @@ class _Batch:
         return next((index for index, own in enumerate(self.latents) if torch.equal(own, wanted)), None)
 
 
-class Adapter:
-    """What stands between this UI and its VAE. One a process: see ``adapter``."""
+class A1111(WebUi):
+    """AUTOMATIC1111's web UI, from 1.6 on."""
+
+    name = "AUTOMATIC1111"
 
     def __init__(self) -> None:
-        self.router = Router(History())
-        self._installed = False
-        self._presses = 0
-        self._thread = _ThreadState()
-        self._problems: tuple[str, ...] = ()
+        super().__init__()
+        self._thread: _ThreadState = _ThreadState()
 
-    # --- life cycle ----------------------------------------------------------------------------------------------------
+    def _doors(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        from modules import processing
 
-    def install(self) -> None:
-        """Get in the way of every model that is loaded, and of the two functions. Safe to call again."""
-        from modules import paths, processing, sd_models, sd_samplers_common, shared
+        return [*super()._doors(), (processing, "decode_latent_batch", self._batch_door)]
 
-        self.router = Router(self.router.history, Path(paths.data_path) / "remote-vae-rescue")
-        self._installed = True
-        self._wrap(sd_samplers_common, "single_sample_to_image", self._preview_door)
-        self._wrap(processing, "decode_latent_batch", self._batch_door)
-        for name in ("interrupt", "skip"):
-            self._wrap(shared.state, name, self._press_door)
+    def _models(self) -> list[Any]:
+        from modules import sd_models
+
         # Not shared.sd_model: reading that can start the loading of a model.
         data = sd_models.model_data
-        for model in [*getattr(data, "loaded_sd_models", []), data.sd_model]:
-            if model is not None:
-                self.hook(model)
-
-    def uninstall(self) -> None:
-        """Give the UI its own functions back. A hook that somebody has put over ours stays, and ours only passes on."""
-        from modules import processing, sd_models, sd_samplers_common, shared
-
-        self._installed = False
-        self._unwrap(sd_samplers_common, "single_sample_to_image")
-        self._unwrap(processing, "decode_latent_batch")
-        for name in ("interrupt", "skip"):
-            self._unwrap(shared.state, name)
-        data = sd_models.model_data
-        for model in [*getattr(data, "loaded_sd_models", []), data.sd_model]:
-            if model is not None:
-                for method in _METHODS.values():
-                    self._unwrap(model, method)
+        models = [*getattr(data, "loaded_sd_models", []), data.sd_model]
+        return [model for model in models if model is not None]
 
     def hook(self, model: Any) -> None:
-        """Stand in front of the VAE calls of ``model``, once. The UI announces the same model again on every VAE change."""
-        if not self._installed:
+        if not self.installed:
             return
         kind = kind_of(model)
         if kind is None:
@@ -116,56 +83,25 @@ class Adapter:
             return
         for op, method in _METHODS.items():
             current = getattr(model, method)
-            if _finds_ours(current):
-                continue
-            self._place(model, method, self._hooked(op, model, kind, current))
+            if not is_wrapped(current):
+                place(model, method, self._hooked(op, model, kind, current), self)
 
-    def _wrap(self, owner: Any, name: str, door: Callable[..., Any]) -> None:
-        """Put ``door`` around the function ``name`` of a module or an object, once."""
-        current = getattr(owner, name)
-        if not _finds_ours(current):
-            self._place(owner, name, lambda *args, **kwargs: door(current, *args, **kwargs))
+    def _unhook(self, model: Any) -> None:
+        for method in _METHODS.values():
+            unwrap(model, method, self)
 
-    def _place(self, owner: Any, name: str, hook: Any) -> None:
-        setattr(hook, _MARK, self)
-        hook.__wrapped__ = getattr(owner, name)
-        # A method of the class is not put back on the instance: taking the hook away uncovers it.
-        hook.covers_class = name not in vars(owner)
-        setattr(owner, name, hook)
-
-    def _unwrap(self, owner: Any, name: str) -> None:
-        current = vars(owner).get(name)
-        if getattr(current, _MARK, None) is not self:
-            return
-        if current.covers_class:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, current.__wrapped__)
-
-    # --- the doors -----------------------------------------------------------------------------------------------------
-
-    def _preview_door(self, original: Callable[..., Any], sample: Any, approximation: Any = None) -> Any:
-        """Around ``single_sample_to_image``. With an ``approximation`` named it makes a picture to keep, not a preview."""
-        if approximation is not None:
-            return original(sample, approximation)
-        with self._passing_on():
-            return original(sample, approximation)
-
-    def _press_door(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around Interrupt and Skip: a second press shows in no flag."""
-        self._presses += 1
-        return original(*args, **kwargs)
+    # --- a whole batch ---------------------------------------------------------------------------------------------------
 
     def _batch_door(self, original: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``decode_latent_batch``, which decodes picture after picture: the remote answer is fetched for all first."""
         kind = kind_of(model)
         takes = (
-            self._active()
+            self._takes()
             and self._thread.batch is None
             and isinstance(batch, torch.Tensor)
             and batch.shape[0] > 1
             and _decodes_in_full()
-            and _finds_ours(getattr(model, _METHODS["decode"], None))
+            and is_wrapped(getattr(model, _METHODS["decode"], None))
         )
         if not takes or kind is None:
             return original(model, batch, *args, **kwargs)
@@ -187,11 +123,13 @@ class Adapter:
             adopt=lambda answer: answer,
             truncates=True,
             cancelled=self._interrupts(),
+            part=f"{len(batch)} pictures",
         )
         pending.raw = call.tensor
         if wants_remote(call, settings):
             try:
-                pending.answer = self.router.run_remote(call, settings)
+                with self._shown(call) as shown:
+                    pending.answer = self.router.run_remote(shown, settings)
             except RouteFailed as error:
                 log.warning("remote decode of %d pictures: %s", batch.shape[0], error)
                 pending.failure = error.reason
@@ -201,41 +139,28 @@ class Adapter:
         finally:
             self._thread.batch = None
 
-    # --- the hook ------------------------------------------------------------------------------------------------------
+    # --- the hook --------------------------------------------------------------------------------------------------------
 
     def _hooked(self, op: Op, model: Any, kind: Kind, original: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(tensor: Any, *args: Any, **kwargs: Any) -> Any:
             # Other arguments belong to training and to quantised VAEs.
-            if not self._active() or args or kwargs or self._thread.passing:
+            if not self._takes() or args or kwargs or not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
                 return original(tensor, *args, **kwargs)
-            if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
-                return original(tensor)
-            # Another extension may have put its hook between two of ours.
-            with self._passing_on():
-                return self._run(op, model, kind, original, tensor)
+            return self._run(op, model, kind, original, tensor)
 
         return hooked
 
-    @contextmanager
-    def _passing_on(self) -> Iterator[None]:
-        self._thread.passing += 1
-        try:
-            yield
-        finally:
-            self._thread.passing -= 1
-
     def _run(self, op: Op, model: Any, kind: Kind, original: Callable[..., Any], tensor: torch.Tensor) -> Any:
-        settings = self._settings()
         batch = self._thread.batch if op == "decode" else None
         index = batch.index_of(tensor) if batch is not None else None
         if batch is not None and index is not None and isinstance(batch.answer, DecodeAnswer):
             return batch.answer.picture(index).pixels(tensor.device, tensor.dtype)
         call = self._call(op, model, kind, original, tensor)
         if batch is None or index is None:
-            return self.router.run(call, settings)
+            return self._answer(call)
         # The UI gives up the whole batch with the first picture that fails.
-        call = replace(call, lost=batch.raw)
-        return self.router.run(call, settings, remote=not batch.failure, because=batch.failure)
+        call = replace(call, lost=batch.raw, part=f"{index + 1} of {len(batch.latents)}")
+        return self._answer(call, remote=not batch.failure, because=batch.failure)
 
     def _call(self, op: Op, model: Any, kind: Kind, original: Callable[..., Any], tensor: torch.Tensor) -> VaeCall[Any]:
         def adopt(answer: Remote) -> Any:
@@ -268,49 +193,13 @@ class Adapter:
             cancelled=self._interrupts(),
         )
 
-    def _interrupts(self) -> Callable[[], bool]:
-        """Whether Interrupt or Skip is pressed from now on. A press during sampling asks for the picture so far."""
-        from modules import shared
 
-        presses = self._presses
-        risen = rising(lambda: bool(shared.state.interrupted), lambda: bool(shared.state.skipped))
-        return lambda: self._presses != presses or risen()
-
-    def _active(self) -> bool:
-        from modules import shared
-
-        enabled = getattr(shared.opts, PREFIX + "enabled", False)
-        return self._installed and (enabled if isinstance(enabled, bool) else self._settings().enabled)
-
-    def _settings(self) -> Settings:
-        from modules import shared
-
-        values = {key: getattr(shared.opts, PREFIX + key, option.default) for key, option in load_options().items()}
-        settings, problems = Settings.forgiving(values)
-        if tuple(problems) != self._problems:
-            self._problems = tuple(problems)
-            for problem in problems:
-                log.warning("Settings, Remote VAE: %s", problem)
-        return settings
-
-
-adapter = Adapter()
+adapter = A1111()
 
 
 def _encoded(kind: Kind, answer: EncodeAnswer, like: torch.Tensor) -> Any:
     latents = answer.latents.to(like.device, like.dtype)
     return kind.from_moments(latents) if answer.is_posterior else kind.from_sample(latents)
-
-
-def _finds_ours(function: Any) -> bool:
-    """Whether one of our hooks is in the chain of wrappers that begins with ``function``."""
-    for _ in range(32):
-        if function is None:
-            return False
-        if getattr(function, _MARK, None) is not None:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
 
 
 def _decodes_in_full() -> bool:

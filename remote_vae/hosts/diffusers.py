@@ -107,61 +107,73 @@ class Handle:
 
     def _hook(self, op: Op, original: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(tensor: torch.Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
-            if not self.enabled or not _takes(op, tensor, self._family):
+            if not self.enabled or not takes(op, tensor, self._family):
                 return original(tensor, return_dict=return_dict, **kwargs)
-            call = self._call(op, original, tensor, return_dict, kwargs)
+            call = vae_call(self._vae, self._family, op, original, tensor, return_dict, kwargs, self._cancelled)
             return self._router.run(call, self.settings)
 
         hooked.handle = self  # type: ignore[attr-defined]  # attach() finds an earlier hook by it
         return hooked
 
-    def _call(
-        self, op: Op, original: Callable[..., Any], tensor: torch.Tensor, return_dict: bool, kwargs: dict[str, Any]
-    ) -> VaeCall[Any]:
-        def whole() -> Any:
-            return original(tensor, return_dict=return_dict, **kwargs)
 
-        def tiled() -> Any:
-            with own_tiling(self._vae):
-                return whole()
+def vae_call(
+    vae: Any,
+    family: Family,
+    op: Op,
+    original: Callable[..., Any],
+    tensor: torch.Tensor,
+    return_dict: bool,
+    kwargs: dict[str, Any],
+    cancelled: Callable[[], bool],
+) -> VaeCall[Any]:
+    """A call of ``vae.decode`` or ``vae.encode``; ``original`` is the VAE's own method, bound to it."""
 
-        def adopt(answer: Remote) -> Any:
-            if isinstance(answer, DecodeAnswer):
-                return _decoder_output(answer.pixels(tensor.device, tensor.dtype), return_dict)
-            return _encoder_output(_distribution(answer, tensor.device, tensor.dtype), return_dict)
+    def whole() -> Any:
+        return original(tensor, return_dict=return_dict, **kwargs)
 
-        def finish(result: torch.Tensor) -> Any:
-            return _decoder_output(result, return_dict) if op == "decode" else _encoder_output(_gaussian(result), return_dict)
+    def tiled() -> Any:
+        with own_tiling(vae):
+            return whole()
 
-        def cpu() -> Any:
-            return self._on_cpu(op, tensor, return_dict)
+    def adopt(answer: Remote) -> Any:
+        if isinstance(answer, DecodeAnswer):
+            return _decoder_output(answer.pixels(tensor.device, tensor.dtype), return_dict)
+        return _encoder_output(_distribution(answer, tensor.device, tensor.dtype), return_dict)
 
-        return VaeCall(
-            op=op,
-            tensor=tensor,
-            family=self._family,
-            whole=whole,
-            adopt=adopt,
-            vae=None if op == "encode" and type(self._vae).__name__ == "AutoencoderTiny" else self._vae,
-            finish=finish,
-            spares=(Spare("the VAE's own tiling", tiled), Spare("whole VAE on the CPU", cpu)),
-            cancelled=self._cancelled,
-        )
+    def finish(result: torch.Tensor) -> Any:
+        return _decoder_output(result, return_dict) if op == "decode" else _encoder_output(_gaussian(result), return_dict)
 
-    def _on_cpu(self, op: Op, tensor: torch.Tensor, return_dict: bool) -> Any:
-        vae = on_cpu(self._vae)
-        result = getattr(vae, op)(tensor.to("cpu", torch.float32))
-        if op == "decode":
-            return _decoder_output(result.sample.to(tensor.device, tensor.dtype), return_dict)
-        if not hasattr(result, "latent_dist"):
-            # AutoencoderTiny's: latents, and no distribution.
-            result.latents = result.latents.to(tensor.device, tensor.dtype)
-            return result if return_dict else (result.latents,)
-        moments = result.latent_dist.parameters.to(tensor.device, tensor.dtype)
-        return _encoder_output(_gaussian(moments), return_dict)
+    def cpu() -> Any:
+        return _on_cpu(vae, op, tensor, return_dict)
+
+    return VaeCall(
+        op=op,
+        tensor=tensor,
+        family=family,
+        whole=whole,
+        adopt=adopt,
+        vae=None if op == "encode" and type(vae).__name__ == "AutoencoderTiny" else vae,
+        finish=finish,
+        spares=(Spare("the VAE's own tiling", tiled), Spare("whole VAE on the CPU", cpu)),
+        cancelled=cancelled,
+        part=f"{len(tensor)} pictures" if len(tensor) > 1 else "",
+    )
 
 
-def _takes(op: Op, tensor: torch.Tensor, family: Family) -> bool:
+def _on_cpu(original: Any, op: Op, tensor: torch.Tensor, return_dict: bool) -> Any:
+    vae = on_cpu(original)
+    result = getattr(vae, op)(tensor.to("cpu", torch.float32))
+    if op == "decode":
+        return _decoder_output(result.sample.to(tensor.device, tensor.dtype), return_dict)
+    if not hasattr(result, "latent_dist"):
+        # AutoencoderTiny's: latents, and no distribution.
+        result.latents = result.latents.to(tensor.device, tensor.dtype)
+        return result if return_dict else (result.latents,)
+    moments = result.latent_dist.parameters.to(tensor.device, tensor.dtype)
+    return _encoder_output(_gaussian(moments), return_dict)
+
+
+def takes(op: Op, tensor: torch.Tensor, family: Family) -> bool:
     """Whether the router knows this call: pictures, not videos, with the channels that belong to it."""
     channels = family.latent_channels if op == "decode" else 3
     return tensor.ndim == 4 and tensor.shape[1] == channels and not family.video

@@ -36,7 +36,8 @@ class TiledRoute:
 
 def wants_bfloat16(call: VaeCall[T], settings: Settings) -> bool:
     """Whether the call is to be done by the CPU's fast path."""
-    return settings.cpu_bfloat16 and call.vae is not None and (call.device or call.tensor.device).type == "cpu" and is_fast_at_bfloat16()
+    device = call.device or call.tensor.device
+    return settings.cpu_bfloat16 and call.vae is not None and device.type == "cpu" and is_fast_at_bfloat16()
 
 
 def _ways(call: VaeCall[T], settings: Settings) -> Iterator[Spare[T]]:

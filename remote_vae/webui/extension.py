@@ -5,21 +5,32 @@ from __future__ import annotations
 import logging
 import sys
 
+from remote_vae.hosts.detect import detect
+from remote_vae.webui.accordion import script_class
+from remote_vae.webui.plot_axes import add_axes
+from remote_vae.webui.settings_panel import add_options
+
 log = logging.getLogger("remote_vae")
 
 
-def load() -> None:
-    """Register the extension's callbacks and get in the way of the models that are loaded already. Safe to call again."""
+def load() -> type | None:
+    """Register the extension's callbacks and get in the way of the models that are loaded already. Safe to call again.
+
+    Returns:
+        The script that the host is to show, or None where the host is not known.
+    """
+    _show_log()
+    adapter = detect()
+    if adapter is None:
+        return None
     from modules import script_callbacks
 
-    from remote_vae.hosts.a1111 import adapter
-    from remote_vae.webui.settings_panel import add_options
-
-    _show_log()
     script_callbacks.on_ui_settings(add_options)
     script_callbacks.on_model_loaded(adapter.hook)
     script_callbacks.on_script_unloaded(adapter.uninstall)
+    script_callbacks.on_before_ui(add_axes)
     adapter.install()
+    return script_class(adapter)
 
 
 def _show_log() -> None:

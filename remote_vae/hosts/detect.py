@@ -1,0 +1,92 @@
+"""Which web UI this is, by what it has and not by its name: forks come and go."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+
+from remote_vae.hosts import a1111, forge, sdnext
+from remote_vae.hosts.webui import WebUi
+
+log = logging.getLogger("remote_vae.hosts")
+
+# What every adapter stands on: module and attribute.
+_COMMON = (
+    "modules.paths:data_path",
+    "modules.processing:process_images_inner",
+    "modules.sd_samplers_common:single_sample_to_image",
+    "modules.script_callbacks:on_model_loaded",
+    "modules.script_callbacks:on_script_unloaded",
+    "modules.script_callbacks:on_ui_settings",
+    "modules.scripts:Script",
+    "modules.shared:opts",
+    "modules.shared:state",
+)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A UI that there is an adapter for.
+
+    Attributes:
+        own: a module that only this UI has; "" for the one that the others are forks of.
+        needs: what its adapter stands on beside ``_COMMON``.
+    """
+
+    adapter: WebUi
+    own: str
+    needs: tuple[str, ...]
+
+
+_KNOWN = (
+    _Known(
+        forge.adapter,
+        "modules_forge",
+        (
+            "backend.patcher.base:ModelPatcher.set_model_vae_decode_wrapper",
+            "backend.patcher.base:ModelPatcher.set_model_vae_encode_wrapper",
+            "backend.nn.vae:DiagonalGaussianDistribution",
+            "modules.sd_models:model_data",
+        ),
+    ),
+    _Known(sdnext.adapter, "modules.modeldata", ("modules.modeldata:model_data", "diffusers:AutoencoderKL")),
+    _Known(
+        a1111.adapter,
+        "",
+        (
+            "modules.processing:decode_latent_batch",
+            "modules.sd_models:model_data",
+            "ldm.modules.distributions.distributions:DiagonalGaussianDistribution",
+        ),
+    ),
+)
+
+
+def detect() -> WebUi | None:
+    """The adapter for the UI that this runs in. None, with a line in the log, where there is none for it."""
+    known = next(known for known in _KNOWN if not known.own or _has(known.own))
+    missing = [name for name in (*_COMMON, *known.needs) if not _has(name)]
+    if not missing:
+        return known.adapter
+    log.warning(
+        "this UI looks like %s, but it has no %s: it is too old, too new or unknown, and its VAE is left alone. "
+        "Remote VAE knows AUTOMATIC1111 from 1.6, Forge from f2.0, and SD.Next with diffusers",
+        known.adapter.name,
+        ", no ".join(name.replace(":", ".") for name in missing),
+    )
+    return None
+
+
+def _has(name: str) -> bool:
+    """Whether there is ``module`` or ``module:attribute.attribute``."""
+    module, _, attributes = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return False
+    for attribute in filter(None, attributes.split(".")):
+        if not hasattr(found, attribute):
+            return False
+        found = getattr(found, attribute)
+    return True

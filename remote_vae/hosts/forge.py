@@ -1,0 +1,157 @@
+"""The adapter for Forge: the two wrappers that its VAE's patcher offers.
+
+What crosses them: raw latents ``[B, C, h, w]`` in, pixels ``[B, H, W, 3]`` in [0, 1] on the CPU out; pixels ``[1, H, W, 3]`` in
+[0, 1] in, raw latents out. As long as nobody calls ``inner``, the VAE is not even brought to the GPU.
+
+All copies of a model's parts share one patcher, and whoever clones it gets a deep copy of the wrappers: plain functions outlive
+that, objects would lose their identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from remote_vae.errors import OutOfMemory
+from remote_vae.families import recognise
+from remote_vae.hosts.webui import WebUi
+from remote_vae.hosts.wrapping import is_ours, is_wrapped, mark
+from remote_vae.routes import Op, Remote, Spare, VaeCall
+from remote_vae.wire import DecodeAnswer
+
+_WRAPPERS: dict[Op, str] = {"decode": "model_vae_decode_wrapper", "encode": "model_vae_encode_wrapper"}
+_OWN_TILING: dict[Op, str] = {"decode": "decode_tiled_", "encode": "encode_tiled_"}
+
+
+class Forge(WebUi):
+    """Forge, from f2.0 on."""
+
+    name = "Forge"
+
+    def _models(self) -> list[Any]:
+        from modules import sd_models
+
+        model = getattr(sd_models.model_data, "sd_model", None)
+        return [model] if hasattr(model, "forge_objects") else []
+
+    def hook(self, model: Any) -> None:
+        if not self.installed or not hasattr(model, "forge_objects"):
+            return
+        patcher = model.forge_objects.vae.patcher
+        for op, key in _WRAPPERS.items():
+            earlier = patcher.model_options.get(key)
+            if is_wrapped(earlier):
+                continue
+            wrapper = self._wrapper(op, earlier)
+            mark(wrapper, earlier, self)
+            setter = getattr(patcher, f"set_model_vae_{op}_wrapper")
+            setter(wrapper)
+
+    def _unhook(self, model: Any) -> None:
+        options = model.forge_objects.vae.patcher.model_options
+        for key in _WRAPPERS.values():
+            wrapper = options.get(key)
+            if not is_ours(wrapper, self):
+                continue
+            if wrapper.__wrapped__ is None:
+                del options[key]
+            else:
+                options[key] = wrapper.__wrapped__
+
+    # --- the hook --------------------------------------------------------------------------------------------------------
+
+    def _wrapper(self, op: Op, earlier: Callable[..., Any] | None) -> Callable[..., Any]:
+        def wrapper(inner: Callable[..., Any], tensor: Any) -> Any:
+            original = inner if earlier is None else partial(earlier, inner)
+            vae = getattr(inner, "__self__", None)
+            if not self._takes() or not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
+                return original(tensor)
+            if getattr(vae, "first_stage_model", None) is None:
+                return original(tensor)
+            return self._answer(self._call(op, vae, original, tensor))
+
+        return wrapper
+
+    def _call(self, op: Op, vae: Any, original: Callable[..., Any], tensor: torch.Tensor) -> VaeCall[Any]:
+        first_stage = vae.first_stage_model
+
+        def adopt(answer: Remote) -> Any:
+            if isinstance(answer, DecodeAnswer):
+                return _as_forge_pixels(answer.pixels(vae.output_device, torch.float32))
+            latents = answer.latents.to(vae.device, vae.vae_dtype)
+            moments = latents if answer.is_posterior else torch.cat([latents, latents], dim=1)
+            return _drawn(vae, moments, deterministic=not answer.is_posterior)
+
+        def finish(result: torch.Tensor) -> Any:
+            if op == "decode":
+                return _as_forge_pixels(result.to(vae.output_device).float())
+            return _drawn(vae, result, deterministic=False)
+
+        def whole() -> Any:
+            with _no_own_tiling(vae, op):
+                return original(tensor)
+
+        def bring(wanted: torch.Tensor) -> torch.Tensor:
+            from backend import memory_management
+
+            memory_management.load_models_gpu([vae.patcher])
+            return wanted.to(vae.device, vae.vae_dtype)
+
+        return VaeCall(
+            op=op,
+            # A picture comes as a view with the colours last; what is sent and compared wants them first.
+            tensor=tensor if op == "decode" else (tensor.movedim(-1, 1) * 2.0 - 1.0).contiguous(),
+            family=recognise(
+                latent_channels=vae.latent_channels,
+                scaling_factor=float(first_stage.scaling_factor),
+                shift_factor=float(first_stage.shift_factor or 0.0),
+                downscale=vae.downscale_ratio,
+            ),
+            whole=whole,
+            adopt=adopt,
+            vae=first_stage,
+            finish=finish,
+            device=vae.device,
+            bring=bring,
+            spares=(Spare("Forge's own tiling", lambda: original(tensor)),),
+            truncates=True,
+            cancelled=self._interrupts(),
+            part=f"{len(tensor)} pictures" if len(tensor) > 1 else "",
+        )
+
+
+def _as_forge_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """``[B, 3, H, W]`` in [-1, 1] to ``[B, H, W, 3]`` in [0, 1]."""
+    return ((pixels + 1.0) / 2.0).clamp(0.0, 1.0).movedim(1, -1)
+
+
+def _drawn(vae: Any, moments: torch.Tensor, *, deterministic: bool) -> torch.Tensor:
+    """What the VAE's own encode gives for the posterior: a sample, or what an extension's regulation makes of it."""
+    from backend.nn.vae import DiagonalGaussianDistribution
+
+    posterior = DiagonalGaussianDistribution(moments, deterministic=deterministic)
+    regulation = vae.patcher.model_options.get("model_vae_regulation")
+    latents: torch.Tensor = posterior.sample() if regulation is None else regulation(posterior)
+    return latents.to(vae.output_device).float()
+
+
+@contextmanager
+def _no_own_tiling(vae: Any, op: Op) -> Iterator[None]:
+    """Within, the VAE raises OutOfMemory where it would go to Forge's own tiling, which is not exact and slow."""
+    name = _OWN_TILING[op]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OutOfMemory("Forge's VAE ran out of memory, or is set to be tiled always", reason="out of memory")
+
+    setattr(vae, name, refuse)
+    try:
+        yield
+    finally:
+        delattr(vae, name)
+
+
+adapter = Forge()

@@ -1,0 +1,156 @@
+"""One generation of a host: what the user wants of it, what has happened in it, and what was encoded already."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+
+from remote_vae.history import Record
+from remote_vae.routes import Remote, VaeCall
+from remote_vae.settings import Settings
+from remote_vae.wire import EncodeAnswer
+
+FOLLOW = "follow settings"
+MODES = (FOLLOW, "off", "auto", "remote")
+# What the accordion, the API and the X/Y/Z plot leave on a host's processing object; the plot's cell wins.
+REQUEST = "remote_vae_request"
+CELL = "remote_vae_cell"
+INFOTEXT = "Remote VAE"
+
+# Moments are an eighth of their picture in both directions: these are a few megabytes.
+_KEPT_ENCODINGS = 8
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user wants of one generation.
+
+    Attributes:
+        mode: one of ``MODES``. "off": the UI's own VAE. "auto": remote as the settings say, were they switched on.
+            "remote": every VAE call, also where the settings keep decodes, encodes or another VAE on this machine. Whatever
+            fails remotely is done on this machine in all of them.
+        transfer: a transfer of the settings, or "follow settings".
+    """
+
+    mode: str = FOLLOW
+    transfer: str = FOLLOW
+
+    @property
+    def enabled(self) -> bool | None:
+        """Whether VAE calls are taken over; None: as the settings say."""
+        return None if self.mode == FOLLOW else self.mode != "off"
+
+    def adjusted(self, settings: Settings) -> Settings:
+        """The settings of this generation."""
+        if self.transfer != FOLLOW:
+            settings = replace(settings, transfer=self.transfer)
+        if self.mode == "remote":
+            settings = replace(settings, decode=True, encode=True)
+        return settings
+
+
+@dataclass
+class Generation:
+    """From the beginning to the end of a host's ``process_images_inner``.
+
+    Attributes:
+        p: the host's processing object; its ``extra_generation_params`` become the infotext.
+        outer: the generation that this one is a part of (a face detailer's).
+    """
+
+    p: Any
+    outer: Optional[Generation] = None
+    _records: list[tuple[int, Record]] = field(default_factory=list)
+    _answers: OrderedDict[object, EncodeAnswer] = field(default_factory=OrderedDict)
+
+    @property
+    def request(self) -> Request:
+        """What was asked for by a cell of a plot, else by the accordion or the API, else around this generation."""
+        asked = getattr(self.p, REQUEST, None)
+        cell = getattr(self.p, CELL, None)
+        if not isinstance(asked, Request):
+            asked = self.outer.request if self.outer is not None else Request()
+        return replace(asked, **cell) if cell else asked
+
+    # --- infotext ------------------------------------------------------------------------------------------------------
+
+    def record(self, record: Record) -> None:
+        """Write what has happened into the infotext of the pictures to come."""
+        self._records.append((self._iteration, record))
+        text = self.summary()
+        if text:
+            self.p.extra_generation_params[INFOTEXT] = text
+        else:
+            self.p.extra_generation_params.pop(INFOTEXT, None)
+
+    def summary(self) -> str:
+        """Such as "decode remote studio (u8), encode local (503)"; empty where nothing was to be remote."""
+        # A source picture is encoded once for all iterations; what decoded an earlier one says nothing of this one.
+        records = [record for iteration, record in self._records if record.op == "encode" or iteration == self._iteration]
+        if all(record.route != "remote" and not record.fallback_reason for record in records):
+            return ""
+        parts = []
+        for op in ("decode", "encode"):
+            ways = list(dict.fromkeys(_way(record) for record in records if record.op == op))
+            if ways:
+                parts.append(f"{op} {' and '.join(ways)}")
+        return ", ".join(parts)
+
+    @property
+    def _iteration(self) -> int:
+        return int(getattr(self.p, "iteration", 0) or 0)
+
+    # --- encodings -----------------------------------------------------------------------------------------------------
+
+    def encode_once(self, call: VaeCall[T], run: Callable[[VaeCall[T]], T]) -> T:
+        """Answer an encode by ``run``, or by what an equal picture gave before. A batch of one picture is one picture."""
+        batch = call.tensor.shape[0]
+        picture = call.tensor[:1]
+        if any(not torch.equal(picture[0], other) for other in call.tensor[1:]):
+            return run(call)
+        key = (call.family.key, _digest(picture), id(call.vae) if call.identity is None else call.identity.fingerprint())
+        known = self._answers.get(key)
+        if known is not None:
+            return call.adopt(_repeated(known, batch))
+
+        def keep(answer: EncodeAnswer) -> EncodeAnswer:
+            self._answers[key] = answer
+            while len(self._answers) > _KEPT_ENCODINGS:
+                self._answers.popitem(last=False)
+            return _repeated(answer, batch)
+
+        def adopt(answer: Remote) -> T:
+            return call.adopt(keep(answer) if isinstance(answer, EncodeAnswer) else answer)
+
+        def finish(moments: torch.Tensor) -> T:
+            return call.finish(keep(EncodeAnswer(moments, is_posterior=True)).latents)
+
+        return run(replace(call, tensor=picture, adopt=adopt, finish=finish))
+
+
+def _way(record: Record) -> str:
+    if record.route == "remote":
+        return f"remote {urlsplit(record.endpoint).hostname} ({record.detail})"
+    name = record.route if record.route == "failed" else "local"
+    # A pause after a failure names its seconds, which would be another text for every call.
+    reason = record.fallback_reason.partition("; asked again")[0]
+    return f"{name} ({reason})" if reason else name
+
+
+def _repeated(answer: EncodeAnswer, batch: int) -> EncodeAnswer:
+    return answer if batch == 1 else EncodeAnswer(answer.latents.repeat(batch, 1, 1, 1), answer.is_posterior)
+
+
+def _digest(picture: torch.Tensor) -> bytes:
+    values = picture.detach().to("cpu").contiguous()
+    digest = hashlib.blake2b(f"{values.dtype} {list(values.shape)}".encode())
+    digest.update(values.view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -1,0 +1,86 @@
+"""The adapter for SD.Next: stands in front of ``decode`` and ``encode`` of diffusers' ``AutoencoderKL``, the class.
+
+SD.Next puts other VAEs into its pipelines without telling anybody, and pipelines call ``vae.encode`` themselves; the class is
+what all of them pass. Only calls of the VAE of a loaded model are taken: the preprocessors of its Control tab own VAEs as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from remote_vae.families import recognise_config
+from remote_vae.hosts.diffusers import takes, vae_call
+from remote_vae.hosts.webui import WebUi
+from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
+from remote_vae.routes import Op
+
+_OPS: tuple[Op, ...] = ("decode", "encode")
+
+
+class SdNext(WebUi):
+    """SD.Next with diffusers."""
+
+    name = "SD.Next"
+
+    def install(self) -> None:
+        super().install()
+        import diffusers
+
+        for op in _OPS:
+            current = getattr(diffusers.AutoencoderKL, op)
+            if not is_wrapped(current):
+                place(diffusers.AutoencoderKL, op, self._hooked(op, current), self)
+
+    def uninstall(self) -> None:
+        super().uninstall()
+        import diffusers
+
+        for op in _OPS:
+            unwrap(diffusers.AutoencoderKL, op, self)
+
+    def hook(self, model: Any) -> None:
+        """Nothing to do: the class is hooked, and its instances are looked at when they are called."""
+
+    def _unhook(self, model: Any) -> None:
+        """Nothing was done."""
+
+    def _models(self) -> list[Any]:
+        from modules import modeldata
+
+        data = modeldata.model_data
+        # Not its property sd_model of modules.shared: reading that can start the loading of a model.
+        models = (getattr(data, name, None) for name in ("sd_model", "sd_refiner"))
+        return [model for model in models if model is not None]
+
+    def _preview_door(self, original: Callable[..., Any], sample: Any, approximation: Any = None) -> Any:
+        """In this UI the approximation is named for previews as well."""
+        with self.passing_on():
+            return original(sample, approximation)
+
+    def _hooked(self, op: Op, original: Callable[..., Any]) -> Callable[..., Any]:
+        def hooked(vae: Any, tensor: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+            def own(tensor: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+                return original(vae, tensor, return_dict=return_dict, **kwargs)
+
+            if not self._takes() or not isinstance(tensor, torch.Tensor) or not self._is_loaded(vae):
+                return own(tensor, return_dict, **kwargs)
+            family = recognise_config(vae.config)
+            if family is None or not takes(op, tensor, family):
+                return own(tensor, return_dict, **kwargs)
+            call = vae_call(vae, family, op, own, tensor, return_dict, kwargs, self._interrupts())
+            return self._answer(call)
+
+        return hooked
+
+    def _is_loaded(self, vae: Any) -> bool:
+        """Whether ``vae`` belongs to the model or its refiner, or to the pipeline within either."""
+        for model in self._models():
+            if vae is getattr(model, "vae", None) or vae is getattr(getattr(model, "pipe", None), "vae", None):
+                return True
+        return False
+
+
+adapter = SdNext()
