@@ -19,7 +19,8 @@ def main() -> None:
             launch.run_pip(f'install "{requirement}"', f"{requirement} for Remote VAE")
     except Exception as error:
         # Without network the extension still works: pip brings a copy of tomli along.
-        print(f"Remote VAE: could not install {', '.join(missing)} ({error}); going on without")
+        why = str(error).strip().partition("\n")[0]
+        print(f"Remote VAE: could not install {', '.join(missing)} ({why}); going on without")
 
 
 if __name__ == "__main__":

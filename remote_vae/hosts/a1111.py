@@ -25,7 +25,7 @@ from remote_vae.settings import Settings
 from remote_vae.tiled.spares import on_cpu
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
-log = logging.getLogger("remote_vae.hosts.a1111")
+log = logging.getLogger("remote_vae")
 
 _METHODS: dict[Op, str] = {"decode": "decode_first_stage", "encode": "encode_first_stage"}
 

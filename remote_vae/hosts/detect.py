@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from remote_vae.hosts import a1111, forge, sdnext
 from remote_vae.hosts.webui import WebUi
 
-log = logging.getLogger("remote_vae.hosts")
+log = logging.getLogger("remote_vae")
 
 # What every adapter stands on: module and attribute.
 _COMMON = (

@@ -6,7 +6,6 @@ them pass. Nothing of diffusers is imported before the first call.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Union
 
@@ -20,8 +19,6 @@ from remote_vae.routes import Op, Remote, Spare, VaeCall
 from remote_vae.settings import Settings
 from remote_vae.tiled.spares import on_cpu, own_tiling
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
-
-log = logging.getLogger("remote_vae.hosts.diffusers")
 
 _OPS: tuple[Op, ...] = ("decode", "encode")
 

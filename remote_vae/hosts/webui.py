@@ -26,7 +26,7 @@ from remote_vae.router import Router
 from remote_vae.routes import T, VaeCall
 from remote_vae.settings import Settings, load_options
 
-log = logging.getLogger("remote_vae.hosts")
+log = logging.getLogger("remote_vae")
 
 PREFIX = "remote_vae_"
 _PRESSES = ("interrupt", "skip", "stop_generating")

@@ -23,7 +23,7 @@ from remote_vae.tiled.plan import Plan
 from remote_vae.tiled.shelf import Room
 from remote_vae.tiled.weights import bring_in
 
-log = logging.getLogger("remote_vae.tiled")
+log = logging.getLogger("remote_vae")
 
 Device = Union[torch.device, str]
 _HALVES = (torch.float16, torch.bfloat16)

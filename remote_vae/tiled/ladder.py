@@ -16,7 +16,7 @@ from remote_vae.tiled.budget import whole_bytes
 from remote_vae.tiled.exact import decode, encode
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 
-log = logging.getLogger("remote_vae.tiled")
+log = logging.getLogger("remote_vae")
 
 _CALLS = {"decode": decode, "encode": encode}
 _PLANS = {"decode": decoder_plan, "encode": encoder_plan}

@@ -14,7 +14,7 @@ from remote_vae.settings import Settings
 from remote_vae.tiled.ladder import exact_ways, first_that_fits, whole_fits
 from remote_vae.tiled.processor import is_fast_at_bfloat16
 
-log = logging.getLogger("remote_vae.tiled")
+log = logging.getLogger("remote_vae")
 
 
 class TiledRoute:

@@ -14,7 +14,7 @@ from remote_vae.hosts.generation import FOLLOW, INFOTEXT, MODES, REQUEST, Reques
 from remote_vae.hosts.webui import WebUi
 from remote_vae.settings import load_options
 
-log = logging.getLogger("remote_vae.webui")
+log = logging.getLogger("remote_vae")
 
 TITLE = "Remote VAE"
 MODE_TEXT = f"{INFOTEXT} mode"

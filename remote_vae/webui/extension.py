@@ -33,12 +33,20 @@ def load() -> type | None:
     return script_class(adapter)
 
 
+class _Named(logging.Filter):
+    """Puts the extension's name before its lines, whoever prints them: SD.Next gives every logger its own handlers."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg = f"Remote VAE: {record.msg}"
+        return True
+
+
 def _show_log() -> None:
     """One line a VAE call in the host's console, where the host shows no INFO lines itself."""
+    if not any(isinstance(each, _Named) for each in log.filters):
+        log.addFilter(_Named())
     if log.handlers:
         return
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("Remote VAE: %(message)s"))
-    log.addHandler(handler)
+    log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -10,7 +10,7 @@ from typing import Any
 from remote_vae.hosts.generation import CELL, MODES
 from remote_vae.webui.accordion import transfers
 
-log = logging.getLogger("remote_vae.webui")
+log = logging.getLogger("remote_vae")
 
 
 def add_axes() -> None:
