@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 
-from remote_vae.hosts.a1111 import Adapter
+from remote_vae.hosts.a1111 import A1111
 from remote_vae.hosts.diffusers import attach
+from remote_vae.hosts.forge import Forge
+from remote_vae.hosts.sdnext import SdNext
 
 BAR_US = 5.0
 BLOCKS = 200
@@ -47,6 +50,46 @@ class StillModel:
 
     def encode_first_stage(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels
+
+
+class StillForgeVae:
+    """As much of Forge's VAE as the adapter looks at: the wrappers are called as its ``decode`` and ``encode`` do."""
+
+    def __init__(self) -> None:
+        self.patcher = StillPatcher()
+        self.first_stage_model = object()
+
+    def inner(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def decode(self, tensor: torch.Tensor) -> torch.Tensor:
+        wrapper = self.patcher.model_options.get("model_vae_decode_wrapper")
+        return self.inner(tensor) if wrapper is None else wrapper(self.inner, tensor)
+
+    def encode(self, tensor: torch.Tensor) -> torch.Tensor:
+        wrapper = self.patcher.model_options.get("model_vae_encode_wrapper")
+        return self.inner(tensor) if wrapper is None else wrapper(self.inner, tensor)
+
+
+class StillPatcher:
+    def __init__(self) -> None:
+        self.model_options: dict[str, Any] = {}
+
+    def set_model_vae_decode_wrapper(self, wrapper: Any) -> None:
+        self.model_options["model_vae_decode_wrapper"] = wrapper
+
+    def set_model_vae_encode_wrapper(self, wrapper: Any) -> None:
+        self.model_options["model_vae_encode_wrapper"] = wrapper
+
+
+class HookedClassVae(StillVae):
+    """In the place of the class that SD.Next's adapter hooks."""
+
+    def decode(self, tensor: torch.Tensor, return_dict: bool = True) -> torch.Tensor:  # noqa: ARG002
+        return tensor
+
+    def encode(self, tensor: torch.Tensor, return_dict: bool = True) -> torch.Tensor:  # noqa: ARG002
+        return tensor
 
 
 class Opts:
@@ -106,21 +149,38 @@ def diffusers_pairs() -> list[Pair]:
     ]
 
 
-def a1111_pairs() -> list[Pair]:
-    hooked, bare = StillModel(), StillModel()
-    modules = _fake_host(hooked)
+def webui_pairs() -> list[Pair]:
+    """The adapters of the web UIs, with the option set to off and never touched."""
+    model, bare_model = StillModel(), StillModel()
+    forge_vae, bare_forge_vae = StillForgeVae(), StillForgeVae()
+    model.forge_objects = SimpleNamespace(vae=forge_vae)  # type: ignore[attr-defined]
+    class_vae, bare_class_vae = HookedClassVae(), StillVae()
+    modules = _fake_host(model)
     original_batch, original_preview = modules.processing.decode_latent_batch, modules.sd_samplers_common.single_sample_to_image
-    Adapter().install()
+    diffusers.AutoencoderKL = HookedClassVae
+    for host in (A1111, Forge, SdNext):
+        host().install()
     batch, preview = modules.processing.decode_latent_batch, modules.sd_samplers_common.single_sample_to_image
     latents, pixels = torch.zeros(2, 4, 8, 8), torch.zeros(1, 3, 64, 64)
     pairs = [
-        Pair("A1111, decode_first_stage", lambda: hooked.decode_first_stage(latents), lambda: bare.decode_first_stage(latents)),
-        Pair("A1111, encode_first_stage", lambda: hooked.encode_first_stage(pixels), lambda: bare.encode_first_stage(pixels)),
-        Pair("A1111, decode_latent_batch", lambda: batch(hooked, latents), lambda: original_batch(hooked, latents)),
-        Pair("A1111, single_sample_to_image", lambda: preview(latents), lambda: original_preview(latents)),
+        Pair(
+            "A1111, decode_first_stage",
+            lambda: model.decode_first_stage(latents),
+            lambda: bare_model.decode_first_stage(latents),
+        ),
+        Pair(
+            "A1111, encode_first_stage", lambda: model.encode_first_stage(pixels), lambda: bare_model.encode_first_stage(pixels)
+        ),
+        Pair("A1111, decode_latent_batch", lambda: batch(model, latents), lambda: original_batch(model, latents)),
+        Pair("any, single_sample_to_image", lambda: preview(latents), lambda: original_preview(latents)),
+        Pair("Forge, decode wrapper", lambda: forge_vae.decode(latents), lambda: bare_forge_vae.decode(latents)),
+        Pair("Forge, encode wrapper", lambda: forge_vae.encode(pixels), lambda: bare_forge_vae.encode(pixels)),
+        Pair("SD.Next, vae.decode", lambda: class_vae.decode(latents), lambda: bare_class_vae.decode(latents)),
+        Pair("SD.Next, vae.encode", lambda: class_vae.encode(pixels), lambda: bare_class_vae.encode(pixels)),
     ]
-    if batch is original_batch or preview is original_preview or "decode_first_stage" not in vars(hooked):
-        raise AssertionError("the adapter did not get in the way of the stand-in")
+    hooked = (batch is not original_batch, preview is not original_preview, "decode_first_stage" in vars(model))
+    if not all(hooked) or len(forge_vae.patcher.model_options) < 2 or not hasattr(HookedClassVae.decode, "__wrapped__"):
+        raise AssertionError("an adapter did not get in the way of its stand-in")
     # Never asked for: the option's default is what a user who has not touched the panel runs with.
     set_off = Opts({"remote_vae_enabled": False}, {})
     unset = Opts({}, {"remote_vae_enabled": SimpleNamespace(default=False)})
@@ -143,15 +203,19 @@ def _under(shared: ModuleType, opts: Opts, label: str, pair: Pair) -> Pair:
 
 
 def _fake_host(model: StillModel) -> Any:
-    """The host's modules that ``Adapter.install`` touches, where Python finds them."""
+    """The host's modules that the adapters' ``install`` touches, where Python finds them."""
     package = ModuleType("modules")
     package.__path__ = []
     sys.modules["modules"] = package
     contents: dict[str, dict[str, Any]] = {
         "shared": {"opts": Opts({}, {}), "state": SimpleNamespace(interrupted=False, skipped=False, interrupt=list, skip=list)},
         "paths": {"data_path": "."},
-        "processing": {"decode_latent_batch": lambda _model, batch, *_args, **_kwargs: batch},
+        "processing": {
+            "decode_latent_batch": lambda _model, batch, *_args, **_kwargs: batch,
+            "process_images_inner": lambda p: p,
+        },
         "sd_samplers_common": {"single_sample_to_image": lambda sample, _approximation=None: sample},
+        "modeldata": {"model_data": SimpleNamespace(sd_model=model, sd_refiner=None)},
         "sd_models": {"model_data": SimpleNamespace(sd_model=model, loaded_sd_models=[model])},
     }
     for name, attributes in contents.items():
@@ -163,7 +227,7 @@ def _fake_host(model: StillModel) -> Any:
 
 
 def main() -> None:
-    pairs = diffusers_pairs() + a1111_pairs()
+    pairs = diffusers_pairs() + webui_pairs()
     for pair in pairs:
         pair.measure()
         pair.hooked_us.clear()
