@@ -1,0 +1,182 @@
+"""What is known of one generation: the user's request, the infotext, the encodings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from remote_vae.families import find_family
+from remote_vae.history import Record
+from remote_vae.hosts.generation import CELL, FOLLOW, INFOTEXT, REQUEST, Generation, Request
+from remote_vae.routes import VaeCall
+from remote_vae.settings import Settings
+from remote_vae.wire import EncodeAnswer
+
+REMOTE = Record("decode", "remote", "u8", "http://studio:7870/decode", 1, 64, 64, 1, 1, 1.0, "", 0.0)
+LOCAL = replace(REMOTE, route="local", detail="", endpoint="")
+FELL_BACK = replace(REMOTE, route="tiled", detail="whole VAE", fallback_reason="503")
+
+
+def processing(**attributes: Any) -> Any:
+    return SimpleNamespace(extra_generation_params={}, **attributes)
+
+
+def as_encode(record: Record) -> Record:
+    return replace(record, op="encode")
+
+
+# --- what the user wants -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "enabled"), [("follow settings", None), ("off", False), ("auto", True), ("remote", True)])
+def test_a_mode_says_whether_calls_are_taken(mode: str, enabled: bool | None) -> None:
+    assert Request(mode).enabled is enabled
+
+
+def test_following_the_settings_changes_nothing() -> None:
+    settings = Settings(decode=False, transfer="png")
+    assert Request().adjusted(settings) == settings
+
+
+def test_auto_keeps_what_the_settings_keep_here_and_remote_sends_everything() -> None:
+    settings = Settings(decode=False, encode=False)
+    assert Request("auto").adjusted(settings) == settings
+    sent = Request("remote").adjusted(settings)
+    assert (sent.decode, sent.encode) == (True, True)
+
+
+def test_a_transfer_of_its_own_wins() -> None:
+    assert Request("auto", "raw").adjusted(Settings(transfer="u8")).transfer == "raw"
+
+
+def test_a_pass_within_a_generation_does_as_the_generation_around_it() -> None:
+    outer = Generation(processing(**{REQUEST: Request("remote", "raw")}))
+    assert Generation(processing(), outer).request == Request("remote", "raw")
+    assert Generation(processing(**{REQUEST: Request("off")}), outer).request == Request("off")
+    assert Generation(processing()).request == Request(FOLLOW, FOLLOW)
+
+
+def test_a_cell_of_a_plot_wins_over_the_accordion() -> None:
+    p = processing(**{REQUEST: Request("off", "raw"), CELL: {"mode": "remote"}})
+    assert Generation(p).request == Request("remote", "raw")
+
+
+# --- infotext ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("records", "text"),
+    [
+        ([REMOTE], "decode remote studio (u8)"),
+        ([as_encode(FELL_BACK), REMOTE], "decode remote studio (u8), encode local (503)"),
+        ([FELL_BACK, FELL_BACK], "decode local (503)"),
+        ([REMOTE, FELL_BACK], "decode remote studio (u8) and local (503)"),
+        ([replace(FELL_BACK, fallback_reason="503; asked again in 29 s")], "decode local (503)"),
+        ([LOCAL, as_encode(REMOTE)], "decode local, encode remote studio (u8)"),
+        ([LOCAL], None),
+        ([], None),
+    ],
+)
+def test_the_infotext_says_what_happened(records: list[Record], text: str | None) -> None:
+    p = processing()
+    generation = Generation(p)
+    for record in records:
+        generation.record(record)
+    assert p.extra_generation_params.get(INFOTEXT) == text
+
+
+def test_what_decoded_an_earlier_iteration_says_nothing_of_the_next() -> None:
+    p = processing(iteration=0)
+    generation = Generation(p)
+    generation.record(as_encode(REMOTE))
+    generation.record(REMOTE)
+    p.iteration = 1
+    generation.record(FELL_BACK)
+    assert p.extra_generation_params[INFOTEXT] == "decode local (503), encode remote studio (u8)"
+
+
+def test_a_later_iteration_that_was_all_local_takes_the_text_away() -> None:
+    p = processing(iteration=0)
+    generation = Generation(p)
+    generation.record(REMOTE)
+    p.iteration = 1
+    generation.record(LOCAL)
+    assert INFOTEXT not in p.extra_generation_params
+
+
+# --- encodings -----------------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Answers encodes and counts them: the moments of a picture are its mean colour."""
+
+    def __init__(self, *, remotely: bool = True) -> None:
+        self.sizes: list[int] = []
+        self._remotely = remotely
+
+    def __call__(self, call: VaeCall[torch.Tensor]) -> torch.Tensor:
+        self.sizes.append(call.tensor.shape[0])
+        moments = call.tensor.mean(dim=(2, 3), keepdim=True).repeat(1, 3, 1, 1)[:, :8]
+        return call.adopt(EncodeAnswer(moments, is_posterior=True)) if self._remotely else call.finish(moments)
+
+
+def encode_call(pictures: torch.Tensor, vae: object = None) -> VaeCall[torch.Tensor]:
+    def whole() -> torch.Tensor:
+        raise AssertionError("nobody asked for it")
+
+    def adopt(answer: Any) -> torch.Tensor:
+        return answer.latents
+
+    return VaeCall("encode", pictures, find_family("sd1"), whole, adopt=adopt, vae=vae, finish=lambda moments: moments)
+
+
+@pytest.mark.parametrize("remotely", [True, False])
+def test_one_picture_is_encoded_once(remotely: bool) -> None:
+    generation, encoder = Generation(processing()), Encoder(remotely=remotely)
+    picture = torch.rand(1, 3, 8, 8)
+    results = [generation.encode_once(encode_call(picture.clone()), encoder) for _ in range(3)]
+    assert encoder.sizes == [1]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_batch_of_one_picture_is_sent_as_one_and_comes_back_as_a_batch() -> None:
+    generation, encoder = Generation(processing()), Encoder()
+    picture = torch.rand(1, 3, 8, 8)
+    result = generation.encode_once(encode_call(picture.repeat(3, 1, 1, 1)), encoder)
+    again = generation.encode_once(encode_call(picture), encoder)
+    assert encoder.sizes == [1]
+    assert torch.equal(result, again.repeat(3, 1, 1, 1))
+
+
+def test_other_pictures_are_encoded_each() -> None:
+    generation, encoder = Generation(processing()), Encoder()
+    for picture in (torch.rand(1, 3, 8, 8), torch.rand(2, 3, 8, 8), torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9)):
+        generation.encode_once(encode_call(picture), encoder)
+    assert encoder.sizes == [1, 2, 1, 1]
+
+
+def test_the_same_picture_for_another_vae_or_in_another_precision_is_encoded_again() -> None:
+    generation, encoder = Generation(processing()), Encoder()
+    picture = torch.zeros(1, 3, 8, 8)
+    vaes = object(), object()
+    for call in (encode_call(picture, vaes[0]), encode_call(picture, vaes[1]), encode_call(picture.half(), vaes[1])):
+        generation.encode_once(call, encoder)
+    assert encoder.sizes == [1, 1, 1]
+
+
+def test_another_generation_encodes_anew() -> None:
+    encoder = Encoder()
+    for generation in (Generation(processing()), Generation(processing())):
+        generation.encode_once(encode_call(torch.zeros(1, 3, 8, 8)), encoder)
+    assert encoder.sizes == [1, 1]
+
+
+def test_only_so_many_encodings_are_kept() -> None:
+    generation, encoder = Generation(processing()), Encoder()
+    for value in [*range(9), 0]:
+        generation.encode_once(encode_call(torch.full((1, 3, 8, 8), float(value))), encoder)
+    assert len(encoder.sizes) == 10
