@@ -71,6 +71,11 @@ class Generation:
     _records: list[tuple[int, Record]] = field(default_factory=list)
     _answers: OrderedDict[object, EncodeAnswer] = field(default_factory=OrderedDict)
 
+    def __post_init__(self) -> None:
+        # The cells of a plot share their infotext with the cell before; a pass within a generation shares it with that.
+        if self.outer is None or self.outer.p.extra_generation_params is not self.p.extra_generation_params:
+            self.p.extra_generation_params.pop(INFOTEXT, None)
+
     @property
     def request(self) -> Request:
         """What was asked for by a cell of a plot, else by the accordion or the API, else around this generation."""

@@ -108,6 +108,23 @@ def test_a_later_iteration_that_was_all_local_takes_the_text_away() -> None:
     assert INFOTEXT not in p.extra_generation_params
 
 
+def test_a_cell_of_a_plot_does_not_keep_the_text_of_the_cell_before() -> None:
+    p = processing()
+    Generation(p).record(REMOTE)
+    Generation(p)
+    assert INFOTEXT not in p.extra_generation_params
+
+
+def test_a_pass_within_a_generation_keeps_its_text() -> None:
+    p = processing()
+    outer = Generation(p)
+    outer.record(REMOTE)
+    Generation(p, outer)
+    assert INFOTEXT in p.extra_generation_params
+    Generation(processing(), outer)
+    assert INFOTEXT in p.extra_generation_params
+
+
 # --- encodings -----------------------------------------------------------------------------------------------------------
 
 
