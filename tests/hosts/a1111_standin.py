@@ -6,7 +6,6 @@ the host catches and prints (errors in callbacks) is let through here, so that a
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,15 +13,35 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "remote_vae_extension.py"
-PREFIX = "remote_vae_"
+from tests.hosts.script_standin import Checkbox as Checkbox
+from tests.hosts.script_standin import HostModule, Scripts, make_module
+from tests.hosts.script_standin import Number as Number
+from tests.hosts.script_standin import Radio as Radio
+from tests.hosts.script_standin import Textbox as Textbox
+from tests.hosts.webui_standin import (
+    OptionInfo,
+    Options,
+    Pictures,
+    Processed,
+    Request,
+    WebuiHost,
+    WebuiState,
+    enlarged,
+    infotext_of,
+    out_of_memory,
+    put_in_place,
+    sampled,
+    script_callbacks,
+    to_images,
+    to_levels,
+    to_unit,
+)
 
 # --- models ------------------------------------------------------------------------------------------------------------
 
@@ -186,53 +205,6 @@ class UnknownModel(nn.Module):
 # --- modules -----------------------------------------------------------------------------------------------------------
 
 
-class OptionInfo:
-    def __init__(
-        self, default: Any = None, label: str = "", component: Any = None, component_args: Any = None, section: Any = None
-    ) -> None:
-        self.default, self.label, self.component, self.section = default, label, component, section
-        self.component_args = component_args
-        self.comment_after = ""
-
-    def info(self, text: str) -> OptionInfo:
-        self.comment_after += f"<span class='info'>({text})</span>"
-        return self
-
-
-class Options:
-    """``data`` is config.json: it may hold anything, and a key before its option is added."""
-
-    def __init__(self) -> None:
-        self.data: dict[str, Any] = {}
-        self.data_labels: dict[str, OptionInfo] = {}
-
-    def add_option(self, key: str, info: OptionInfo) -> None:
-        self.data_labels[key] = info
-        self.data.setdefault(key, info.default)
-
-    def __getattr__(self, name: str) -> Any:
-        values = self.__dict__.get("data", {})
-        if name in values:
-            return values[name]
-        raise AttributeError(f"'Options' object has no attribute '{name}'")
-
-
-class State:
-    interrupted = False
-    skipped = False
-    current_latent: torch.Tensor | None = None
-    current_image: Image.Image | None = None
-
-    def interrupt(self) -> None:
-        self.interrupted = True
-
-    def skip(self) -> None:
-        self.skipped = True
-
-    def assign_current_image(self, image: Image.Image) -> None:
-        self.current_image = image
-
-
 class NansException(Exception):
     pass
 
@@ -266,40 +238,12 @@ class ModelData:
         self.loaded_sd_models = [model, *(other for other in self.loaded_sd_models if other is not model)]
 
 
-class Component:
-    """A gradio 3.41 component: takes the arguments named in ``takes`` and no others."""
-
-    takes: tuple[str, ...] = ()
-
-    def __init__(self, *, value: Any = None, label: str = "", **arguments: Any) -> None:
-        unknown = set(arguments) - set(self.takes)
-        if unknown:
-            raise TypeError(f"{type(self).__name__} takes no {', '.join(sorted(unknown))}")
-
-
-class Checkbox(Component):
-    pass
-
-
-class Radio(Component):
-    takes = ("choices",)
-
-
-class Number(Component):
-    takes = ("minimum", "maximum", "step", "precision")
-
-
-class Textbox(Component):
-    takes = ("lines", "max_lines", "placeholder")
-
-
-class Host:
-    """The modules, and what a user does with them. ``offences``: what an extension must not do and did."""
+class Host(WebuiHost):
+    """A1111 in use."""
 
     def __init__(self, data_path: Path) -> None:
-        self.offences: list[str] = []
-        self.loads = 0
-        self.opts, self.state = Options(), State()
+        super().__init__()
+        self.opts, self.state = Options(), WebuiState()
         self.opts.data.update(
             show_progress_type="Full",
             live_preview_fast_interrupt=False,
@@ -307,28 +251,23 @@ class Host:
             auto_vae_precision=True,
             save_images_before_highres_fix=False,
         )
-        self.devices = _module("modules.devices", **_devices())
-        self.paths = _module("modules.paths", data_path=str(data_path))
+        self.devices = make_module("modules.devices", **_devices())
+        self.paths = make_module("modules.paths", data_path=str(data_path))
         self.shared = Shared("modules.shared")
         self.shared.host = self
         vars(self.shared).update(opts=self.opts, state=self.state, OptionInfo=OptionInfo, device=torch.device("cpu"))
-        self.sd_models = _module("modules.sd_models", model_data=ModelData(self._load_lazily))
-        self.script_callbacks = _module("modules.script_callbacks", **_script_callbacks())
+        self.sd_models = make_module("modules.sd_models", model_data=ModelData(self._load_lazily))
+        self.script_callbacks = script_callbacks()
         self.sd_vae = SdVae("modules.sd_vae", self)
         self.sd_samplers_common = SdSamplersCommon("modules.sd_samplers_common", self)
         self.processing = Processing("modules.processing", self)
+        self.scripts = Scripts("modules.scripts", self)
 
-    def modules(self) -> Iterator[ModuleType]:
-        package = _module("modules", __path__=[])
-        for value in vars(self).values():
-            if isinstance(value, ModuleType):
-                setattr(package, value.__name__.rpartition(".")[2], value)
-                yield value
-        yield package
+    def modules(self) -> Iterator[Any]:
+        yield from super().modules()
         for name in ("ldm", "ldm.modules", "ldm.modules.distributions"):
-            yield _module(name, __path__=[])
-        yield _module("ldm.modules.distributions.distributions", DiagonalGaussianDistribution=DiagonalGaussianDistribution)
-        yield _module("gradio", Checkbox=Checkbox, Radio=Radio, Number=Number, Textbox=Textbox)
+            yield make_module(name, __path__=[])
+        yield make_module("ldm.modules.distributions.distributions", DiagonalGaussianDistribution=DiagonalGaussianDistribution)
 
     def _load_lazily(self) -> None:
         self.loads += 1
@@ -344,56 +283,51 @@ class Host:
         """Go back to a model that is still in memory: nobody is told."""
         self.sd_models.model_data.set_sd_model(model)
 
-    def set_options(self, **values: Any) -> None:
-        """Options of the extension, by their keys in options.toml."""
-        self.opts.data.update({PREFIX + key: value for key, value in values.items()})
-
-    def load_extension(self) -> None:
-        """Execute the script as a new module, as at the start."""
-        spec = importlib.util.spec_from_file_location(SCRIPT.name, SCRIPT)
-        assert spec is not None
-        assert spec.loader is not None
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-    def reload_ui(self) -> None:
-        self.script_callbacks.script_unloaded_callback()
-        self.script_callbacks.clear_callbacks()
-        self.load_extension()
-        self.script_callbacks.ui_settings_callback()
-
     # --- generations: uint8 pictures [H, W, 3] -------------------------------------------------------------------------
 
-    def txt2img(self, batch: int = 1, seed: int = 1) -> list[np.ndarray]:
-        return self._finished(self.processing.decode_final(self.shared.sd_model, sampled(batch, seed)))
+    def txt2img(self, batch: int = 1, seed: int = 1, change: Callable[[Any], None] | None = None) -> Pictures:
+        request = Request(sample=lambda p: sampled(p.batch_size, p.seed_now), seed=seed, batch_size=batch)
+        return self.generate(request, change=change)
 
-    def img2img(self, image: torch.Tensor, seed: int = 1) -> list[np.ndarray]:
+    def img2img(self, image: torch.Tensor, seed: int = 1) -> Pictures:
         """``image``: ``[N, 3, H, W]`` in [0, 1]."""
-        latents = self.processing.init_latent(self.shared.sd_model, image)
-        return self._sampled_from(latents, seed)
+        return self._from_image(image, seed, lambda p: self.processing.init_latent(p.sd_model, image))
 
-    def inpaint(self, image: torch.Tensor, seed: int = 1) -> list[np.ndarray]:
+    def inpaint(self, image: torch.Tensor, seed: int = 1) -> Pictures:
         """The middle of ``image`` is repainted; an inpainting model sees the masked picture too."""
-        model = self.shared.sd_model
-        latents = self.processing.init_latent(model, image)
-        masked = self.processing.inpainting_image_conditioning(model, image * 2 - 1)
-        return self._sampled_from(latents * 0.5 + masked * 0.5, seed)
 
-    def instruct_pix2pix(self, image: torch.Tensor, seed: int = 1) -> list[np.ndarray]:
-        model = self.shared.sd_model
-        condition = self.processing.edit_image_conditioning(image * 2 - 1) * getattr(model, "scale_factor", 1.0)
-        return self._sampled_from(self.processing.init_latent(model, image) * 0.5 + condition * 0.5, seed)
+        def begin(p: Any) -> torch.Tensor:
+            latents = self.processing.init_latent(p.sd_model, image)
+            masked = self.processing.inpainting_image_conditioning(p.sd_model, image * 2 - 1)
+            return latents * 0.5 + masked * 0.5
+
+        return self._from_image(image, seed, begin)
+
+    def instruct_pix2pix(self, image: torch.Tensor, seed: int = 1) -> Pictures:
+        def begin(p: Any) -> torch.Tensor:
+            condition = self.processing.edit_image_conditioning(image * 2 - 1) * getattr(p.sd_model, "scale_factor", 1.0)
+            return self.processing.init_latent(p.sd_model, image) * 0.5 + condition * 0.5
+
+        return self._from_image(image, seed, begin)
 
     def hires_latent(
         self, batch: int = 1, *, save_before: bool = False, mask_weight: float = 1.0
-    ) -> tuple[list[np.ndarray], list[Image.Image]]:
+    ) -> tuple[Pictures, list[Image.Image]]:
         """The pictures, and those saved before the second pass."""
         self.opts.data["save_images_before_highres_fix"] = save_before
         saved: list[Image.Image] = []
-        decoded = self.processing.sample_hires_latent(self.shared.sd_model, sampled(batch, 1), saved, mask_weight)
-        return self._finished(decoded), saved
 
-    def hires_pixel(self, batch: int = 1) -> list[np.ndarray]:
-        return self._finished(self.processing.sample_hires_pixel(self.shared.sd_model, sampled(batch, 1)))
+        def sample(p: Any) -> list[torch.Tensor]:
+            first = sampled(p.batch_size, p.seed_now)
+            return self.processing.sample_hires_latent(p.sd_model, first, saved, mask_weight)
+
+        return self.generate(Request(sample=sample, batch_size=batch)), saved
+
+    def hires_pixel(self, batch: int = 1) -> Pictures:
+        def sample(p: Any) -> list[torch.Tensor]:
+            return self.processing.sample_hires_pixel(p.sd_model, sampled(p.batch_size, p.seed_now))
+
+        return self.generate(Request(sample=sample, batch_size=batch))
 
     def preview(self, latents: torch.Tensor) -> Image.Image:
         """What a progress request shows while ``latents`` are being sampled."""
@@ -402,31 +336,19 @@ class Host:
         assert self.state.current_image is not None
         return self.state.current_image
 
-    def _sampled_from(self, latents: torch.Tensor, seed: int) -> list[np.ndarray]:
-        noise = sampled(latents.shape[0], seed, tuple(latents.shape[-2:])) * 0.1
-        return self._finished(self.processing.decode_final(self.shared.sd_model, latents + noise))
+    def _from_image(self, image: torch.Tensor, seed: int, begin: Callable[[Any], torch.Tensor]) -> Pictures:
+        def sample(p: Any) -> torch.Tensor:
+            latents = p.init_latent
+            return latents + sampled(latents.shape[0], p.seed_now, tuple(latents.shape[-2:])) * 0.1
 
-    def _finished(self, decoded: list[torch.Tensor]) -> list[np.ndarray]:
-        unit = ((torch.stack(decoded).float() + 1.0) / 2.0).clamp(0.0, 1.0)
-        return [to_levels(picture) for picture in unit]
+        request = Request(sample, begin, seed=seed, batch_size=len(image), init_images=to_images(image))
+        return self.generate(request, is_img2img=True)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, data_path: Path) -> Host:
     """Put the host's modules where ``import`` finds them, for the time of a test."""
-    host = Host(data_path)
-    for module in host.modules():
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    host: Host = put_in_place(monkeypatch, Host(data_path))
     return host
-
-
-def sampled(batch: int, seed: int, size: tuple[int, int] = (4, 6)) -> torch.Tensor:
-    """What a UNet would have made: model latents ``[batch, 4, h, w]``."""
-    return torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def to_levels(unit: torch.Tensor) -> np.ndarray:
-    """``[3, H, W]`` in [0, 1] to uint8 ``[H, W, 3]``, cut off and not rounded."""
-    return (255.0 * np.moveaxis(unit.cpu().numpy(), 0, 2)).astype(np.uint8)
 
 
 @contextmanager
@@ -444,17 +366,6 @@ def no_memory(first_stage: FirstStage) -> Iterator[None]:
             del vars(first_stage)[name]
 
 
-def out_of_memory() -> Exception:
-    kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-    return kind("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
-def _module(name: str, **contents: Any) -> ModuleType:
-    module = ModuleType(name)
-    vars(module).update(contents)
-    return module
-
-
 def _devices() -> dict[str, Any]:
     def test_for_nans(x: torch.Tensor, where: str) -> None:
         # One element is all that is looked at.
@@ -470,42 +381,6 @@ def _devices() -> dict[str, Any]:
         "NansException": NansException,
         "test_for_nans": test_for_nans,
     }
-
-
-def _script_callbacks() -> dict[str, Any]:
-    lists: dict[str, list[Callable[..., Any]]] = {"ui_settings": [], "model_loaded": [], "script_unloaded": []}
-
-    def adder(event: str) -> Callable[..., None]:
-        def add(callback: Callable[..., Any], *, name: str | None = None) -> None:
-            lists[event].append(callback)
-
-        return add
-
-    def fire(name: str, *arguments: Any) -> None:
-        callbacks = list(lists[name])
-        for callback in reversed(callbacks) if name == "script_unloaded" else callbacks:
-            callback(*arguments)
-
-    def clear_callbacks() -> None:
-        for callbacks in lists.values():
-            callbacks.clear()
-
-    return {
-        "callbacks": lists,
-        "clear_callbacks": clear_callbacks,
-        **{f"on_{name}": adder(name) for name in lists},
-        "ui_settings_callback": lambda: fire("ui_settings"),
-        "model_loaded_callback": lambda model: fire("model_loaded", model),
-        "script_unloaded_callback": lambda: fire("script_unloaded"),
-    }
-
-
-class HostModule(ModuleType):
-    """A module of the host. Its methods find each other through the module, where others may have put something else."""
-
-    def __init__(self, name: str, host: Host) -> None:
-        super().__init__(name)
-        self.host = host
 
 
 class SdVae(HostModule):
@@ -559,6 +434,10 @@ class SdSamplersCommon(HostModule):
         self.host.state.assign_current_image(self.sample_to_image(decoded))
 
 
+class DecodedSamples(list[torch.Tensor]):
+    pass
+
+
 class Processing(HostModule):
     def __init__(self, name: str, host: Host) -> None:
         super().__init__(name, host)
@@ -566,11 +445,47 @@ class Processing(HostModule):
         self.decode_first_stage = host.sd_samplers_common.decode_first_stage
         self.images_tensor_to_samples = host.sd_samplers_common.images_tensor_to_samples
 
+    def process_images(self, p: Any) -> Processed:
+        p.scripts.before_process(p)
+        opts = self.host.opts
+        stored = {key: opts.data[key] for key in p.override_settings if key in opts.data}
+        try:
+            for key, value in p.override_settings.items():
+                opts.set(key, value, is_api=True, run_callbacks=False)
+            return self.process_images_inner(p)
+        finally:
+            if p.override_settings_restore_afterwards:
+                opts.data.update(stored)
+
+    def process_images_inner(self, p: Any) -> Processed:
+        state = self.host.state
+        p.sd_model = self.host.shared.sd_model
+        p.scripts.process(p)
+        infotexts: list[str] = []
+        images: list[Image.Image] = []
+        with torch.no_grad():
+            p.init_latent = p.begin(p)
+            for number in range(p.n_iter):
+                p.iteration = number
+                state.skipped = False
+                if state.interrupted or state.stopping_generation:
+                    break
+                self.host.sampling()
+                samples = p.sample(p)
+                if not isinstance(samples, DecodedSamples):
+                    samples = self.decode_final(p.sd_model, samples)
+                for index, unit in enumerate(((torch.stack(samples).float() + 1.0) / 2.0).clamp(0.0, 1.0)):
+                    images.append(Image.fromarray(to_levels(unit)))
+                    infotexts.append(infotext_of(p, index))
+        processed = Processed(images, infotexts)
+        p.scripts.postprocess(p, processed)
+        return processed
+
     def decode_latent_batch(
         self, model: Any, batch: torch.Tensor, target_device: Any = None, check_for_nans: bool = False
     ) -> list[torch.Tensor]:
         devices = self.host.devices
-        samples = []
+        samples = DecodedSamples()
         if check_for_nans:
             devices.test_for_nans(batch, "unet")
         for index in range(batch.shape[0]):
@@ -617,7 +532,6 @@ class Processing(HostModule):
     def sample_hires_pixel(self, model: Any, samples: torch.Tensor) -> list[torch.Tensor]:
         decoded = torch.stack(self.decode_final(model, samples)).float()
         low = [Image.fromarray(to_levels(unit)) for unit in ((decoded + 1.0) / 2.0).clamp(0.0, 1.0)]
-        high = [np.asarray(image.resize((image.width * 2, image.height * 2))) for image in low]
-        pixels = torch.from_numpy(np.stack(high).astype(np.float32) / 255.0).movedim(-1, 1)
+        pixels = to_unit([enlarged(image) for image in low])
         samples = self.images_tensor_to_samples(pixels.to(self.host.devices.dtype_vae), 0)
         return self.decode_final(model, samples)
