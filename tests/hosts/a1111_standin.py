@@ -285,9 +285,8 @@ class Host(WebuiHost):
 
     # --- generations: uint8 pictures [H, W, 3] -------------------------------------------------------------------------
 
-    def txt2img(self, batch: int = 1, seed: int = 1, change: Callable[[Any], None] | None = None) -> Pictures:
-        request = Request(sample=lambda p: sampled(p.batch_size, p.seed_now), seed=seed, batch_size=batch)
-        return self.generate(request, change=change)
+    def txt2img_request(self, batch: int, seed: int) -> Request:
+        return Request(sample=lambda p: sampled(p.batch_size, p.seed_now), seed=seed, batch_size=batch)
 
     def img2img(self, image: torch.Tensor, seed: int = 1) -> Pictures:
         """``image``: ``[N, 3, H, W]`` in [0, 1]."""

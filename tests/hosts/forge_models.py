@@ -19,6 +19,22 @@ from tests.layouts import IntegratedAutoencoderKL
 # --- the VAE -----------------------------------------------------------------------------------------------------------
 
 
+class DiagonalGaussianDistribution:
+    """Forge's posterior, which draws from the CPU's global generator whatever the device."""
+
+    def __init__(self, parameters: torch.Tensor, deterministic: bool = False) -> None:
+        self.parameters, self.deterministic = parameters, deterministic
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
+
+    def sample(self) -> torch.Tensor:
+        return self.mean + self.std * torch.randn(self.mean.shape).to(self.parameters.device)
+
+    def mode(self) -> torch.Tensor:
+        return self.mean
+
+
 class FirstStage(nn.Module):
     """The face of Forge's VAE in front of another's modules. ``calls`` tells what was asked of it.
 
@@ -39,11 +55,8 @@ class FirstStage(nn.Module):
     def encode(self, x: torch.Tensor, regulation: Any = None) -> torch.Tensor:
         self.calls.append("encode")
         z = self.encoder(x)
-        mean, logvar = (z if self.quant_conv is None else self.quant_conv(z)).chunk(2, dim=1)
-        posterior = SimpleNamespace(mean=mean, logvar=logvar.clamp(-30.0, 20.0), mode=lambda: mean)
-        if regulation is not None:
-            return regulation(posterior)
-        return mean + torch.exp(0.5 * posterior.logvar) * torch.randn(mean.shape).to(mean)
+        posterior = DiagonalGaussianDistribution(z if self.quant_conv is None else self.quant_conv(z))
+        return posterior.sample() if regulation is None else regulation(posterior)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         self.calls.append("decode")

@@ -6,7 +6,7 @@ tiling are the host's path, and so is everything up to the 8-bit picture. Errors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from tests.hosts.forge_models import VAE, Engine, ModelPatcher
+from tests.hosts.forge_models import VAE, DiagonalGaussianDistribution, Engine, ModelPatcher
 from tests.hosts.forge_models import Flux as Flux
 from tests.hosts.forge_models import Sd15 as Sd15
 from tests.hosts.forge_models import Sdxl as Sdxl
@@ -249,6 +249,8 @@ class Host(WebuiHost):
         yield make_module("modules_forge", __path__=[])
         yield make_module("backend", __path__=[], memory_management=self.memory_management)
         yield self.memory_management
+        yield make_module("backend.nn", __path__=[])
+        yield make_module("backend.nn.vae", DiagonalGaussianDistribution=DiagonalGaussianDistribution)
         yield make_module("backend.patcher", __path__=[])
         yield make_module("backend.patcher.base", ModelPatcher=ModelPatcher)
         yield make_module("backend.patcher.vae", VAE=VAE)
@@ -272,8 +274,8 @@ class Host(WebuiHost):
 
     # --- generations: uint8 pictures [H, W, 3] -------------------------------------------------------------------------
 
-    def txt2img(self, batch: int = 1, seed: int = 1, change: Callable[[Any], None] | None = None) -> Pictures:
-        return self.generate(Request(self._first_pass, seed=seed, batch_size=batch), change=change)
+    def txt2img_request(self, batch: int, seed: int) -> Request:
+        return Request(self._first_pass, seed=seed, batch_size=batch)
 
     def img2img(self, image: torch.Tensor, seed: int = 1) -> Pictures:
         """``image``: ``[N, 3, H, W]`` in [0, 1]."""

@@ -411,8 +411,8 @@ class Host(WebuiHost):
 
     # --- generations: uint8 pictures [H, W, 3] -------------------------------------------------------------------------
 
-    def txt2img(self, batch: int = 1, seed: int = 1, change: Callable[[Any], None] | None = None) -> Pictures:
-        return self.generate(SdnextRequest(seed=seed, batch_size=batch), change=change)
+    def txt2img_request(self, batch: int, seed: int) -> Request:
+        return SdnextRequest(seed=seed, batch_size=batch)
 
     def img2img(self, image: torch.Tensor, seed: int = 1) -> Pictures:
         """``image``: ``[N, 3, H, W]`` in [0, 1]."""

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from remote_vae.datafiles import read_toml
 from remote_vae.hosts.a1111 import adapter
 from remote_vae.settings import Settings
-from remote_vae.webui import settings_panel
+from remote_vae.webui import plot_axes, settings_panel
 from tests.hosts import a1111_standin as standin
 from tests.hosts.a1111_standin import Host, LdmModel
 
@@ -41,6 +41,7 @@ def test_the_start_registers_each_callback_once(host: Host) -> None:
         "ui_settings": [settings_panel.add_options],
         "model_loaded": [adapter.hook],
         "script_unloaded": [adapter.uninstall],
+        "before_ui": [plot_axes.add_axes],
     }
 
 
@@ -52,6 +53,7 @@ def test_reload_ui_registers_each_callback_once_again(host: Host) -> None:
         "ui_settings": 1,
         "model_loaded": 1,
         "script_unloaded": 1,
+        "before_ui": 1,
     }
 
 

@@ -239,24 +239,36 @@ class WebuiHost:
         typed = [axis.type(value) for value in values]
         if axis.confirm:
             axis.confirm(None, typed)
-        cells, infotexts = [], []
+        request, cells, infotexts = self.txt2img_request(batch, seed), [], []
+        self._make_ready(request, is_img2img=False)
         for value in typed:
-            # A shallow copy, as the plot makes one: what is in a dict is left there for the next cell.
-            cells.append(self.txt2img(batch, seed, change=lambda p, value=value: axis.apply(p, value, typed)))
+            # The plot makes shallow copies: a dictionary of the request is one for all cells.
+            cell = copy(request)
+            axis.apply(cell, value, typed)
+            cells.append(self._process(cell))
             infotexts += self.infotexts
         self.infotexts = infotexts
         return cells
 
-    def generate(self, request: Request, is_img2img: bool = False, change: Callable[[Any], None] | None = None) -> Pictures:
+    def txt2img_request(self, batch: int, seed: int) -> Request:
+        raise NotImplementedError
+
+    def txt2img(self, batch: int = 1, seed: int = 1) -> Pictures:
+        return self.generate(self.txt2img_request(batch, seed))
+
+    def generate(self, request: Request, is_img2img: bool = False) -> Pictures:
         """One press of Generate, through the API."""
+        self._make_ready(request, is_img2img)
+        return self._process(request)
+
+    def _make_ready(self, request: Request, is_img2img: bool) -> None:
         runner = self.runner(is_img2img)
         request.scripts, request.n_iter = runner, self.n_iter
         request.script_args = runner.script_args(self.alwayson)
         request.override_settings = dict(self.override_settings)
         self.fill_in(request)
-        if change is not None:
-            request = copy(request)
-            change(request)
+
+    def _process(self, request: Request) -> Pictures:
         self.last, self.infotexts = request, []
         self._pressed = self.state.interrupted, self.state.skipped
         job = self.state.begin("scripts_txt2img")
