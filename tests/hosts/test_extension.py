@@ -24,14 +24,14 @@ OPTIONS = read_toml("options.toml")
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     """A host before its extensions are loaded."""
     log = logging.getLogger("remote_vae")
-    before = list(log.handlers), log.level, log.propagate
+    before = list(log.handlers), list(log.filters), log.level, log.propagate
     log.handlers = []
     running = standin.install(monkeypatch, tmp_path)
     adapter.router.history.clear()
     yield running
     adapter.uninstall()
     adapter.router.history.clear()
-    log.handlers, log.level, log.propagate = before
+    log.handlers, log.filters, log.level, log.propagate = before
     assert running.offences == []
 
 
