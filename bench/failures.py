@@ -134,7 +134,10 @@ def _ms(function: Callable[[], Any]) -> float:
 
 def _canned_answers() -> dict[str, HttpAnswer]:
     request = DecodeRequest(torch.zeros(1, 4, SIDE // 8, SIDE // 8), Output.TENSOR)
-    return {"decode": decode_answer(request, photo_pixels(SIDE))}
+    return {
+        "decode": decode_answer(request, photo_pixels(SIDE)),
+        "info": HttpAnswer(200, {"Content-Type": "application/json"}, b"{}"),
+    }
 
 
 def _refused_url() -> str:

@@ -30,6 +30,14 @@ class NotOffered(RouteFailed):
     """The route does not take this call: no endpoint for the family, picture too large, endpoint in its pause."""
 
 
+class AnotherVae(NotOffered):
+    """The endpoint has another VAE than the call. ``told``: the last thing that was said of this endpoint was the same."""
+
+    def __init__(self, message: str, *, told: bool) -> None:
+        super().__init__(message, reason="another VAE there")
+        self.told = told
+
+
 class EndpointUnreachable(RouteFailed):
     """No connection, or the connection broke: refused, unknown host, reset, TLS failure."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,18 @@ from remote_vae.datafiles import read_toml
 from remote_vae.errors import SettingsError
 
 CUSTOM = "custom"
+
+# What a fingerprint can be made of: the weights rounded to these dtypes, one after the other. Two that hold the same VAE in
+# different dtypes agree in one of them: float32 and float16 copies in the first, float32 and bfloat16 copies in the second, and
+# a float32 copy with a bfloat16 one that was made of a float16 one in the third.
+ROUNDINGS: Mapping[str, tuple[torch.dtype, ...]] = {
+    "float16": (torch.float16,),
+    "bfloat16": (torch.bfloat16,),
+    "float16_bfloat16": (torch.float16, torch.bfloat16),
+}
+
+# As UIs list VAE files.
+_FILE_ENDINGS = re.compile(r"\.(safetensors|sft|ckpt|pth?|bin)$")
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Family:
     scaling_factor: float
     shift_factor: float = 0.0
     vae: str = ""
+    files: tuple[str, ...] = ()
     dtype: str = "float16"
     shared_by: tuple[str, ...] = ()
     decode_endpoint: str = ""
@@ -43,6 +57,11 @@ class Family:
     def is_known(self) -> bool:
         """Whether families.toml has it; a custom VAE is only sent to the user's own endpoint."""
         return self.key != CUSTOM
+
+    def is_standard_file(self, name: str) -> bool:
+        """Whether ``name``, with or without folders and ending, is a usual file name of the family's standard VAE."""
+        plain = _FILE_ENDINGS.sub("", re.split(r"[/\\]", name.strip().lower())[-1])
+        return plain in self.files or plain.removesuffix(".vae") in self.files
 
     def public_endpoint(self, op: str) -> str:
         """The public endpoint for ``op`` ("decode" or "encode"), or "" where there is none."""
@@ -55,7 +74,8 @@ def load_families() -> dict[str, Family]:
     families = {}
     for key, entry in read_toml("families.toml").items():
         if isinstance(entry, dict):
-            families[key] = Family(key=key, **{**entry, "shared_by": tuple(entry.get("shared_by", ()))})
+            lists = {name: tuple(entry.get(name, ())) for name in ("files", "shared_by")}
+            families[key] = Family(key=key, **{**entry, **lists})
     return families
 
 
@@ -114,19 +134,26 @@ def recognise_config(config: Mapping[str, Any]) -> Family | None:
     )
 
 
-def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+def fingerprint(state: Mapping[str, torch.Tensor], rounding: str = "float16") -> str:
     """A name for the weights that does not depend on who stores them how.
 
-    Each tensor is rounded to float16 and hashed with its shape less the axes of length 1, and the hashes are hashed in sorted
-    order. So the same VAE gives the same text in float32 and float16, with diffusers' names and ldm's, with linear attention
-    and with 1x1 convolutions.
+    Each tensor is rounded, to float16 by default, and hashed with its shape less the axes of length 1, and the hashes are
+    hashed in sorted order. So the same VAE gives the same text in float32 and float16, with diffusers' names and ldm's, with
+    linear attention and with 1x1 convolutions.
+
+    Args:
+        state: the weights, on any device; they come to the CPU one by one.
+        rounding: a key of ``ROUNDINGS``.
 
     Returns:
         16 hexadecimal digits (64 bit).
     """
     digests = []
     for tensor in state.values():
-        values = tensor.detach().to("cpu", torch.float16).contiguous()
+        values = tensor.detach().to("cpu")
+        for dtype in ROUNDINGS[rounding]:
+            values = values.to(dtype)
+        values = values.contiguous()
         shape = ",".join(str(size) for size in values.shape if size != 1)
         digest = hashlib.sha256(shape.encode())
         digest.update(values.view(-1).view(torch.uint8).numpy().data)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from remote_vae import rescue
-from remote_vae.errors import OutOfMemory, RouteFailed, VaeCallFailed
+from remote_vae.errors import AnotherVae, OutOfMemory, RouteFailed, VaeCallFailed
 from remote_vae.history import History, Record
 from remote_vae.local import LocalRoute
 from remote_vae.memory import forget_frames
-from remote_vae.remote.route import RemoteRoute, endpoint_for, shown
+from remote_vae.remote.client import shown
+from remote_vae.remote.route import RemoteRoute, endpoint_for
 from remote_vae.routes import Outcome, Route, T, VaeCall
 from remote_vae.settings import Settings
 from remote_vae.tiled import TiledRoute
@@ -53,7 +54,8 @@ class Router:
             try:
                 outcome = route.run(call, settings)
             except RouteFailed as error:
-                log.warning("%s %s: %s", route.name, call.op, error)
+                told = isinstance(error, AnotherVae) and error.told
+                log.log(logging.DEBUG if told else logging.WARNING, "%s %s: %s", route.name, call.op, error)
                 forget_frames(error)
                 reasons.append(error.reason)
                 failure = error

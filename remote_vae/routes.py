@@ -14,6 +14,7 @@ import torch
 
 from remote_vae.families import Family
 from remote_vae.history import Record
+from remote_vae.identity import Identity
 from remote_vae.settings import Settings
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
@@ -58,6 +59,7 @@ class VaeCall(Generic[T]):
         finish: turns pixels or, for an encode, moments into what the host's own call would return.
         device: where the VAE computes; None: where ``tensor`` is.
         bring: gets the VAE onto its device in the host's own way, and gives a tensor there in the VAE's dtype.
+        identity: which VAE it is, to be compared with the endpoint's. None: not known, and whatever the endpoint has will do.
         truncates: whether the host makes 8-bit levels by rounding down; then an 8-bit transfer does so too.
         cancelled: whether the user wants the waiting to end. Called often, from any thread.
         part: which part of a larger job this is, for the eyes of the user: "2 of 4".
@@ -74,8 +76,8 @@ class VaeCall(Generic[T]):
     lost: torch.Tensor | None = None
     vae: Any = None
     finish: Callable[[torch.Tensor], T] = _unfinished
+    identity: Identity | None = None
     truncates: bool = False
-    identity: Any = None
     device: torch.device | None = None
     bring: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
     cancelled: Callable[[], bool] = lambda: False

@@ -131,6 +131,7 @@ class Settings:
     decode_endpoint: str = _option("decode_endpoint")
     encode_endpoint: str = _option("encode_endpoint")
     public_endpoints: bool = _option("public_endpoints")
+    when_vae_differs: str = _option("when_vae_differs")
     transfer: str = _option("transfer")
     connect_timeout: float = _option("connect_timeout")
     first_byte_timeout: float = _option("first_byte_timeout")

@@ -18,7 +18,9 @@ class Chaos:
             "drop" (closes without a word), "slow" (a byte now and then, for ever), "redirect".
         fail_at: number of the request, from 0, that ``mode`` is for; the others pass. None: for all.
         drops: keys of the query that do not reach the target, which makes a plain endpoint of our own server.
-        requests, queries: path and query of every request that came.
+        info: "mode" (GET /info is treated as a VAE call is), or a mode of its own: "pass", "hang", "503", "404 html" ...
+        requests, queries: path and query of every VAE call that came.
+        infos: path of every GET that came.
     """
 
     def __init__(self, target: str = "") -> None:
@@ -26,6 +28,8 @@ class Chaos:
         self.mode = "pass"
         self.fail_at: int | None = None
         self.drops: tuple[str, ...] = ()
+        self.info = "mode"
+        self.infos: list[str] = []
         self.requests: list[str] = []
         self.queries: list[str] = []
         self.released = threading.Event()
@@ -34,6 +38,9 @@ class Chaos:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
+
+            def do_GET(self) -> None:
+                self.do_POST()
 
             def do_POST(self) -> None:
                 # A client that gives up half-way is what these tests are about.
@@ -55,14 +62,12 @@ class Chaos:
 
     def reset(self, mode: str, fail_at: int | None = None) -> None:
         self.mode, self.fail_at = mode, fail_at
+        self.infos.clear()
         self.requests.clear()
         self.queries.clear()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
-        number = len(self.requests)
-        self.requests.append(urlsplit(handler.path).path)
-        self.queries.append(urlsplit(handler.path).query)
-        mode = self.mode if self.fail_at in (None, number) else "pass"
+        mode = self._note(handler)
         if mode == "hang":
             # Takes the request in and never answers.
             self.released.wait(60)
@@ -82,12 +87,24 @@ class Chaos:
         else:
             self._forward(handler, mode, body)
 
+    def _note(self, handler: BaseHTTPRequestHandler) -> str:
+        """Put the request on its list; returns the mode for it."""
+        parts = urlsplit(handler.path)
+        if handler.command == "GET":
+            self.infos.append(parts.path)
+            mode = self.mode if self.fail_at is None else "pass"
+            return mode if self.info == "mode" else self.info
+        number = len(self.requests)
+        self.requests.append(parts.path)
+        self.queries.append(parts.query)
+        return self.mode if self.fail_at in (None, number) else "pass"
+
     def _forward(self, handler: BaseHTTPRequestHandler, mode: str, body: bytes) -> None:
         parts = urlsplit(self.target)
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
         path = urlsplit(handler.path)
         kept = [(key, value) for key, value in parse_qsl(path.query) if key not in self.drops]
-        connection.request("POST", f"{path.path}?{urlencode(kept)}", body, dict(handler.headers.items()))
+        connection.request(handler.command, f"{path.path}?{urlencode(kept)}", body, dict(handler.headers.items()))
         answer = connection.getresponse()
         data = answer.read()
         headers = {

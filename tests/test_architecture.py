@@ -16,7 +16,7 @@ PACKAGE = ROOT / "remote_vae"
 
 # What each part may import of the package. Arrows go one way:
 # scripts -> webui -> hosts -> router -> routes (remote, local, tiled) -> wire, families, settings
-BASE = {"errors", "datafiles", "settings", "families", "version", "auth", "memory", "history"}
+BASE = {"errors", "datafiles", "settings", "families", "version", "auth", "memory", "history", "identity"}
 FACE = BASE | {"wire", "routes"}
 ROUTER = FACE | {"remote", "local", "tiled", "rescue", "router"}
 ALLOWED = {
@@ -28,8 +28,9 @@ ALLOWED = {
     "datafiles": {"errors"},
     "settings": {"errors", "datafiles"},
     "families": {"errors", "datafiles"},
+    "identity": {"families"},
     "wire": {"errors", "wire"},
-    "routes": {"families", "history", "settings", "wire"},
+    "routes": {"families", "history", "identity", "settings", "wire"},
     "rescue": {"errors", "families"},
     "remote": FACE | {"remote"},
     "local": FACE,

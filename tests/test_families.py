@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from remote_vae.errors import SettingsError
-from remote_vae.families import find_family, fingerprint, load_families, public_max_pixels, recognise, recognise_config
+from remote_vae.families import (
+    ROUNDINGS,
+    find_family,
+    fingerprint,
+    load_families,
+    public_max_pixels,
+    recognise,
+    recognise_config,
+)
 from tests.vaes import small_kl, tiny_video
 
 # facts of the protocol: channels, scaling, shift, model, endpoint names
@@ -77,6 +85,25 @@ def test_the_fingerprint_does_not_depend_on_dtype_names_or_order() -> None:
     }
     assert convolutions.keys() == state.keys()
     assert fingerprint(convolutions) == name
+
+
+@pytest.mark.parametrize("rounding", ["float16", "bfloat16", "float16_bfloat16"])
+def test_a_fingerprint_is_that_of_the_rounded_weights(rounding: str) -> None:
+    state = small_kl("sd1").state_dict()
+    rounded = dict(state)
+    for name in rounding.split("_"):
+        rounded = {key: value.to(getattr(torch, name)) for key, value in rounded.items()}
+    assert fingerprint(rounded, rounding) == fingerprint(state, rounding)
+    assert len({fingerprint(state, other) for other in ROUNDINGS}) == len(ROUNDINGS)
+
+
+def test_the_files_of_a_family_are_names_in_lower_case_without_ending() -> None:
+    for family in load_families().values():
+        for file in family.files:
+            assert file == file.lower()
+            assert family.is_standard_file(file)
+            assert family.is_standard_file(f"VAE/{file}.safetensors")
+            assert not family.is_standard_file(f"my-{file}.safetensors")
 
 
 def test_the_fingerprint_tells_two_vaes_apart() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import diffusers
 import torch
 
-from remote_vae.families import find_family, fingerprint
+from remote_vae.families import ROUNDINGS, find_family, fingerprint
 from remote_vae.server.models import LoadedVae
 
 
@@ -28,7 +28,8 @@ def small_kl(family: str, **changes: object) -> diffusers.AutoencoderKL:
 
 
 def loaded(vae: torch.nn.Module, family: str) -> LoadedVae:
-    return LoadedVae(vae, find_family(family), family, fingerprint(vae.state_dict()))
+    names = {rounding: fingerprint(vae.state_dict(), rounding) for rounding in ROUNDINGS}
+    return LoadedVae(vae, find_family(family), family, names)
 
 
 def tiny_flux() -> LoadedVae:

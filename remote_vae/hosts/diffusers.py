@@ -7,6 +7,7 @@ them pass. Nothing of diffusers is imported before the first call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Union
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from remote_vae.errors import UnsupportedLayout
 from remote_vae.families import Family, recognise_config
 from remote_vae.history import History
+from remote_vae.identity import Identity
 from remote_vae.router import Router
 from remote_vae.routes import Op, Remote, Spare, VaeCall
 from remote_vae.settings import Settings
@@ -107,7 +109,7 @@ class Handle:
             if not self.enabled or not takes(op, tensor, self._family):
                 return original(tensor, return_dict=return_dict, **kwargs)
             call = vae_call(self._vae, self._family, op, original, tensor, return_dict, kwargs, self._cancelled)
-            return self._router.run(call, self.settings)
+            return self._router.run(replace(call, identity=Identity(self._vae)), self.settings)
 
         hooked.handle = self  # type: ignore[attr-defined]  # attach() finds an earlier hook by it
         return hooked

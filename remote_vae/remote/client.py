@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from remote_vae import wire
 from remote_vae.auth import auth_headers
@@ -53,9 +53,18 @@ class EndpointClient:
             self.url, request.to_http(), self._headers(), partial(wire.expect_encode, request), deadlines, cancelled
         )
 
+    def info(self, deadlines: Deadlines = DEFAULT_DEADLINES, cancelled: Callable[[], bool] = never) -> wire.Info:
+        """What the server says of itself. Raises as ``decode`` does."""
+        return self._http.get(self.url, self._headers(), wire.expect_info, deadlines, cancelled).answer
+
     def _headers(self) -> dict[str, str]:
         # Read anew each time: a token set after the start of the UI counts.
         return auth_headers(self.url, public=self._public)
+
+
+def shown(url: str) -> str:
+    """``url`` for logs and records, without its query, which may hold a key."""
+    return urlunsplit(urlsplit(url)._replace(query="", fragment=""))
 
 
 class Connections:

@@ -1,4 +1,4 @@
-"""One POST with deadlines that hold and a wait that can be broken off.
+"""One POST or GET with deadlines that hold and a wait that can be broken off.
 
 A VAE answer is megabytes that should land in their final buffer, and a read must be able to stop when a deadline passes or the
 user wants it. urllib3 offers neither: a thread around it costs three times the transfer itself (bench/client_overhead.py). So
@@ -98,23 +98,21 @@ class HttpClient:
         Raises:
             EndpointUnreachable, DeadlineExceeded, CallCancelled, EndpointError, MalformedAnswer: no answer, and why.
         """
-        watch = _Watch(_host_and_target(url)[0], deadlines, cancelled)
-        fields = {**request.headers, **headers, **({} if self._secure else self._proxy_headers)}
         body = memoryview(request.body)
-        try:
-            host, target = _host_and_target(url)
-            # A plain proxy is asked for the whole address.
-            address = url if self._proxy and not self._secure else target
-            head = request_head(host, request.url(address), fields, body.nbytes)
-        except ValueError as error:
-            raise InvalidRequest(f"{watch.host}: {error}") from None
-        message = _Message(head, body)
-        try:
-            expected, answer = self._exchange(message, expect, watch)
-        except (OSError, http.client.HTTPException) as error:
-            reason = _plain_reason(error)
-            raise EndpointUnreachable(f"{watch.host}: {reason}", reason=reason) from error
-        return Reply(expected.finish(answer), body.nbytes, answer.nbytes)
+        message = _Message(self._head(url, request, headers, body.nbytes), body)
+        return self._reply(message, expect, _Watch(_host(url), deadlines, cancelled))
+
+    def get(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        expect: Callable[[Mapping[str, str]], Expected[A]],
+        deadlines: Deadlines,
+        cancelled: Callable[[], bool],
+    ) -> Reply[A]:
+        """Ask for ``url``; the rest, and what is raised, as with ``post``."""
+        message = _Message(self._head(url, HttpRequest((), {}, b""), headers, None), memoryview(b""))
+        return self._reply(message, expect, _Watch(_host(url), deadlines, cancelled))
 
     def close(self) -> None:
         """Close the idle connections; the client can still be used."""
@@ -122,6 +120,24 @@ class HttpClient:
             idle, self._idle = self._idle, []
         for _, connection in idle:
             connection.close()
+
+    def _head(self, url: str, request: HttpRequest, headers: Mapping[str, str], length: int | None) -> bytes:
+        fields = {**request.headers, **headers, **({} if self._secure else self._proxy_headers)}
+        try:
+            host, target = _host_and_target(url)
+            # A plain proxy is asked for the whole address.
+            address = url if self._proxy and not self._secure else target
+            return request_head(host, request.url(address), fields, length)
+        except ValueError as error:
+            raise InvalidRequest(f"{_host(url)}: {error}") from None
+
+    def _reply(self, message: _Message, expect: Callable[[Mapping[str, str]], Expected[A]], watch: _Watch) -> Reply[A]:
+        try:
+            expected, answer = self._exchange(message, expect, watch)
+        except (OSError, http.client.HTTPException) as error:
+            reason = _plain_reason(error)
+            raise EndpointUnreachable(f"{watch.host}: {reason}", reason=reason) from error
+        return Reply(expected.finish(answer), message.body.nbytes, answer.nbytes)
 
     def _exchange(
         self, message: _Message, expect: Callable[[Mapping[str, str]], Expected[A]], watch: _Watch
@@ -213,7 +229,7 @@ class HttpClient:
 
 @dataclass(frozen=True)
 class _Message:
-    """A POST, ready to be written."""
+    """A request, ready to be written."""
 
     head: bytes
     body: memoryview
@@ -369,6 +385,10 @@ def _host_and_target(url: str) -> tuple[str, str]:
     """For the head of a request: host and port, and path with query."""
     parts = urlsplit(url)
     return parts.netloc, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+def _host(url: str) -> str:
+    return _host_and_target(url)[0]
 
 
 def _tls_context() -> ssl.SSLContext:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as far as one POST and its answer need it, on a socket that somebody else watches.
+"""HTTP/1.1 as far as one GET or POST and its answer need it, on a socket that somebody else watches.
 
 Written out because of its price: http.client parses the head of an answer with the e-mail package, which costs a call whose
 answer is there at once as much as a third of its transfer.
@@ -26,17 +26,19 @@ class Source(Protocol):
         ...
 
 
-def request_head(host: str, target: str, headers: Mapping[str, str], length: int) -> bytes:
-    """The head of a POST with a body of ``length`` bytes.
+def request_head(host: str, target: str, headers: Mapping[str, str], length: int | None) -> bytes:
+    """The head of a POST with a body of ``length`` bytes, or of a GET where that is None.
 
     Raises:
         ValueError: a target or a header that would break out of its line.
     """
     if _UNPRINTABLE.search(target):
         raise ValueError(f"the address {target[:80]!r} holds characters that must be percent-encoded")
-    lines = [f"POST {target} HTTP/1.1", f"Host: {host}"]
+    lines = [f"{'GET' if length is None else 'POST'} {target} HTTP/1.1", f"Host: {host}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
-    lines += ["Accept-Encoding: identity", f"Content-Length: {length}"]
+    lines += ["Accept-Encoding: identity"]
+    if length is not None:
+        lines += [f"Content-Length: {length}"]
     if any("\n" in line or "\r" in line for line in lines):
         raise ValueError("a header must be one line")
     return "\r\n".join([*lines, "", ""]).encode("latin-1")

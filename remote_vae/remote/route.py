@@ -22,8 +22,9 @@ from remote_vae.errors import (
 )
 from remote_vae.families import Family, public_max_pixels
 from remote_vae.memory import free_memory, is_out_of_memory
+from remote_vae.remote.another_vae import VaeCheck
 from remote_vae.remote.breaker import Breakers
-from remote_vae.remote.client import EndpointClient, client_for
+from remote_vae.remote.client import EndpointClient, client_for, shown
 from remote_vae.remote.functions import in_parallel, one_by_one
 from remote_vae.remote.http import Deadlines, Reply
 from remote_vae.routes import Op, Outcome, Remote, T, VaeCall
@@ -42,8 +43,9 @@ class RemoteRoute:
 
     name = "remote"
 
-    def __init__(self, breakers: Breakers | None = None) -> None:
+    def __init__(self, breakers: Breakers | None = None, vaes: VaeCheck | None = None) -> None:
         self._breakers = breakers or Breakers()
+        self._vaes = vaes or VaeCheck()
 
     def run(self, call: VaeCall[T], settings: Settings) -> Outcome[T]:
         """Raises RouteFailed for whatever goes wrong outside the host."""
@@ -60,15 +62,17 @@ class RemoteRoute:
             raise NotOffered(f"{url}: {refusal}", reason=refusal)
         call.tell(f"{call.doing} on {urlsplit(url).netloc.rpartition('@')[2]}")
         try:
+            self._vaes.check(call, url, settings, public=public)
             reply = _Asking(client_for(url, public=public), call, settings).ask()
         except (CallCancelled, InvalidRequest) as error:
             breaker.left()
             raise _as_route_failure(error) from None
         except RouteFailed as error:
-            if isinstance(error, EndpointError) and error.status in _REQUEST_ERRORS:
+            if _is_about_the_call(error):
                 breaker.left()
             else:
                 breaker.failed(error.reason)
+                self._vaes.forget(url)
             raise
         except BaseException:
             breaker.left()
@@ -97,11 +101,6 @@ def endpoint_for(op: Op, family: Family, settings: Settings) -> tuple[str, bool]
     if settings.public_endpoints and family.is_known:
         return family.public_endpoint(op), True
     return "", False
-
-
-def shown(url: str) -> str:
-    """``url`` for logs and records, without its query, which may hold a key."""
-    return urlunsplit(urlsplit(url)._replace(query="", fragment=""))
 
 
 class _Asking:
@@ -198,6 +197,11 @@ def _check_public_limits(call: VaeCall[T]) -> None:
             f"the public endpoints take at most {public_max_pixels()} pixels, and this is {width} x {height}",
             reason="too large for the public endpoint",
         )
+
+
+def _is_about_the_call(error: RouteFailed) -> bool:
+    """Whether the endpoint itself is well."""
+    return isinstance(error, NotOffered) or (isinstance(error, EndpointError) and error.status in _REQUEST_ERRORS)
 
 
 def _as_route_failure(error: CallCancelled | InvalidRequest) -> RouteFailed:

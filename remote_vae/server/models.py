@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from remote_vae.errors import SettingsError, UnsupportedLayout
-from remote_vae.families import Family, find_family, fingerprint, recognise_config
+from remote_vae.families import ROUNDINGS, Family, find_family, fingerprint, recognise_config
+from remote_vae.wire import FINGERPRINT_KEYS
 from remote_vae.wire.tensors import DTYPES
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -25,12 +26,19 @@ _GROUPS = 32
 
 @dataclass(frozen=True)
 class LoadedVae:
-    """A VAE ready to run: in eval mode, on its device, with what ``GET /info`` says of it."""
+    """A VAE ready to run: in eval mode, on its device, with what ``GET /info`` says of it.
+
+    ``fingerprints`` are of its weights as they were stored, by rounding.
+    """
 
     vae: Any
     family: Family
     source: str
-    fingerprint: str
+    fingerprints: Mapping[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.fingerprints["float16"]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,10 +78,11 @@ def load_vae(source: str, *, family: str | None = None, dtype: str = "auto", dev
     found = known or recognise_config(vae.config)
     if found is None:
         raise SettingsError(f"--vae {source}: {type(vae).__name__} has no scaling factor; name its family with --family")
-    name = fingerprint(vae.state_dict())
+    state = vae.state_dict()
+    names = {rounding: fingerprint(state, rounding) for rounding in ROUNDINGS}
     # Not diffusers' own to(), which warns of modules to keep in float32 that a VAE does not have.
     vae = nn.Module.to(vae, chosen, _dtype(dtype, chosen)).eval().requires_grad_(False)
-    return LoadedVae(vae, found, source, name)
+    return LoadedVae(vae, found, source, names)
 
 
 def _auto_device() -> str:
@@ -210,7 +219,7 @@ def describe(loaded: LoadedVae) -> dict[str, Any]:
         "downscale": family.downscale,
         "scaling_factor": family.scaling_factor,
         "shift_factor": family.shift_factor,
-        "fingerprint": loaded.fingerprint,
+        **{key: loaded.fingerprints[rounding] for rounding, key in FINGERPRINT_KEYS.items()},
     }
 
 

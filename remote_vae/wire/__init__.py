@@ -1,6 +1,7 @@
 """The wire: the only place that knows the bytes of the protocol. Client and server both stand on it.
 
-``requests`` has the two requests in both directions, ``answers`` their answers, ``tensors`` and ``pixels`` what they carry.
+``requests`` has the two requests in both directions, ``answers`` their answers, ``tensors`` and ``pixels`` what they carry,
+``info`` what a server says of itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from remote_vae.wire.answers import (
     expect_decode,
     expect_encode,
 )
+from remote_vae.wire.info import FINGERPRINT_KEYS, Info, expect_info
 from remote_vae.wire.requests import (
     DecodeRequest,
     EncodeRequest,
@@ -29,6 +31,7 @@ from remote_vae.wire.requests import (
 from remote_vae.wire.tensors import TensorHead, pack_latents, unpack_latents
 
 __all__ = [
+    "FINGERPRINT_KEYS",
     "DecodeAnswer",
     "DecodeRequest",
     "EncodeAnswer",
@@ -36,6 +39,7 @@ __all__ = [
     "Expected",
     "HttpAnswer",
     "HttpRequest",
+    "Info",
     "Output",
     "Scaling",
     "TensorHead",
@@ -46,6 +50,7 @@ __all__ = [
     "error_detail",
     "expect_decode",
     "expect_encode",
+    "expect_info",
     "pack_latents",
     "tensor_head",
     "unpack_latents",

@@ -80,6 +80,30 @@ def test_every_vae_call_of_a_pipeline_goes_remote_and_the_picture_is_the_same(
     assert chaos.requests == [f"/{op}" for op in CALLS[kind]]
 
 
+def test_a_pipeline_whose_vae_the_endpoint_does_not_have_uses_its_own(vae: AutoencoderKL, chaos: Chaos) -> None:
+    arguments = PIPELINES["StableDiffusionImg2ImgPipeline"]
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(1.5)
+    pipe = pipeline("StableDiffusionImg2ImgPipeline", vae)
+    local = generate(pipe, arguments)
+    handle = remote_vae.attach(pipe, {"endpoint": chaos.url})
+    assert np.array_equal(generate(pipe, arguments), local)
+    assert [record.fallback_reason for record in handle.history.records()] == ["another VAE there"] * 2
+    assert (chaos.infos, chaos.requests) == (["/info"], [])
+    handle.settings = remote_vae.Settings(endpoint=chaos.url, when_vae_differs="remote")
+    generate(pipe, arguments)
+    assert chaos.requests == ["/encode", "/decode"]
+
+
+def test_a_tiny_vae_is_told_apart_as_well(chaos: Chaos, latents: torch.Tensor) -> None:
+    vae = diffusers.AutoencoderTiny().eval().requires_grad_(False)
+    handle = remote_vae.attach(vae, {"endpoint": chaos.url})
+    vae.decode(latents)
+    assert handle.history.last is not None
+    assert handle.history.last.fallback_reason == "another VAE there"
+    assert not chaos.requests
+
+
 @pytest.mark.parametrize("kind", sorted(PIPELINES))
 @pytest.mark.parametrize("mode", ["503", "drop", "cut", "nan", "200 html"])
 def test_whatever_the_network_does_the_picture_is_the_local_one(vae: AutoencoderKL, chaos: Chaos, kind: str, mode: str) -> None:

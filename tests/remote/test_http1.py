@@ -104,6 +104,7 @@ def test_a_request_is_one_line_a_header_and_cannot_be_broken_out_of() -> None:
     assert request_head("h:1", "/d?a=1", {"X": "y"}, 5) == (
         b"POST /d?a=1 HTTP/1.1\r\nHost: h:1\r\nX: y\r\nAccept-Encoding: identity\r\nContent-Length: 5\r\n\r\n"
     )
+    assert request_head("h:1", "/info", {}, None) == b"GET /info HTTP/1.1\r\nHost: h:1\r\nAccept-Encoding: identity\r\n\r\n"
     for target, headers in (("/a b", {}), ("/a\r\nX: 1", {}), ("/", {"X": "1\r\nY: 2"}), ("/ü", {})):
         with pytest.raises(ValueError, match=r".+"):
             request_head("h", target, headers, 0)

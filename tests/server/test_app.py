@@ -19,6 +19,7 @@ import requests
 import torch
 from PIL import Image
 
+from remote_vae.families import fingerprint
 from remote_vae.server import engine
 from remote_vae.server.engine import Limits
 from remote_vae.server.models import LoadedVae
@@ -207,7 +208,9 @@ def test_info_says_who_it_is_and_nothing_of_where_its_files_lie(server: ServerTh
     assert info["server"] == "remote-vae"
     assert (info["family"], info["model"], info["dtype"], info["device"]) == ("custom", "demo_vae", "float32", "cpu")
     assert (info["latent_channels"], info["downscale"], info["scaling_factor"], info["shift_factor"]) == (4, 8, 0.08489, 0.0)
-    assert info["fingerprint"] == loaded.fingerprint
+    assert info["fingerprint"] == fingerprint(loaded.vae.state_dict())
+    assert info["fingerprint_bfloat16"] == fingerprint(loaded.vae.state_dict(), "bfloat16")
+    assert info["fingerprint_float16_bfloat16"] == fingerprint(loaded.vae.state_dict(), "float16_bfloat16")
     assert info["posterior"] is True
     assert info["limits"] == {
         "max_pixels": 4096 * 4096,

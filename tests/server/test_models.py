@@ -111,7 +111,7 @@ def test_the_family_on_the_command_line_wins(tmp_path: Path) -> None:
 def test_the_dtype_is_what_was_asked_for_and_the_fingerprint_the_same(loaded: LoadedVae) -> None:
     half = load_vae(str(DEMO_VAE), dtype="bfloat16", device="cpu")
     assert half.dtype == torch.bfloat16
-    assert half.fingerprint == loaded.fingerprint
+    assert half.fingerprints == loaded.fingerprints
 
 
 def no_vae(folder: Path) -> None:

@@ -1,0 +1,119 @@
+"""Which VAE it is: a name for the weights that a host has loaded, to compare with what an endpoint says of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+import torch
+
+from remote_vae.families import ROUNDINGS, fingerprint
+
+log = logging.getLogger("remote_vae.identity")
+
+# A look at the weights: so many tensors, spread over encoder and decoder, and so many values of each.
+_LOOK_TENSORS = 16
+_LOOK_VALUES = 4
+# A VAE that is now in float32 and now in float16, as in diffusers' SDXL pipelines, has its fingerprints at hand for both.
+_KEPT = 12
+
+_Look = tuple[Union[torch.dtype, bytes], ...]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The VAE of a call. May be used from many threads; a new one for the same VAE costs nothing.
+
+    Attributes:
+        vae: the torch module, of any project, on any device.
+        picked: name of the VAE file that the user picked in the UI; "" for the model's own.
+    """
+
+    vae: Any
+    picked: str = ""
+
+    def fingerprint(self) -> tuple[str, str] | None:
+        """The rounding that suits the VAE's dtype, and its fingerprint in that; None where the weights cannot be read."""
+        try:
+            dtypes = {weight.dtype for weight in _weights(self.vae)}
+            rounding = "bfloat16" if dtypes == {torch.bfloat16} else "float16"
+            return rounding, _fingerprints.of(self.vae, rounding)
+        except Exception as error:  # whatever a host keeps there, the call goes on without
+            log.debug("no fingerprint of %s: %s", type(self.vae).__name__, error)
+            return None
+
+    def matches(self, theirs: Mapping[str, str]) -> bool | None:
+        """Whether ``theirs``, fingerprints by rounding, are of this VAE; None where that cannot be told.
+
+        One that agrees is enough, whatever the roundings: see ``families.ROUNDINGS``.
+        """
+        own = self.fingerprint() if theirs else None
+        if own is None:
+            return None
+        rounding, name = own
+        if name in theirs.values():
+            return True
+        if any(self._in(theirs.values(), other) for other in ROUNDINGS if other != rounding):
+            return True
+        return False if rounding in theirs else None
+
+    def _in(self, theirs: Collection[str], rounding: str) -> bool:
+        try:
+            return _fingerprints.of(self.vae, rounding) in theirs
+        except Exception:  # as above
+            return False
+
+
+@dataclass
+class _Known:
+    """The fingerprints of one VAE, by what its weights looked like and the rounding."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    names: dict[tuple[_Look, str], str] = field(default_factory=dict)
+
+
+class _Fingerprints:
+    """The fingerprints of the process's VAEs. Keeps none of them alive."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_vae: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+
+    def of(self, vae: Any, rounding: str) -> str:
+        """From memory, unless the host has loaded other weights into ``vae`` or converted them since."""
+        with self._lock:
+            known = self._by_vae.setdefault(vae, _Known())
+        with known.lock:
+            key = _look(vae), rounding
+            if key not in known.names:
+                name = fingerprint(vae.state_dict(), rounding)
+                while len(known.names) >= _KEPT:
+                    del known.names[next(iter(known.names))]
+                known.names[key] = name
+            return known.names[key]
+
+
+_fingerprints = _Fingerprints()
+
+
+def _weights(vae: Any) -> list[torch.Tensor]:
+    """The parameters of ``vae``. Raises ValueError where there are none, or where offloading has left only their shapes."""
+    weights = [parameter.detach() for parameter in vae.parameters()]
+    if not weights or any(weight.is_meta for weight in weights):
+        raise ValueError("its weights are not here")
+    return weights
+
+
+def _look(vae: Any) -> _Look:
+    """What changes with the weights and with their dtype, and not with their device. Reads a few bytes."""
+    weights = _weights(vae)
+    values = []
+    for weight in weights[:: max(1, len(weights) // _LOOK_TENSORS)]:
+        while weight.ndim > 1:
+            weight = weight[0]
+        values.append(weight.reshape(-1)[:_LOOK_VALUES].to("cpu").to(torch.float32).numpy().tobytes())
+    return (*(weight.dtype for weight in weights), *values)

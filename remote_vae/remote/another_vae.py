@@ -1,0 +1,93 @@
+"""Whether an endpoint has the VAE of the call, and what it means if not."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from remote_vae.errors import AnotherVae
+from remote_vae.families import Family, load_families
+from remote_vae.identity import Identity
+from remote_vae.remote.client import shown
+from remote_vae.remote.http import Deadlines
+from remote_vae.remote.info import Infos, info_url
+from remote_vae.routes import T, VaeCall
+from remote_vae.settings import Settings, load_options
+from remote_vae.wire import Info
+
+log = logging.getLogger("remote_vae.remote")
+
+
+class VaeCheck:
+    """Compares the VAE of a call with that of an endpoint before anything is sent. May be used from many threads.
+
+    Args:
+        infos: what the endpoints say; a new memory by default.
+    """
+
+    def __init__(self, infos: Infos | None = None) -> None:
+        self._infos = infos or Infos()
+        self._lock = threading.Lock()
+        self._told: dict[str, str] = {}
+
+    def check(self, call: VaeCall[T], url: str, settings: Settings, *, public: bool) -> None:
+        """Return if the call may go to ``url``.
+
+        Raises:
+            AnotherVae: the endpoint has another VAE, and the settings keep such calls on this machine.
+            RouteFailed: the endpoint did not answer.
+        """
+        if call.identity is None:
+            return
+        info = Info()
+        if not public:
+            # A few hundred bytes: whoever has not sent them by the time that its first byte is due does not answer.
+            quick = min(settings.total_timeout, settings.connect_timeout + settings.first_byte_timeout)
+            deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, quick)
+            info = self._infos.of(url, deadlines, call.cancelled)
+        endpoint = shown(info_url(url)).removesuffix("/info")
+        difference = _difference(endpoint, info, call.family, call.identity)
+        if not difference:
+            self._tell(endpoint, "")
+            return
+        option = load_options()["when_vae_differs"].label
+        if settings.when_vae_differs == "remote":
+            message = f"{difference}; its pictures are different from yours, and are taken as {option!r} is set to remote"
+            if self._tell(endpoint, message):
+                log.warning("%s", message)
+            return
+        message = (
+            f"{difference}. So this machine does it, with your VAE. Start the server with that VAE "
+            f"(remote-vae serve --vae), or set {option!r} to remote to have the endpoint's pictures"
+        )
+        raise AnotherVae(message, told=not self._tell(endpoint, message))
+
+    def forget(self, url: str) -> None:
+        """The endpoint at ``url`` failed: ask it anew next time."""
+        self._infos.forget(url)
+
+    def _tell(self, endpoint: str, message: str) -> bool:
+        """Whether ``message`` is news: not the last that was said of ``endpoint``."""
+        with self._lock:
+            before, self._told[endpoint] = self._told.get(endpoint, ""), message
+            return before != message
+
+
+def _difference(endpoint: str, info: Info, family: Family, identity: Identity) -> str:
+    """In what the two VAEs differ, both named; "" where they are taken for the same."""
+    here = identity.picked or "the model's own VAE"
+    there = load_families().get(info.family)
+    if there is not None and family.is_known and there.key != family.key:
+        return f"{endpoint} has a VAE for {there.label}, and yours ({here}) is for {family.label}"
+    same = identity.matches(info.fingerprints)
+    if same is False:
+        rounding, name = identity.fingerprint() or ("", "unknown")
+        theirs = info.fingerprints.get(rounding, "unknown")
+        return (
+            f"{endpoint} has another VAE ({info.model or 'of no name'}, fingerprint {theirs}) "
+            f"than yours ({here}, fingerprint {name})"
+        )
+    if same is None and identity.picked and not family.is_standard_file(identity.picked):
+        usual = f"not the standard VAE of {family.label}" if family.is_known else "of no known family"
+        return f"{endpoint} does not tell whether it has your VAE, and {here} is {usual}"
+    return ""

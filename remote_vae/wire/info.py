@@ -1,0 +1,67 @@
+"""``GET /info``: what an endpoint says of the VAE it has, checked before it is believed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from remote_vae.errors import MalformedAnswer
+from remote_vae.wire.answers import Expected
+
+INFO_LIMIT = 64 * 1024
+
+# The keys of the fingerprints, by the rounding they are made of.
+FINGERPRINT_KEYS: Mapping[str, str] = {
+    "float16": "fingerprint",
+    "bfloat16": "fingerprint_bfloat16",
+    "float16_bfloat16": "fingerprint_float16_bfloat16",
+}
+_FINGERPRINT = re.compile(r"[0-9a-f]{8,64}")
+_NAME_LIMIT = 80
+
+
+@dataclass(frozen=True)
+class Info:
+    """What an endpoint says of itself; what it leaves out is empty.
+
+    Attributes:
+        family: a key of families.toml, or a word of the server's own.
+        model: the VAE's name in the server's words, one line.
+        fingerprints: of the VAE's weights, by rounding.
+    """
+
+    family: str = ""
+    model: str = ""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+
+def expect_info(headers: Mapping[str, str]) -> Expected[Info]:
+    """What may follow the head of an answer to ``GET /info``, whatever it is labelled as."""
+    del headers
+    return Expected(_info, INFO_LIMIT)
+
+
+def _info(body: np.ndarray) -> Info:
+    try:
+        entries = json.loads(body.tobytes())
+    except (ValueError, RecursionError) as error:
+        raise MalformedAnswer("not JSON") from error
+    if not isinstance(entries, dict):
+        raise MalformedAnswer("not a JSON object")
+    fingerprints = {rounding: _text(entries, key) for rounding, key in FINGERPRINT_KEYS.items() if key in entries}
+    if not all(map(_FINGERPRINT.fullmatch, fingerprints.values())):
+        raise MalformedAnswer("a fingerprint that is none")
+    return Info(_text(entries, "family"), _text(entries, "model"), fingerprints)
+
+
+def _text(entries: dict[str, Any], key: str) -> str:
+    value = entries.get(key, "")
+    if not isinstance(value, str):
+        raise MalformedAnswer(f"{key} is not a text")
+    # It may go into a log.
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in value).split())[:_NAME_LIMIT]

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remote_vae.errors import MalformedAnswer
+from remote_vae.families import ROUNDINGS
+from remote_vae.wire import FINGERPRINT_KEYS, Info, expect_info
+
+
+def read(body: bytes) -> Info:
+    return expect_info({}).finish(np.frombuffer(body, dtype=np.uint8))
+
+
+def test_every_rounding_has_its_key() -> None:
+    assert FINGERPRINT_KEYS.keys() == ROUNDINGS.keys()
+    assert len(set(FINGERPRINT_KEYS.values())) == len(ROUNDINGS)
+
+
+def test_what_is_said_is_read_and_the_rest_is_empty() -> None:
+    body = {"family": "sd1", "model": "some vae", "fingerprint": "0123456789abcdef", "limits": {"max_pixels": 1}}
+    assert read(json.dumps(body).encode()) == Info("sd1", "some vae", {"float16": "0123456789abcdef"})
+    assert read(b"{}") == Info()
+
+
+def test_a_name_is_one_short_line() -> None:
+    assert read(json.dumps({"model": "a\nb\x1b[31m" + "x" * 500}).encode()).model == "a b [31m" + "x" * 72
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"<html>", b"\xff\xfe", b"[]", b"null", b'"text"', b"[" * 60_000, b'{"a":' * 10_000,
+        b'{"family": 1}', b'{"model": null}', b'{"fingerprint": 12}', b'{"fingerprint": "xyz"}', b'{"fingerprint": ""}',
+        b'{"fingerprint": "0123456789ABCDEF"}', b'{"fingerprint_bfloat16": []}',
+    ],
+)  # fmt: skip
+def test_what_is_no_information_is_refused(body: bytes) -> None:
+    with pytest.raises(MalformedAnswer):
+        read(body)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda items: st.dictionaries(st.text(), items)))
+def test_no_json_gets_through_as_anything_else(value: Any) -> None:
+    try:
+        info = read(json.dumps(value).encode())
+    except MalformedAnswer:
+        return
+    assert isinstance(value, dict)
+    assert isinstance(info, Info)
