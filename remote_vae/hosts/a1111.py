@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -19,6 +20,7 @@ from remote_vae.families import Family, find_family, recognise
 from remote_vae.hosts.ldm import Kind, kind_of
 from remote_vae.hosts.webui import ThreadState, WebUi
 from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
+from remote_vae.identity import Identity
 from remote_vae.router import wants_remote
 from remote_vae.routes import Op, Remote, Spare, VaeCall
 from remote_vae.settings import Settings
@@ -121,6 +123,7 @@ class A1111(WebUi):
             family=_family(model, kind),
             whole=None,
             adopt=lambda answer: answer,
+            identity=_identity(model),
             truncates=True,
             cancelled=self._interrupts(),
             part=f"{len(batch)} pictures",
@@ -187,6 +190,7 @@ class A1111(WebUi):
             whole=lambda: original(tensor),
             adopt=adopt,
             vae=model.first_stage_model,
+            identity=_identity(model),
             finish=finish,
             spares=(Spare("whole VAE on the CPU", cpu),),
             truncates=True,
@@ -209,6 +213,13 @@ def _decodes_in_full() -> bool:
     if shared.state.interrupted and getattr(shared.opts, "live_preview_fast_interrupt", False):
         return getattr(shared.opts, "show_progress_type", "Full") == "Full"
     return getattr(shared.opts, "sd_vae_decode_method", "Full") == "Full"
+
+
+def _identity(model: Any) -> Identity:
+    from modules import sd_vae
+
+    # The one file that is picked for whichever model is in use; None: the checkpoint's own.
+    return Identity(model.first_stage_model, Path(getattr(sd_vae, "loaded_vae_file", None) or "").name)
 
 
 def _family(model: Any, kind: Kind) -> Family:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from remote_vae.errors import OutOfMemory
 from remote_vae.families import recognise
 from remote_vae.hosts.webui import WebUi
 from remote_vae.hosts.wrapping import is_ours, is_wrapped, mark
+from remote_vae.identity import Identity
 from remote_vae.routes import Op, Remote, Spare, VaeCall
 from remote_vae.wire import DecodeAnswer
 
@@ -114,6 +116,7 @@ class Forge(WebUi):
             whole=whole,
             adopt=adopt,
             vae=first_stage,
+            identity=Identity(first_stage, _picked_vae()),
             finish=finish,
             device=vae.device,
             bring=bring,
@@ -122,6 +125,16 @@ class Forge(WebUi):
             cancelled=self._interrupts(),
             part=f"{len(tensor)} pictures" if len(tensor) > 1 else "",
         )
+
+
+def _picked_vae() -> str:
+    """The VAE file among the modules that the user has picked beside the checkpoint; "" where there is none."""
+    from modules import sd_models
+
+    loading = getattr(sd_models.model_data, "forge_loading_parameters", None) or {}
+    files = [Path(file) for file in loading.get("additional_modules", [])]
+    # The others are text encoders, which Forge looks for in another folder.
+    return next((file.name for file in files if file.parent.name.lower() == "vae"), "")
 
 
 def _as_forge_pixels(pixels: torch.Tensor) -> torch.Tensor:

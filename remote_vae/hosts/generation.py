@@ -53,7 +53,7 @@ class Request:
         if self.transfer != FOLLOW:
             settings = replace(settings, transfer=self.transfer)
         if self.mode == "remote":
-            settings = replace(settings, decode=True, encode=True)
+            settings = replace(settings, decode=True, encode=True, when_vae_differs="remote")
         return settings
 
 
@@ -121,7 +121,8 @@ class Generation:
         picture = call.tensor[:1]
         if any(not torch.equal(picture[0], other) for other in call.tensor[1:]):
             return run(call)
-        key = (call.family.key, _digest(picture), id(call.vae) if call.identity is None else call.identity.fingerprint())
+        weights = None if call.identity is None else call.identity.fingerprint()
+        key = (call.family.key, _digest(picture), id(call.vae), weights)
         known = self._answers.get(key)
         if known is not None:
             return call.adopt(_repeated(known, batch))

@@ -7,6 +7,7 @@ what all of them pass. Only calls of the VAE of a loaded model are taken: the pr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from remote_vae.families import recognise_config
 from remote_vae.hosts.diffusers import takes, vae_call
 from remote_vae.hosts.webui import WebUi
 from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
+from remote_vae.identity import Identity
 from remote_vae.routes import Op
 
+# What SD.Next calls the VAE that comes with the model.
+_OWN_VAE = ("Automatic", "Default", "None", "")
 _OPS: tuple[Op, ...] = ("decode", "encode")
 
 
@@ -71,7 +75,8 @@ class SdNext(WebUi):
             if family is None or not takes(op, tensor, family):
                 return own(tensor, return_dict, **kwargs)
             call = vae_call(vae, family, op, own, tensor, return_dict, kwargs, self._interrupts())
-            return self._answer(call)
+            # What becomes a picture of its own is cut off to 8 bits; only what is worked on further is rounded.
+            return self._answer(replace(call, identity=Identity(vae, _picked_vae()), truncates=True))
 
         return hooked
 
@@ -81,6 +86,15 @@ class SdNext(WebUi):
             if vae is getattr(model, "vae", None) or vae is getattr(getattr(model, "pipe", None), "vae", None):
                 return True
         return False
+
+
+def _picked_vae() -> str:
+    """The VAE that the user has picked; "" for the model's own."""
+    from modules import shared
+
+    # Not sd_vae.loaded_vae_file, which keeps the name after the user has gone back.
+    picked = getattr(shared.opts, "sd_vae", None)
+    return "" if not isinstance(picked, str) or picked in _OWN_VAE else picked
 
 
 adapter = SdNext()

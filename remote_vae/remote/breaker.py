@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit, urlunsplit
 
 
 class Breaker:
@@ -49,13 +50,50 @@ class Breaker:
             self._probing = False
 
 
+class Gate:
+    """The breaker of one URL behind that of its machine: who does not answer at one path is not waited for at another."""
+
+    def __init__(self, machine: Breaker, url: Breaker) -> None:
+        self._machine, self._url = machine, url
+
+    def enter(self, cooldown: float) -> str | None:
+        """As ``Breaker.enter``."""
+        refusal = self._machine.enter(cooldown)
+        if refusal is None:
+            refusal = self._url.enter(cooldown)
+            if refusal is not None:
+                self._machine.left()
+        return refusal
+
+    def succeeded(self) -> None:
+        """The call was answered."""
+        self._machine.succeeded()
+        self._url.succeeded()
+
+    def failed(self, why: str, *, answered: bool) -> None:
+        """The call failed; ``answered``: by an answer that was of no use."""
+        if answered:
+            self._machine.succeeded()
+            self._url.failed(why)
+        else:
+            self._machine.failed(why)
+            self._url.left()
+
+    def left(self) -> None:
+        """The call says nothing about the endpoint."""
+        self._machine.left()
+        self._url.left()
+
+
 class Breakers:
-    """The breakers of a process's endpoints, by URL."""
+    """The breakers of a process's endpoints, by URL, and of their machines, by origin."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_url: dict[str, Breaker] = {}
+        self._machines: dict[str, Breaker] = {}
 
-    def of(self, url: str) -> Breaker:
+    def of(self, url: str) -> Gate:
+        machine = urlunsplit((*urlsplit(url)[:2], "", "", ""))
         with self._lock:
-            return self._by_url.setdefault(url, Breaker())
+            return Gate(self._machines.setdefault(machine, Breaker()), self._by_url.setdefault(url, Breaker()))

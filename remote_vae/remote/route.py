@@ -13,7 +13,9 @@ from PIL import Image
 
 from remote_vae.errors import (
     CallCancelled,
+    DeadlineExceeded,
     EndpointError,
+    EndpointUnreachable,
     InvalidRequest,
     MalformedAnswer,
     NotOffered,
@@ -71,7 +73,7 @@ class RemoteRoute:
             if _is_about_the_call(error):
                 breaker.left()
             else:
-                breaker.failed(error.reason)
+                breaker.failed(error.reason, answered=not isinstance(error, (DeadlineExceeded, EndpointUnreachable)))
                 self._vaes.forget(url)
             raise
         except BaseException:

@@ -41,12 +41,19 @@ class _Named(logging.Filter):
         return True
 
 
+class _Console(logging.Handler):
+    """Prints to what is standard output by then: SD.Next redirects it while it loads scripts."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stdout.write(f"{self.format(record)}\n")
+
+
 def _show_log() -> None:
     """One line a VAE call in the host's console, where the host shows no INFO lines itself."""
     if not any(isinstance(each, _Named) for each in log.filters):
         log.addFilter(_Named())
     if log.handlers:
         return
-    log.addHandler(logging.StreamHandler(sys.stdout))
+    log.addHandler(_Console())
     log.setLevel(logging.INFO)
     log.propagate = False

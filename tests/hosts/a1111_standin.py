@@ -383,6 +383,8 @@ def _devices() -> dict[str, Any]:
 
 
 class SdVae(HostModule):
+    loaded_vae_file: str | None = None
+
     def reload_vae_weights(self, model: Any, weights: dict[str, torch.Tensor]) -> None:
         """Other weights in the same model, which is announced again."""
         model.first_stage_model.load_state_dict(weights)

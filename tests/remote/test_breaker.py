@@ -62,8 +62,40 @@ def test_a_pause_of_zero_asks_every_time() -> None:
     assert breaker.enter(0.0) is None
 
 
-def test_each_url_has_a_breaker_of_its_own() -> None:
+def test_an_answer_of_no_use_at_one_url_says_nothing_of_another() -> None:
     breakers = Breakers()
-    breakers.of("http://a/decode").failed("503")
+    breakers.of("http://a/decode").failed("503", answered=True)
     assert breakers.of("http://a/decode").enter(30.0) is not None
+    assert breakers.of("http://a/encode").enter(30.0) is None
+
+
+def test_a_machine_that_does_not_answer_is_not_asked_at_another_url() -> None:
+    breakers = Breakers()
+    breakers.of("http://a/decode").failed("no answer in time", answered=False)
+    for url in ("http://a/decode", "http://a/encode"):
+        assert (breakers.of(url).enter(30.0) or "").startswith("no answer in time; asked again in")
+    assert breakers.of("http://b/decode").enter(30.0) is None
+    assert breakers.of("http://a:81/decode").enter(30.0) is None
+
+
+def test_a_refusal_by_the_url_is_no_probe_of_the_machine() -> None:
+    breakers = Breakers()
+    breakers.of("http://a/decode").failed("503", answered=True)
+    assert breakers.of("http://a/decode").enter(30.0) is not None
+    assert breakers.of("http://a/encode").enter(30.0) is None
+
+
+def test_a_machine_that_answers_again_is_well_at_all_its_urls() -> None:
+    breakers = Breakers()
+    breakers.of("http://a/decode").failed("no answer in time", answered=False)
+    assert breakers.of("http://a/encode").enter(0.0) is None
+    breakers.of("http://a/encode").succeeded()
+    assert breakers.of("http://a/decode").enter(30.0) is None
+
+
+def test_a_call_that_was_cancelled_leaves_both_as_they_were() -> None:
+    breakers = Breakers()
+    assert breakers.of("http://a/decode").enter(30.0) is None
+    breakers.of("http://a/decode").left()
+    assert breakers.of("http://a/decode").enter(30.0) is None
     assert breakers.of("http://a/encode").enter(30.0) is None
