@@ -15,7 +15,7 @@ from remote_vae.routes import T, VaeCall
 from remote_vae.settings import Settings, load_options
 from remote_vae.wire import Info
 
-log = logging.getLogger("remote_vae.remote")
+log = logging.getLogger("remote_vae")
 
 
 class VaeCheck:
