@@ -13,7 +13,7 @@ import torch
 
 from remote_vae.families import ROUNDINGS, fingerprint
 
-log = logging.getLogger("remote_vae.identity")
+log = logging.getLogger("remote_vae")
 
 # A look at the weights: so many tensors, spread over encoder and decoder, and so many values of each.
 _LOOK_TENSORS = 16

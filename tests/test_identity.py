@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -177,8 +178,16 @@ def test_one_weight_on_the_meta_device_is_enough_to_know_nothing() -> None:
     assert Identity(vae).fingerprint() is None
 
 
-def test_many_threads_pay_once(hashed: list[str]) -> None:
+def test_many_threads_pay_once(hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     vae = small()
+    noting = identity.fingerprint
+
+    def slowly(state: Any, rounding: str = "float16") -> str:
+        # Long enough for the other threads to come by.
+        time.sleep(0.1)
+        return noting(state, rounding)
+
+    monkeypatch.setattr(identity, "fingerprint", slowly)
     names: list[object] = []
     threads = [threading.Thread(target=lambda: names.append(Identity(vae).fingerprint())) for _ in range(8)]
     for thread in threads:
