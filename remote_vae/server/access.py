@@ -16,7 +16,7 @@ from remote_vae.wire import HttpAnswer, error_answer
 Access = Callable[[Request], Optional[HttpAnswer]]
 
 # What reverse proxies and tunnels add. Behind one on this machine, everyone comes from loopback.
-_FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "cf-connecting-ip", "true-client-ip")
+_FORWARDED = ("forwarded", "via", "x-forwarded", "x-real-ip", "cf-connecting-ip", "true-client-ip")
 
 
 def by_token(token: str) -> Access:
@@ -55,7 +55,7 @@ def _has_token(request: Request, token: str) -> bool:
 
 
 def _comes_from_loopback(request: Request) -> bool:
-    if request.client is None or any(name in request.headers for name in _FORWARDED):
+    if request.client is None or any(name.startswith(_FORWARDED) for name in request.headers):
         return False
     try:
         address = ipaddress.ip_address(request.client.host)
