@@ -38,7 +38,7 @@ ALLOWED = {
     "tiled": FACE | {"tiled"},
     "router": ROUTER - {"router"},
     "hosts": ROUTER | {"served", "hosts"},
-    "webui": BASE | {"hosts", "webui"},
+    "webui": BASE | {"served", "hosts", "server", "webui"},
     "server": BASE | {"served", "wire", "routes", "tiled", "server"},
     "commands": ROUTER | {"server"},
     "demo": ROUTER | {"hosts"},
@@ -120,7 +120,7 @@ def test_the_package_imports_and_decodes_without_gradio_diffusers_and_fastapi() 
         "remote_vae",
         "remote_vae.cli",
         *(f"remote_vae.{name}" for name in ("router", "commands", "rescue", "hosts.a1111", "hosts.diffusers", "tiled")),
-        *(f"remote_vae.{name}" for name in ("webui.extension", "webui.settings_panel", "served")),
+        *(f"remote_vae.{name}" for name in ("webui.extension", "webui.settings_panel", "webui.share", "served")),
         *(f"remote_vae.{name}" for name in ("remote.route", "wire")),
     ]
     code = f"""
