@@ -139,6 +139,7 @@ class Settings:
     cooldown: float = _option("cooldown")
     cpu_bfloat16: bool = _option("cpu_bfloat16")
     rescue_folder: str = _option("rescue_folder")
+    share: bool = _option("share")
 
     def __post_init__(self) -> None:
         for option in load_options().values():

@@ -29,6 +29,7 @@ ALLOWED = {
     "settings": {"errors", "datafiles"},
     "families": {"errors", "datafiles"},
     "identity": {"families"},
+    "served": {"families"},
     "wire": {"errors", "wire"},
     "routes": {"families", "history", "identity", "settings", "wire"},
     "rescue": {"errors", "families"},
@@ -36,9 +37,9 @@ ALLOWED = {
     "local": FACE,
     "tiled": FACE | {"tiled"},
     "router": ROUTER - {"router"},
-    "hosts": ROUTER | {"hosts"},
-    "webui": BASE | {"hosts", "webui"},
-    "server": BASE | {"wire", "routes", "tiled", "server"},
+    "hosts": ROUTER | {"served", "hosts"},
+    "webui": BASE | {"served", "hosts", "server", "webui"},
+    "server": BASE | {"served", "wire", "routes", "tiled", "server"},
     "commands": ROUTER | {"server"},
     "demo": ROUTER | {"hosts"},
     "cli": ROUTER | {"server", "commands", "demo"},
@@ -119,7 +120,8 @@ def test_the_package_imports_and_decodes_without_gradio_diffusers_and_fastapi() 
         "remote_vae",
         "remote_vae.cli",
         *(f"remote_vae.{name}" for name in ("router", "commands", "rescue", "hosts.a1111", "hosts.diffusers", "tiled")),
-        *(f"remote_vae.{name}" for name in ("webui.extension", "webui.settings_panel", "remote.route", "wire")),
+        *(f"remote_vae.{name}" for name in ("webui.extension", "webui.settings_panel", "webui.share", "served")),
+        *(f"remote_vae.{name}" for name in ("remote.route", "wire")),
     ]
     code = f"""
 import importlib, torch

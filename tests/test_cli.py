@@ -135,7 +135,7 @@ def test_the_options_of_the_panel_are_flags(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["check", "--help"])
     text = capsys.readouterr().out
-    for key in set(load_options()) - {"enabled", "decode", "encode", "when_vae_differs", "cooldown", "rescue_folder"}:
+    for key in set(load_options()) - {"enabled", "decode", "encode", "when_vae_differs", "cooldown", "rescue_folder", "share"}:
         assert "--" + key.replace("_", "-") in text
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
-from typing import Any, Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from remote_vae.errors import InvalidRequest, OutOfMemory, RemoteVaeError, SettingsError
-from remote_vae.server.engine import Busy, ClientGone, Engine
+from remote_vae.server.access import Access, by_token
+from remote_vae.server.engine import Busy, ClientGone, IsGone, NoModel, VaeEngine
 from remote_vae.version import __version__
 from remote_vae.wire import DecodeRequest, EncodeRequest, HttpAnswer, error_answer, tensor_head
 
@@ -23,13 +24,19 @@ _SLACK = 4096
 # A PNG of noise is a little larger than its values.
 _IMAGE_BYTES_PER_PIXEL = 4
 
-_STATUS: dict[type[Exception], int] = {Busy: 503, OutOfMemory: 507, ClientGone: 499}
+_STATUS: dict[type[Exception], int] = {Busy: 503, OutOfMemory: 507, ClientGone: 499, NoModel: 503}
 
 
-def create_app(engine: Engine, token: str = "") -> FastAPI:
-    """The server's app. With ``token``, every path but /health wants ``Authorization: Bearer <token>``."""
+def create_app(engine: VaeEngine, token: str = "", access: Access | None = None) -> FastAPI:
+    """The server's app. With ``token``, every path but /health wants ``Authorization: Bearer <token>``.
+
+    Args:
+        engine: the VAE.
+        token: "" lets everyone in.
+        access: another rule than that of the token, which then has no meaning.
+    """
     app = FastAPI(title="Remote VAE", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    endpoints = _Endpoints(engine, token)
+    endpoints = _Endpoints(engine, access or by_token(token))
     app.add_api_route("/health", endpoints.health, methods=["GET"])
     app.add_api_route("/info", endpoints.info, methods=["GET"])
     # A Hugging Face endpoint has no path; its clients are pointed at one URL and decode there.
@@ -41,17 +48,15 @@ def create_app(engine: Engine, token: str = "") -> FastAPI:
 
 
 class _Endpoints:
-    def __init__(self, engine: Engine, token: str) -> None:
+    def __init__(self, engine: VaeEngine, access: Access) -> None:
         self._engine = engine
-        self._token = token.encode()
+        self._refusal = access
 
     async def health(self) -> dict[str, Any]:
         return self._engine.health()
 
     async def info(self, request: Request) -> Response:
-        if not self._allowed(request):
-            return _response(_unauthorised())
-        return _json({"server": "remote-vae", "version": __version__, **self._engine.info()})
+        return await self._answer(request, self._info)
 
     async def decode(self, request: Request) -> Response:
         return await self._answer(request, self._decode)
@@ -59,9 +64,10 @@ class _Endpoints:
     async def encode(self, request: Request) -> Response:
         return await self._answer(request, self._encode)
 
-    async def _answer(self, request: Request, do: Callable[[Request], Any]) -> Response:
-        if not self._allowed(request):
-            return _response(_unauthorised())
+    async def _answer(self, request: Request, do: Callable[[Request], Awaitable[HttpAnswer]]) -> Response:
+        refusal = self._refusal(request)
+        if refusal is not None:
+            return _response(refusal)
         try:
             return _response(await do(request))
         except (InvalidRequest, SettingsError) as error:
@@ -72,38 +78,35 @@ class _Endpoints:
             log.exception("the call failed")
             return _response(error_answer(500, f"{type(error).__name__}: {error}"))
 
+    async def _info(self, _: Request) -> HttpAnswer:
+        document = {"server": "remote-vae", "version": __version__, **await self._engine.ask_info()}
+        return HttpAnswer(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
+
     async def _decode(self, request: Request) -> HttpAnswer:
         query = request.query_params.multi_items()
         head = tensor_head(query)
         if head is None:
             raise InvalidRequest("the query lacks shape and dtype; a picture is encoded at /encode")
         values = dict(query)
-        self._engine.check_decode(head, _whole(values.get("height")), _whole(values.get("width")))
+        self._engine.check_decode(head, _whole(values.get("height")), _whole(values.get("width")), values.get("family"))
         body = await _read_body(request, int(head.nbytes * _BASE64_OVERHEAD) + _SLACK)
         decode = DecodeRequest.from_http(query, _headers(request), body)
-        return await self._engine.run(lambda: self._engine.decode(decode), request.is_disconnected)
+        return await self._engine.run(lambda is_gone: self._engine.decode(decode, is_gone), _leaving(request))
 
     async def _encode(self, request: Request) -> HttpAnswer:
         query = request.query_params.multi_items()
         head = tensor_head(query)
         limits = self._engine.limits
-        if head is not None:
-            self._engine.check_encode(head)
+        self._engine.check_encode(head, dict(query).get("family"))
         limit = head.nbytes if head is not None else limits.max_pixels * _IMAGE_BYTES_PER_PIXEL
         body = await _read_body(request, limit + _SLACK)
 
-        def work() -> HttpAnswer:
+        def work(is_gone: IsGone) -> HttpAnswer:
             # A PNG is decoded in the engine's thread, as a large one would hold up every other request.
             encode = EncodeRequest.from_http(query, body, max_pixels=limits.max_pixels)
-            return self._engine.encode(encode)
+            return self._engine.encode(encode, is_gone)
 
-        return await self._engine.run(work, request.is_disconnected)
-
-    def _allowed(self, request: Request) -> bool:
-        if not self._token:
-            return True
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._token)
+        return await self._engine.run(work, _leaving(request))
 
 
 async def _read_body(request: Request, limit: int) -> bytearray:
@@ -116,6 +119,15 @@ async def _read_body(request: Request, limit: int) -> bytearray:
     return body
 
 
+async def _leaving(request: Request) -> None:
+    """Ends when the client hangs up; to be awaited after the body is read.
+
+    Not ``request.is_disconnected``, which never tells behind the middleware of the web UIs (Starlette's BaseHTTPMiddleware).
+    """
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _headers(request: Request) -> dict[str, str]:
     return {name.lower(): value for name, value in request.headers.items()}
 
@@ -124,16 +136,8 @@ def _whole(text: str | None) -> int | None:
     return int(text) if text and text.isascii() and text.isdigit() and len(text) <= 6 else None
 
 
-def _unauthorised() -> HttpAnswer:
-    return error_answer(401, "a token is needed: set REMOTE_VAE_TOKEN to the server's token where you call from")
-
-
 def _response(answer: HttpAnswer) -> Response:
     return Response(bytes(answer.body), status_code=answer.status, headers=dict(answer.headers))
-
-
-def _json(document: dict[str, Any]) -> Response:
-    return Response(json.dumps(document), media_type="application/json")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

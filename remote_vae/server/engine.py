@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from remote_vae.errors import InvalidRequest, RemoteVaeError
-from remote_vae.families import find_family
+from remote_vae.families import Family, find_family
+from remote_vae.memory import free_memory, is_out_of_memory
 from remote_vae.routes import Op, Spare
+from remote_vae.served import ServedVae
 from remote_vae.server.models import LoadedVae, describe
 from remote_vae.tiled.ladder import exact_ways, first_that_fits, whole_fits
 from remote_vae.tiled.spares import own_tiling
@@ -30,6 +36,12 @@ from remote_vae.wire import (
 log = logging.getLogger("remote_vae.server")
 
 Result = TypeVar("Result")
+IsGone = Callable[[], bool]
+
+
+def never() -> bool:
+    """Nobody leaves."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -55,156 +67,189 @@ class ClientGone(RemoteVaeError):
     """The client hung up before its call's turn came."""
 
 
-class Engine:
-    """One loaded VAE and the queue before it."""
+class NoModel(RemoteVaeError):
+    """There is no VAE at the moment."""
 
-    def __init__(self, loaded: LoadedVae, limits: Limits | None = None) -> None:
-        self.loaded = loaded
+
+class VaeEngine(ABC):
+    """A VAE and the queue before it.
+
+    Calls run in a thread of the engine's own, so the engine may be made in any thread, and used in any event loop.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._waiting = 0
         self._running = False
-        self._turn = asyncio.Lock()
         # One thread: two VAE calls at once need twice the memory and finish no sooner.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="remote-vae-engine")
+        # Another, as who asks what there is does not wait for the calls.
+        self._clerk = ThreadPoolExecutor(1, thread_name_prefix="remote-vae-info")
+
+    # --- what there is -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def info(self) -> dict[str, Any]:
+        """``GET /info``: who this server is."""
+
+    @abstractmethod
+    def _current(self) -> ServedVae:
+        """The VAE of now."""
+
+    @contextmanager
+    def _turn(self, is_gone: IsGone) -> Iterator[ServedVae]:  # noqa: ARG002  # for those who wait for others here
+        """The VAE, for as long as it is this call's alone."""
+        yield self._current()
+
+    @abstractmethod
+    def _in_float32(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
+        """The call once more, after half precision gave NaN."""
+
+    @abstractmethod
+    def _last_ways(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:
+        """What to try when neither the whole VAE nor the exact tiled VAE has memory enough."""
 
     # --- what the app calls --------------------------------------------------------------------------------------------
 
-    async def run(self, work: Callable[[], Result], is_gone: Callable[[], Awaitable[bool]]) -> Result:
-        """Do ``work`` when its turn comes, unless the client ``is_gone`` by then.
+    async def run(self, work: Callable[[IsGone], Result], leaving: Coroutine[Any, Any, None]) -> Result:
+        """Do ``work`` when its turn comes, unless the client is gone by then.
+
+        Args:
+            work: called in the engine's thread; what it is given tells whether the client is gone.
+            leaving: ends when the client hangs up.
 
         Raises:
             Busy: too many are waiting. ClientGone: nobody wants the answer. And whatever ``work`` raises.
         """
         if self._waiting >= self.limits.max_waiting:
+            leaving.close()
             raise Busy(f"{self._waiting} calls are waiting here; try again later")
+        gone = threading.Event()
+
+        def in_turn() -> Result:
+            if gone.is_set():
+                raise ClientGone("the client hung up")
+            self._running = True
+            try:
+                return work(gone.is_set)
+            finally:
+                self._running = False
+
         self._waiting += 1
+        watch = asyncio.ensure_future(leaving)
+        job = self._executor.submit(in_turn)
+
+        def left(_: object) -> None:
+            gone.set()
+            # Its place in the queue is free at once; a call that runs cannot be stopped.
+            job.cancel()
+
+        watch.add_done_callback(left)
         try:
-            async with self._turn:
-                if await is_gone():
-                    raise ClientGone("the client hung up")
-                self._running = True
-                try:
-                    return await asyncio.get_running_loop().run_in_executor(self._executor, work)
-                finally:
-                    self._running = False
+            return await asyncio.wrap_future(job)
+        except asyncio.CancelledError:
+            if not gone.is_set():
+                raise
+            raise ClientGone("the client hung up") from None
         finally:
+            watch.cancel()
             self._waiting -= 1
 
     def health(self) -> dict[str, Any]:
         """``GET /health``: whether a call is running, and how many wait behind it."""
         return {"status": "ok", "running": self._running, "waiting": self._waiting - int(self._running)}
 
-    def info(self) -> dict[str, Any]:
-        """``GET /info``: who this server is."""
-        limits = {**asdict(self.limits), "max_total_pixels": self.limits.max_total_pixels}
-        return {**describe(self.loaded), "limits": limits, "posterior": self._has_posterior}
+    async def ask_info(self) -> dict[str, Any]:
+        """``info``, without holding up the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._clerk, self.info)
 
-    def check_decode(self, head: TensorHead, height: int | None, width: int | None) -> None:
+    def check_decode(self, head: TensorHead, height: int | None, width: int | None, family: str | None = None) -> None:
         """Refuse latents by their head, before their bytes are read.
 
         Raises:
-            InvalidRequest: more pixels or pictures than the limits allow.
+            InvalidRequest: more pixels or pictures than the limits allow, or latents for another VAE.
         """
-        family = self.loaded.family
-        self._check_size(*decode_size(head.shape, height, width, family.latent_channels, family.downscale))
+        own = self._current().family
+        self._check_size(*decode_size(head.shape, height, width, own.latent_channels, own.downscale))
+        _check_family(own, family)
 
-    def check_encode(self, head: TensorHead) -> None:
-        """Refuse pixels by their head, before their bytes are read. Raises InvalidRequest."""
-        if len(head.shape) != 4 or head.shape[1] != 3:
-            raise InvalidRequest(f"the image tensor must be [B, 3, H, W], not {list(head.shape)}")
-        self._check_size(head.shape[0], 1, head.shape[2], head.shape[3])
+    def check_encode(self, head: TensorHead | None, family: str | None = None) -> None:
+        """Refuse pixels by their head, before their bytes are read; None for a picture's file. Raises InvalidRequest."""
+        own = self._current().family
+        if head is not None:
+            if len(head.shape) != 4 or head.shape[1] != 3:
+                raise InvalidRequest(f"the image tensor must be [B, 3, H, W], not {list(head.shape)}")
+            self._check_size(head.shape[0], 1, head.shape[2], head.shape[3])
+        _check_family(own, family)
 
     # --- what runs in the engine's thread ------------------------------------------------------------------------------
 
-    def decode(self, request: DecodeRequest) -> HttpAnswer:
+    def decode(self, request: DecodeRequest, is_gone: IsGone = never) -> HttpAnswer:
         """Decode, and make the answer's bytes.
 
         Raises:
             InvalidRequest: these latents are not for this VAE. OutOfMemory: they do not fit, tiled neither.
         """
-        self._check_family(request.family)
-        family, vae = self.loaded.family, self.loaded.vae
+        with self._turn(is_gone) as vae, vae.calling():
+            pixels = self._decoded(vae, request)
+            # The answer comes in the dtype that was asked in: a half-precision client wants half the bytes.
+            dtype = request.latents.dtype if request.latents.is_floating_point() else pixels.dtype
+            pixels = pixels.to("cpu", dtype)
+        return decode_answer(request, pixels)
+
+    def _decoded(self, vae: ServedVae, request: DecodeRequest) -> torch.Tensor:
+        family = vae.family
+        _check_family(family, request.family)
         latents = request.unpacked(family.latent_channels, family.downscale)
         if request.is_video != family.video:
             raise InvalidRequest(
                 f"{family.label} takes {'video' if family.video else 'picture'} latents, not {list(latents.shape)}"
             )
-
         z = request.scaling.unscale(latents.to(vae.device, vae.dtype), family.scaling_factor, family.shift_factor)
-        pixels = self._guarded("decode", z)
-        # The answer comes in the dtype that was asked in: a half-precision client wants half the bytes.
-        dtype = request.latents.dtype if request.latents.is_floating_point() else pixels.dtype
-        return decode_answer(request, pixels.to("cpu", dtype))
+        return self._guarded(vae, "decode", z)
 
-    def encode(self, request: EncodeRequest) -> HttpAnswer:
+    def encode(self, request: EncodeRequest, is_gone: IsGone = never) -> HttpAnswer:
         """Encode, and make the answer's bytes. Without a posterior wanted, the answer is its mode. Raises as ``decode``."""
-        self._check_family(request.family)
-        vae = self.loaded.vae
         pixels = request.pixels()
-        least = self.loaded.family.downscale
-        if min(pixels.shape[-2:]) < least:
-            raise InvalidRequest(f"a picture must have at least {least} x {least} pixels, not {list(pixels.shape[-2:])}")
-        if self.loaded.family.video:
+        with self._turn(is_gone) as vae, vae.calling():
+            latents = self._encoded(vae, request, pixels)
+            is_posterior = request.posterior and vae.has_posterior
+            # Latents come in the dtype that was asked in; a posterior as the VAE made it, as only our own client asks for it.
+            wants_dtype = isinstance(request.image, torch.Tensor) and request.image.is_floating_point() and not is_posterior
+            latents = latents.to("cpu", pixels.dtype if wants_dtype else latents.dtype)
+        return encode_answer(latents, is_posterior=is_posterior)
+
+    def _encoded(self, vae: ServedVae, request: EncodeRequest, pixels: torch.Tensor) -> torch.Tensor:
+        family = vae.family
+        _check_family(family, request.family)
+        if min(pixels.shape[-2:]) < family.downscale:
+            least = f"{family.downscale} x {family.downscale}"
+            raise InvalidRequest(f"a picture must have at least {least} pixels, not {list(pixels.shape[-2:])}")
+        if family.video:
             pixels = pixels.unsqueeze(2)
-
-        latents = self._guarded("encode", pixels.to(vae.device, vae.dtype))
-        is_posterior = request.posterior and self._has_posterior
-        if not is_posterior:
+        latents = self._guarded(vae, "encode", pixels.to(vae.device, vae.dtype))
+        if not (request.posterior and vae.has_posterior):
             # The mode of the posterior is its mean, the first half of the moments.
-            mode = latents.chunk(2, dim=1)[0] if self._has_posterior else latents
-            latents = request.scaling.scale(mode)
-        if self.loaded.family.video:
-            latents = latents.squeeze(2)
-        # Latents come in the dtype that was asked in; a posterior as the VAE made it, as only our own client asks for it.
-        wants_dtype = isinstance(request.image, torch.Tensor) and request.image.is_floating_point() and not is_posterior
-        return encode_answer(latents.to("cpu", pixels.dtype if wants_dtype else latents.dtype), is_posterior=is_posterior)
+            latents = request.scaling.scale(latents.chunk(2, dim=1)[0] if vae.has_posterior else latents)
+        return latents.squeeze(2) if family.video else latents
 
-    def _guarded(self, op: Op, batch: torch.Tensor) -> torch.Tensor:
+    def _guarded(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
         """Pixels of raw latents, or moments of pixels; in float32 if half precision gives NaN."""
-        result = self._in_memory(op, batch)
-        if self.loaded.dtype == torch.float32 or bool(torch.isfinite(result).all()):
+        result = self._in_memory(vae, op, batch)
+        if vae.dtype == torch.float32 or bool(torch.isfinite(result).all()):
             return result
-        log.warning("the VAE gives NaN in %s; it runs in float32 from now on", self.loaded.dtype)
-        self.loaded.vae.to(torch.float32)
-        return self._in_memory(op, batch.float())
+        return self._in_float32(vae, op, batch)
 
-    def _in_memory(self, op: Op, batch: torch.Tensor) -> torch.Tensor:
+    def _in_memory(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
         """The whole VAE where it fits, else tiled."""
-        with torch.inference_mode():
-            return first_that_fits(self._ways(op, batch), f"a {op} of {list(batch.shape)}")[1]
+        return first_that_fits(self._ways(vae, op, batch), f"a {op} of {list(batch.shape)}")[1]
 
-    def _ways(self, op: Op, batch: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:
-        vae = self.loaded.vae
-
-        def whole() -> torch.Tensor:
-            if op == "decode":
-                pixels: torch.Tensor = vae.decode(batch, return_dict=False)[0]
-                return pixels
-            encoded = vae.encode(batch)
-            moments: torch.Tensor = encoded.latent_dist.parameters if self._has_posterior else encoded.latents
-            return moments
-
-        def tiled_its_own_way() -> torch.Tensor:
-            with own_tiling(vae):
-                return whole()
-
-        if batch.ndim != 4 or whole_fits(vae, op, batch):
-            yield Spare("the whole VAE", whole)
+    def _ways(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:
+        if batch.ndim != 4 or whole_fits(vae.module, op, batch):
+            yield Spare("the whole VAE", partial(_whole, vae, op, batch))
         if batch.ndim == 4:
-            yield from exact_ways(vae, op, batch)
-        yield Spare("the VAE's own tiling", tiled_its_own_way)
-
-    @property
-    def _has_posterior(self) -> bool:
-        # AutoencoderTiny is the one that encodes to latents and not to a distribution.
-        return not type(self.loaded.vae).__name__.endswith("Tiny")
-
-    def _check_family(self, name: str | None) -> None:
-        own = self.loaded.family
-        if name is None or not own.is_known:
-            return
-        if find_family(name).key != own.key:
-            raise InvalidRequest(f"this server has the VAE of {own.label}, and the request is for {find_family(name).label}")
+            yield from exact_ways(vae.module, op, brought(vae, batch))
+        yield from self._last_ways(vae, op, batch)
 
     def _check_size(self, batch: int, frames: int, height: int, width: int) -> None:
         limits = self.limits
@@ -217,3 +262,75 @@ class Engine:
         total = batch * frames * height * width
         if total > limits.max_total_pixels:
             raise InvalidRequest(f"{total} pixels in all; this server takes at most {limits.max_total_pixels} in one request")
+
+
+class Engine(VaeEngine):
+    """The server's own VAE."""
+
+    def __init__(self, loaded: LoadedVae, limits: Limits | None = None) -> None:
+        super().__init__(limits)
+        self.loaded = loaded
+
+    def info(self) -> dict[str, Any]:
+        limits = {**asdict(self.limits), "max_total_pixels": self.limits.max_total_pixels}
+        return {**describe(self.loaded), "limits": limits, "posterior": self._has_posterior}
+
+    def _current(self) -> ServedVae:
+        vae = self.loaded.vae
+
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            encoded = vae.encode(pixels)
+            moments: torch.Tensor = encoded.latent_dist.parameters if self._has_posterior else encoded.latents
+            return moments
+
+        return ServedVae(
+            module=vae,
+            family=self.loaded.family,
+            dtype=self.loaded.dtype,
+            device=self.loaded.device,
+            decode=lambda latents: vae.decode(latents, return_dict=False)[0],
+            encode=encode,
+            has_posterior=self._has_posterior,
+            calling=torch.inference_mode,
+        )
+
+    def _in_float32(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
+        log.warning("the VAE gives NaN in %s; it runs in float32 from now on", vae.dtype)
+        vae.module.to(torch.float32)
+        return self._in_memory(vae, op, batch.float())
+
+    def _last_ways(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:
+        def tiled_its_own_way() -> torch.Tensor:
+            with own_tiling(vae.module):
+                return _whole(vae, op, batch)
+
+        yield Spare("the VAE's own tiling", tiled_its_own_way)
+
+    @property
+    def _has_posterior(self) -> bool:
+        # AutoencoderTiny is the one that encodes to latents and not to a distribution.
+        return not type(self.loaded.vae).__name__.endswith("Tiny")
+
+
+def _whole(vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
+    return vae.decode(batch) if op == "decode" else vae.encode(batch)
+
+
+def brought(vae: ServedVae, batch: torch.Tensor) -> torch.Tensor:
+    """What the VAE computes with, on its device; where even that finds no room, on the CPU."""
+    try:
+        return vae.bring(batch)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning("no room for the VAE on its device: %s", error)
+    free_memory()
+    return batch.to("cpu")
+
+
+def _check_family(own: Family, name: str | None) -> None:
+    if name is None or not own.is_known:
+        return
+    wanted = find_family(name)
+    if wanted.key != own.key:
+        raise InvalidRequest(f"this server has the VAE of {own.label}, and the request is for {wanted.label}")

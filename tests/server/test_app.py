@@ -529,3 +529,41 @@ def test_calls_wait_their_turn_a_full_queue_says_503_and_a_client_that_left_is_n
         del vae.decode
     assert results == {"third": 503, "first": 200, "fourth": 200}
     assert served == [1, 1]
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place_at_once(guarded: ServerThread) -> None:
+    vae = guarded.engine.loaded.vae
+    gate, entered = threading.Event(), threading.Event()
+    original = vae.decode
+
+    def slow(z: torch.Tensor, **kwargs: Any) -> Any:
+        entered.set()
+        gate.wait(20)
+        return original(z, **kwargs)
+
+    def send() -> socket.socket:
+        query = "shape=1&shape=4&shape=8&shape=8&dtype=float32&output_type=pt"
+        client = socket.create_connection(("127.0.0.1", int(guarded.url.rpartition(":")[2])))
+        headers = "Host: x\r\nAuthorization: Bearer s3cret\r\nContent-Length: 1024"
+        client.sendall(f"POST /decode?{query} HTTP/1.1\r\n{headers}\r\n\r\n".encode() + bytes(1024))
+        return client
+
+    def wait_for(waiting: int) -> None:
+        deadline = time.monotonic() + 10
+        wanted = {"status": "ok", "running": True, "waiting": waiting}
+        while requests.get(f"{guarded.url}/health", timeout=TIMEOUT).json() != wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    vae.decode = slow
+    try:
+        with send():
+            assert entered.wait(10)
+            with send():
+                wait_for(1)
+            # The first call still runs.
+            wait_for(0)
+            gate.set()
+    finally:
+        gate.set()
+        del vae.decode

@@ -1,0 +1,113 @@
+"""The VAE of a host UI, for others to use while the UI does not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+import torch
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from remote_vae.errors import RemoteVaeError
+from remote_vae.identity import Identity
+from remote_vae.routes import Op, Spare
+from remote_vae.served import Provider, ServedVae
+from remote_vae.server.access import by_token_or_loopback
+from remote_vae.server.app import create_app
+from remote_vae.server.engine import ClientGone, IsGone, Limits, NoModel, VaeEngine, brought
+from remote_vae.tiled.ladder import exact_ways, first_that_fits
+from remote_vae.wire import FINGERPRINT_KEYS
+
+log = logging.getLogger("remote_vae.server")
+
+
+def create_shared_app(
+    provider: Provider, queue_lock: AbstractContextManager[Any], token: str = "", limits: Limits | None = None
+) -> ASGIApp:
+    """The server's app for the VAE of a host. While the user's option is off, every path is a 404.
+
+    Args:
+        provider: the host's adapter.
+        queue_lock: what the host holds while it generates.
+        token: other machines must have it; without one, only programs on this machine are served.
+        limits: what a request may ask for.
+    """
+    return _Switch(provider, create_app(SharedEngine(provider, queue_lock, limits), access=by_token_or_loopback(token)))
+
+
+class _Switch:
+    """Passes requests on while the option is on."""
+
+    def __init__(self, provider: Provider, app: ASGIApp) -> None:
+        self._provider = provider
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._provider.shares():
+            off = JSONResponse({"error": "this UI does not share its VAE: Settings, Remote VAE, Share this UI's VAE"}, 404)
+            await off(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+class SharedEngine(VaeEngine):
+    """The VAE that a host has loaded at the moment of the call. It takes turns with the host, and is left as it is."""
+
+    def __init__(self, provider: Provider, queue_lock: AbstractContextManager[Any], limits: Limits | None = None) -> None:
+        super().__init__(limits)
+        self._provider = provider
+        self._queue_lock = queue_lock
+
+    def health(self) -> dict[str, Any]:
+        """Only that it is there: whether the user generates is nobody's business."""
+        return {"status": "ok"}
+
+    def info(self) -> dict[str, Any]:
+        vae = self._current()
+        family = vae.family
+        # None while the host has only the shapes of the weights in memory: then nothing is said.
+        found = Identity(vae.module).fingerprint()
+        return {
+            "family": family.key,
+            "model": vae.name,
+            "dtype": str(vae.dtype).removeprefix("torch."),
+            "device": vae.device.type,
+            "latent_channels": family.latent_channels,
+            "downscale": family.downscale,
+            "scaling_factor": family.scaling_factor,
+            "shift_factor": family.shift_factor,
+            **({FINGERPRINT_KEYS[found[0]]: found[1]} if found else {}),
+            "limits": {**asdict(self.limits), "max_total_pixels": self.limits.max_total_pixels},
+            "posterior": vae.has_posterior,
+        }
+
+    def _current(self) -> ServedVae:
+        vae = self._provider.current()
+        if vae is None:
+            raise NoModel("no model is loaded in this UI yet: generate something first")
+        return vae
+
+    @contextmanager
+    def _turn(self, is_gone: IsGone) -> Iterator[ServedVae]:
+        with self._queue_lock:
+            # A generation may have taken minutes.
+            if is_gone():
+                raise ClientGone("the client hung up")
+            yield self._current()
+
+    def _in_float32(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
+        log.warning("the shared VAE gives NaN in %s; this call is done in float32, and the VAE stays as it is", vae.dtype)
+        ways = exact_ways(vae.module, op, brought(vae, batch), dtype=torch.float32) if batch.ndim == 4 else iter(())
+        first = next(ways, None)
+        if first is None:
+            raise RemoteVaeError(f"the VAE gives NaN in {vae.dtype}: let its UI load it in float32")
+        return first_that_fits(chain([first], ways), f"a {op} of {list(batch.shape)} in float32")[1]
+
+    def _last_ways(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:  # noqa: ARG002
+        # Its own tiling is a setting of the host's.
+        return iter(())

@@ -1,0 +1,220 @@
+"""The engine of a VAE that belongs to a host: whichever is loaded, taking turns, never changed."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from remote_vae.errors import RemoteVaeError
+from remote_vae.families import fingerprint
+from remote_vae.server import engine as engine_module
+from remote_vae.server.engine import ClientGone, Limits, NoModel
+from remote_vae.server.shared import SharedEngine, create_shared_app
+from remote_vae.wire import DecodeRequest, EncodeRequest, HttpAnswer, Output
+from tests.hosts.a1111_standin import LdmVae
+from tests.nearness import no_room_for_the_whole, out_of_memory, psnr, psnr_of_moments
+from tests.sharing import QueueLock, Sharing, asked
+
+
+@pytest.fixture
+def provider(vae: AutoencoderKL) -> Sharing:
+    return Sharing(LdmVae(vae))
+
+
+def engine(provider: Sharing, lock: Any = None, limits: Limits | None = None) -> SharedEngine:
+    return SharedEngine(provider, lock or threading.Lock(), limits)
+
+
+def raw(latents: torch.Tensor) -> DecodeRequest:
+    return DecodeRequest(latents, Output.TENSOR)
+
+
+def tensor(answer: HttpAnswer, like: torch.Tensor) -> torch.Tensor:
+    return torch.frombuffer(bytearray(answer.body), dtype=like.dtype).reshape(like.shape)
+
+
+def test_without_a_model_the_user_is_told_what_to_do(latents: torch.Tensor) -> None:
+    for act in (lambda own: own.info(), lambda own: own.decode(raw(latents))):
+        with pytest.raises(NoModel, match="generate something first"):
+            act(engine(Sharing()))
+
+
+def test_half_precision_that_gives_nan_is_done_in_float32_and_the_vae_stays_as_it_is(
+    provider: Sharing, vae: AutoencoderKL, latents: torch.Tensor, pixels: torch.Tensor
+) -> None:
+    half = vae.half()
+    nan = torch.tensor(float("nan"), dtype=torch.float16)
+    weights = {name: value.clone() for name, value in half.state_dict().items()}
+    provider.changes = {
+        "module": half, "dtype": torch.float16, "decode": lambda z: nan.expand(1, 3, 64, 96),
+        "encode": lambda x: nan.expand(1, 8, 8, 12),
+    }  # fmt: skip
+    exact = copy.deepcopy(half).float()
+    own = engine(provider)
+    for _ in range(2):
+        answer = own.decode(raw(latents.half()))
+        with torch.inference_mode():
+            expected = exact.decode(latents.half().float(), return_dict=False)[0]
+        assert psnr(tensor(answer, expected.half()), expected) >= 80
+    moments = own.encode(EncodeRequest(pixels.half(), posterior=True))
+    with torch.inference_mode():
+        expected = exact.encode(pixels.half().float()).latent_dist.parameters
+    # Rounding the result to half precision leaves this much; computing in it leaves 69 dB.
+    assert psnr_of_moments(tensor(moments, expected.half()), expected) >= 71
+    assert all(value.dtype == torch.float16 and torch.equal(value, weights[name]) for name, value in half.state_dict().items())
+
+
+def test_nan_of_a_vae_that_nothing_else_can_compute_is_an_error_and_not_a_black_picture(
+    provider: Sharing, latents: torch.Tensor
+) -> None:
+    provider.changes = {
+        "module": torch.nn.Linear(1, 1), "dtype": torch.float16, "decode": lambda z: torch.full((1, 3, 64, 96), float("nan")),
+    }  # fmt: skip
+    with pytest.raises(RemoteVaeError, match="gives NaN"):
+        engine(provider).decode(raw(latents))
+
+
+def test_the_switch_to_another_model_is_noticed(provider: Sharing, vae: AutoencoderKL, latents: torch.Tensor) -> None:
+    own = engine(provider)
+    first, before = own.info(), own.decode(raw(latents)).body
+    other = copy.deepcopy(vae)
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 0.25
+        expected = other.decode(latents, return_dict=False)[0]
+    provider.vae = LdmVae(other)
+    after = own.decode(raw(latents))
+    assert after.body != before
+    assert torch.equal(tensor(after, expected), expected)
+    assert own.info()["fingerprint"] != first["fingerprint"]
+
+
+def test_other_weights_in_the_same_vae_are_noticed(provider: Sharing, vae: AutoencoderKL) -> None:
+    own = engine(provider)
+    before = own.info()["fingerprint"]
+    with torch.no_grad():
+        for weight in vae.parameters():
+            weight += 0.25
+    assert own.info()["fingerprint"] == fingerprint(vae.state_dict()) != before
+
+
+@pytest.mark.parametrize(("dtype", "key"), [(torch.float16, "fingerprint"), (torch.bfloat16, "fingerprint_bfloat16")])
+def test_weights_have_the_fingerprint_that_suits_their_dtype(
+    provider: Sharing, vae: AutoencoderKL, dtype: torch.dtype, key: str
+) -> None:
+    exact = fingerprint(vae.state_dict(), str(dtype).removeprefix("torch."))
+    vae.to(dtype)
+    info = engine(provider).info()
+    assert {name: value for name, value in info.items() if name.startswith("fingerprint")} == {key: exact}
+
+
+def test_of_weights_that_are_not_loaded_nothing_is_said(provider: Sharing) -> None:
+    provider.changes = {"module": torch.nn.Linear(2, 2, device="meta")}
+    assert "fingerprint" not in engine(provider).info()
+
+
+def test_a_vae_that_does_not_fit_is_brought_and_tiled_in_its_context(
+    provider: Sharing, vae: AutoencoderKL, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        whole = vae.decode(latents, return_dict=False)[0]
+    no_room_for_the_whole(monkeypatch, vae)
+    happened: list[str] = []
+
+    class Context:
+        def __enter__(self) -> None:
+            happened.append("in")
+
+        def __exit__(self, *_: object) -> None:
+            happened.append("out")
+
+    def bring(tensor: torch.Tensor) -> torch.Tensor:
+        happened.append("brought")
+        return tensor
+
+    provider.changes = {"module": vae, "bring": bring, "calling": Context}
+    answer = engine(provider).decode(raw(latents))
+    assert psnr(tensor(answer, whole), whole) >= 100
+    assert happened == ["in", "brought", "out"]
+    assert not vae.use_tiling
+
+
+def test_without_room_for_the_vae_on_its_device_the_call_goes_on(
+    provider: Sharing, vae: AutoencoderKL, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        whole = vae.decode(latents, return_dict=False)[0]
+    monkeypatch.setattr(engine_module, "whole_fits", lambda *_: False)
+    provider.changes = {"module": vae, "bring": out_of_memory}
+    assert psnr(tensor(engine(provider).decode(raw(latents)), whole), whole) >= 100
+
+
+def test_weights_that_are_moved_in_a_call_can_be_written_to_later(provider: Sharing, latents: torch.Tensor) -> None:
+    """As A1111 does with little memory; what is made in inference mode refuses load_state_dict."""
+    assert provider.vae is not None
+    module = provider.vae
+
+    def move() -> None:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+
+    provider.watch = move
+    engine(provider).decode(raw(latents))
+    module.load_state_dict(copy.deepcopy(module.state_dict()))
+    assert not any(parameter.is_inference() for parameter in module.parameters())
+
+
+def test_a_client_that_left_while_the_host_generated_is_not_served(provider: Sharing, latents: torch.Tensor) -> None:
+    assert provider.vae is not None
+    with pytest.raises(ClientGone):
+        engine(provider).decode(raw(latents), lambda: True)
+    assert provider.vae.calls == []
+
+
+def test_the_lock_is_free_again_after_an_error(provider: Sharing, latents: torch.Tensor) -> None:
+    lock = QueueLock()
+    provider.changes = {"decode": lambda z: torch.zeros(())[0]}
+    with pytest.raises(IndexError):
+        engine(provider, lock).decode(raw(latents))
+    assert not lock.lock.locked()
+
+
+def test_one_engine_answers_in_every_event_loop_also_when_calls_wait(provider: Sharing, latents: torch.Tensor) -> None:
+    """The app is made in one thread and served in another, and Reload UI starts a new loop."""
+    app = create_shared_app(provider, threading.Lock())
+    query = "&".join(f"shape={size}" for size in latents.shape) + "&dtype=float32&output_type=pt"
+
+    async def four() -> list[int]:
+        body = latents.numpy().tobytes()
+        return [
+            each.status for each in await asyncio.gather(*(asked(app, "/decode", body=body, query=query) for _ in range(4)))
+        ]
+
+    results: list[int] = []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: results.extend(asyncio.run(four())))
+        thread.start()
+        thread.join(30)
+    assert results == [200] * 8
+
+
+def test_calls_beyond_the_limit_of_waiting_are_a_503(provider: Sharing, latents: torch.Tensor) -> None:
+    lock = QueueLock()
+    app = create_shared_app(provider, lock, limits=Limits(max_waiting=1))
+    query = "&".join(f"shape={size}" for size in latents.shape) + "&dtype=float32&output_type=pt"
+    body = latents.numpy().tobytes()
+
+    async def two() -> tuple[int, int]:
+        first = asyncio.ensure_future(asked(app, "/decode", body=body, query=query))
+        await asyncio.get_running_loop().run_in_executor(None, lock.asked.wait, 10)
+        second = await asked(app, "/decode", body=body, query=query)
+        lock.lock.release()
+        return (await first).status, second.status
+
+    lock.lock.acquire()
+    assert asyncio.run(two()) == (200, 503)
