@@ -15,7 +15,8 @@ from typing import Any, Optional
 
 import torch
 
-from remote_vae.errors import RouteFailed
+from remote_vae import tiled
+from remote_vae.errors import AnotherVae, RouteFailed
 from remote_vae.families import Family, find_family, recognise
 from remote_vae.hosts.ldm import Kind, kind_of
 from remote_vae.hosts.webui import ThreadState, WebUi
@@ -23,6 +24,7 @@ from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
 from remote_vae.identity import Identity
 from remote_vae.router import wants_remote
 from remote_vae.routes import Op, Remote, Spare, VaeCall
+from remote_vae.served import ServedVae
 from remote_vae.settings import Settings
 from remote_vae.tiled.spares import on_cpu
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
@@ -92,6 +94,28 @@ class A1111(WebUi):
         for method in _METHODS.values():
             unwrap(model, method, self)
 
+    def current(self) -> ServedVae | None:
+        from modules import devices, sd_models
+
+        model = sd_models.model_data.sd_model
+        kind = kind_of(model) if model is not None else None
+        if kind is None:
+            return None
+        vae = model.first_stage_model
+        dtype = next(vae.parameters()).dtype
+        return ServedVae(
+            module=vae,
+            family=_family(model, kind),
+            dtype=dtype,
+            # Not that of the weights: lowvram brings them there at the call.
+            device=torch.device(devices.device),
+            decode=lambda latents: vae.decode(latents),
+            # sgm's and SD 3's encode draw a sample; this gives what it is drawn from.
+            encode=lambda pixels: tiled.encode(vae, pixels),
+            name=_checkpoint(model),
+            calling=self.serving,
+        )
+
     # --- a whole batch ---------------------------------------------------------------------------------------------------
 
     def _batch_door(self, original: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +158,8 @@ class A1111(WebUi):
                 with self._shown(call) as shown:
                     pending.answer = self.router.run_remote(shown, settings)
             except RouteFailed as error:
-                log.warning("remote decode of %d pictures: %s", batch.shape[0], error)
+                told = isinstance(error, AnotherVae) and error.told
+                log.log(logging.DEBUG if told else logging.WARNING, "remote decode of %d pictures: %s", len(batch), error)
                 pending.failure = error.reason
         self._thread.batch = pending
         try:
@@ -213,6 +238,10 @@ def _decodes_in_full() -> bool:
     if shared.state.interrupted and getattr(shared.opts, "live_preview_fast_interrupt", False):
         return getattr(shared.opts, "show_progress_type", "Full") == "Full"
     return getattr(shared.opts, "sd_vae_decode_method", "Full") == "Full"
+
+
+def _checkpoint(model: Any) -> str:
+    return str(getattr(getattr(model, "sd_checkpoint_info", None), "model_name", ""))
 
 
 def _identity(model: Any) -> Identity:

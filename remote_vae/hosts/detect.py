@@ -13,6 +13,7 @@ log = logging.getLogger("remote_vae")
 
 # What every adapter stands on: module and attribute.
 _COMMON = (
+    "modules.call_queue:queue_lock",
     "modules.paths:data_path",
     "modules.processing:process_images_inner",
     "modules.sd_samplers_common:single_sample_to_image",

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from remote_vae.errors import OutOfMemory
-from remote_vae.families import recognise
+from remote_vae.families import Family, recognise
 from remote_vae.hosts.webui import WebUi
 from remote_vae.hosts.wrapping import is_ours, is_wrapped, mark
 from remote_vae.identity import Identity
 from remote_vae.routes import Op, Remote, Spare, VaeCall
+from remote_vae.served import ServedVae
 from remote_vae.wire import DecodeAnswer
 
 _WRAPPERS: dict[Op, str] = {"decode": "model_vae_decode_wrapper", "encode": "model_vae_encode_wrapper"}
@@ -64,6 +65,31 @@ class Forge(WebUi):
             else:
                 options[key] = wrapper.__wrapped__
 
+    def current(self) -> ServedVae | None:
+        models = self._models()
+        if not models:
+            return None
+        vae = models[0].forge_objects.vae
+        first_stage = vae.first_stage_model
+        return ServedVae(
+            module=first_stage,
+            family=_family(vae),
+            dtype=vae.vae_dtype,
+            device=vae.device,
+            decode=lambda latents: first_stage.decode(_brought(vae, latents)),
+            # Without a regulation it would be a sample.
+            encode=lambda pixels: first_stage.encode(_brought(vae, pixels), lambda posterior: posterior.parameters),
+            name=str(getattr(getattr(models[0], "sd_checkpoint_info", None), "model_name", "")),
+            bring=partial(_brought, vae),
+            calling=self.serving,
+        )
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        # Forge's weights are made in inference mode.
+        with super().serving(), torch.inference_mode():
+            yield
+
     # --- the hook --------------------------------------------------------------------------------------------------------
 
     def _wrapper(self, op: Op, earlier: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -97,34 +123,40 @@ class Forge(WebUi):
             with _no_own_tiling(vae, op):
                 return original(tensor)
 
-        def bring(wanted: torch.Tensor) -> torch.Tensor:
-            from backend import memory_management
-
-            memory_management.load_models_gpu([vae.patcher])
-            return wanted.to(vae.device, vae.vae_dtype)
-
         return VaeCall(
             op=op,
             # A picture comes as a view with the colours last; what is sent and compared wants them first.
             tensor=tensor if op == "decode" else (tensor.movedim(-1, 1) * 2.0 - 1.0).contiguous(),
-            family=recognise(
-                latent_channels=vae.latent_channels,
-                scaling_factor=float(first_stage.scaling_factor),
-                shift_factor=float(first_stage.shift_factor or 0.0),
-                downscale=vae.downscale_ratio,
-            ),
+            family=_family(vae),
             whole=whole,
             adopt=adopt,
             vae=first_stage,
             identity=Identity(first_stage, _picked_vae()),
             finish=finish,
             device=vae.device,
-            bring=bring,
+            bring=partial(_brought, vae),
             spares=(Spare("Forge's own tiling", lambda: original(tensor)),),
             truncates=True,
             cancelled=self._interrupts(),
             part=f"{len(tensor)} pictures" if len(tensor) > 1 else "",
         )
+
+
+def _family(vae: Any) -> Family:
+    return recognise(
+        latent_channels=vae.latent_channels,
+        scaling_factor=float(vae.first_stage_model.scaling_factor),
+        shift_factor=float(vae.first_stage_model.shift_factor or 0.0),
+        downscale=vae.downscale_ratio,
+    )
+
+
+def _brought(vae: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` where and in what the VAE computes, after Forge has brought the VAE there."""
+    from backend import memory_management
+
+    memory_management.load_models_gpu([vae.patcher])
+    return tensor.to(vae.device, vae.vae_dtype)
 
 
 def _picked_vae() -> str:

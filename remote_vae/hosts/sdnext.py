@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from remote_vae.hosts.webui import WebUi
 from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
 from remote_vae.identity import Identity
 from remote_vae.routes import Op
+from remote_vae.served import ServedVae
 
 # What SD.Next calls the VAE that comes with the model.
 _OWN_VAE = ("Automatic", "Default", "None", "")
@@ -51,6 +53,27 @@ class SdNext(WebUi):
     def _unhook(self, model: Any) -> None:
         """Nothing was done."""
 
+    def current(self) -> ServedVae | None:
+        from modules import devices
+
+        models = self._models()
+        vaes = [vae for vae in map(_vae_of, models) if vae is not None]
+        family = recognise_config(getattr(vaes[0], "config", None) or {}) if vaes else None
+        if family is None:
+            return None
+        vae = vaes[0]
+        return ServedVae(
+            module=vae,
+            family=family,
+            dtype=vae.dtype,
+            device=torch.device(devices.device),
+            decode=lambda latents: vae.decode(_brought(vae, latents), return_dict=False)[0],
+            encode=lambda pixels: vae.encode(_brought(vae, pixels)).latent_dist.parameters,
+            name=str(getattr(getattr(models[0], "sd_checkpoint_info", None), "name", "")),
+            bring=partial(_brought, vae),
+            calling=self.serving,
+        )
+
     def _models(self) -> list[Any]:
         from modules import modeldata
 
@@ -82,10 +105,22 @@ class SdNext(WebUi):
 
     def _is_loaded(self, vae: Any) -> bool:
         """Whether ``vae`` belongs to the model or its refiner, or to the pipeline within either."""
-        for model in self._models():
-            if vae is getattr(model, "vae", None) or vae is getattr(getattr(model, "pipe", None), "vae", None):
-                return True
-        return False
+        return any(vae is _vae_of(model) for model in self._models())
+
+
+def _vae_of(model: Any) -> Any:
+    """The VAE of a pipeline, or of the pipeline within; None where there is none."""
+    own = getattr(model, "vae", None)
+    return getattr(getattr(model, "pipe", None), "vae", None) if own is None else own
+
+
+def _brought(vae: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` where and in what the VAE computes, after SD.Next has brought the VAE there."""
+    from modules import devices, sd_models, shared
+
+    if getattr(shared.opts, "diffusers_offload_mode", "none") != "sequential":
+        sd_models.move_model(vae, devices.device)
+    return tensor.to(devices.device, vae.dtype)
 
 
 def _picked_vae() -> str:

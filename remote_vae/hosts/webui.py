@@ -18,12 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
+import torch
+
 from remote_vae.history import History
 from remote_vae.hosts.edges import rising
 from remote_vae.hosts.generation import Generation
 from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.router import Router
 from remote_vae.routes import T, VaeCall
+from remote_vae.served import ServedVae
 from remote_vae.settings import Settings, load_options
 
 log = logging.getLogger("remote_vae")
@@ -74,6 +77,10 @@ class WebUi(ABC):
     @abstractmethod
     def _unhook(self, model: Any) -> None:
         """Give ``model`` its own calls back."""
+
+    @abstractmethod
+    def current(self) -> ServedVae | None:
+        """The VAE that is loaded now, to be shared with other UIs; None: none is. Loads nothing. For any thread."""
 
     # --- life cycle ------------------------------------------------------------------------------------------------------
 
@@ -135,6 +142,18 @@ class WebUi(ABC):
         """Around Interrupt, Skip and Stop: a second press shows in no flag."""
         self._presses += 1
         return original(*args, **kwargs)
+
+    # --- for other UIs ---------------------------------------------------------------------------------------------------
+
+    def shares(self) -> bool:
+        """Whether the user wants the VAE shared."""
+        return self.installed and self.own_settings().share
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Within, this thread asks the UI's VAE for another UI."""
+        with self.passing_on(), torch.no_grad():
+            yield
 
     # --- for the hooks ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from remote_vae.server.engine import Busy, ClientGone, IsGone, NoModel, VaeEngin
 from remote_vae.version import __version__
 from remote_vae.wire import DecodeRequest, EncodeRequest, HttpAnswer, error_answer, tensor_head
 
-log = logging.getLogger("remote_vae.server")
+log = logging.getLogger("remote_vae")
 
 # JSON and base64 around the values of a legacy body.
 _BASE64_OVERHEAD = 4 / 3

@@ -33,7 +33,7 @@ from remote_vae.wire import (
     encode_answer,
 )
 
-log = logging.getLogger("remote_vae.server")
+log = logging.getLogger("remote_vae")
 
 Result = TypeVar("Result")
 IsGone = Callable[[], bool]

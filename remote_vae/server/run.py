@@ -12,7 +12,7 @@ from remote_vae.server.app import create_app
 from remote_vae.server.engine import Engine, Limits
 from remote_vae.server.models import load_vae
 
-log = logging.getLogger("remote_vae.server")
+log = logging.getLogger("remote_vae")
 
 
 def serve(

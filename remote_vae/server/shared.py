@@ -23,7 +23,7 @@ from remote_vae.server.engine import ClientGone, IsGone, Limits, NoModel, VaeEng
 from remote_vae.tiled.ladder import exact_ways, first_that_fits
 from remote_vae.wire import FINGERPRINT_KEYS
 
-log = logging.getLogger("remote_vae.server")
+log = logging.getLogger("remote_vae")
 
 
 def create_shared_app(

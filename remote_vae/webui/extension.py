@@ -9,6 +9,7 @@ from remote_vae.hosts.detect import detect
 from remote_vae.webui.accordion import script_class
 from remote_vae.webui.plot_axes import add_axes
 from remote_vae.webui.settings_panel import add_options
+from remote_vae.webui.share import mount
 
 log = logging.getLogger("remote_vae")
 
@@ -24,11 +25,13 @@ def load() -> type | None:
     if adapter is None:
         return None
     from modules import script_callbacks
+    from modules.call_queue import queue_lock
 
     script_callbacks.on_ui_settings(add_options)
     script_callbacks.on_model_loaded(adapter.hook)
     script_callbacks.on_script_unloaded(adapter.uninstall)
     script_callbacks.on_before_ui(add_axes)
+    script_callbacks.on_app_started(lambda _demo, app: mount(app, adapter, queue_lock))
     adapter.install()
     return script_class(adapter)
 

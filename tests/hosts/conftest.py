@@ -16,7 +16,7 @@ from tests.hosts.a1111_standin import Host
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     """A host with the extension in it, and no model yet."""
     log = logging.getLogger("remote_vae")
-    before = list(log.handlers), log.level, log.propagate
+    before = list(log.handlers), list(log.filters), log.level, log.propagate
     log.handlers, log.propagate = [], True
     monkeypatch.setattr(adapter, "_problems", ())
     running = standin.install(monkeypatch, tmp_path / "data")
@@ -26,7 +26,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     yield running
     adapter.uninstall()
     adapter.router.history.clear()
-    log.handlers, log.level, log.propagate = before
+    log.handlers, log.filters, log.level, log.propagate = before
     assert running.offences == []
     assert adapter._thread.passing == 0
     assert adapter._thread.batch is None

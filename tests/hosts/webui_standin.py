@@ -7,6 +7,7 @@ stand-in of each. What the hosts catch and print (errors in callbacks and script
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
@@ -204,6 +205,9 @@ class WebuiHost:
             if isinstance(value, ModuleType) and value.__name__.startswith("modules."):
                 setattr(package, value.__name__.rpartition(".")[2], value)
                 yield value
+        call_queue = make_module("modules.call_queue", queue_lock=threading.Lock())
+        package.call_queue = call_queue
+        yield call_queue
         yield package
         yield gradio()
 
