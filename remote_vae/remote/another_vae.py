@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from remote_vae.errors import AnotherVae
+from remote_vae.errors import AnotherVae, NotOffered
 from remote_vae.families import Family, load_families
 from remote_vae.identity import Identity
 from remote_vae.remote.client import shown
@@ -13,7 +13,7 @@ from remote_vae.remote.http import Deadlines
 from remote_vae.remote.info import Infos, info_url
 from remote_vae.routes import T, VaeCall
 from remote_vae.settings import Settings, load_options
-from remote_vae.wire import Info
+from remote_vae.wire import THIS_PROCESS, Info
 
 log = logging.getLogger("remote_vae")
 
@@ -46,6 +46,9 @@ class VaeCheck:
             deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, quick)
             info = self._infos.of(url, deadlines, call.cancelled)
         endpoint = shown(info_url(url)).removesuffix("/info")
+        if info.process == THIS_PROCESS:
+            # It would wait for the end of the generation that waits for it.
+            raise NotOffered(f"{endpoint} is this UI itself: enter another machine's address", reason="the endpoint is this UI")
         difference = _difference(endpoint, info, call.family, call.identity)
         if not difference:
             self._tell(endpoint, "")

@@ -21,7 +21,7 @@ from remote_vae.server.access import by_token_or_loopback
 from remote_vae.server.app import create_app
 from remote_vae.server.engine import ClientGone, IsGone, Limits, NoModel, VaeEngine, brought
 from remote_vae.tiled.ladder import exact_ways, first_that_fits
-from remote_vae.wire import FINGERPRINT_KEYS
+from remote_vae.wire import FINGERPRINT_KEYS, THIS_PROCESS
 
 log = logging.getLogger("remote_vae")
 
@@ -84,6 +84,7 @@ class SharedEngine(VaeEngine):
             **({FINGERPRINT_KEYS[found[0]]: found[1]} if found else {}),
             "limits": {**asdict(self.limits), "max_total_pixels": self.limits.max_total_pixels},
             "posterior": vae.has_posterior,
+            "process": THIS_PROCESS,
         }
 
     def _current(self) -> ServedVae:

@@ -18,7 +18,7 @@ from remote_vae.wire.answers import (
     expect_decode,
     expect_encode,
 )
-from remote_vae.wire.info import FINGERPRINT_KEYS, Info, expect_info
+from remote_vae.wire.info import FINGERPRINT_KEYS, THIS_PROCESS, Info, expect_info
 from remote_vae.wire.requests import (
     DecodeRequest,
     EncodeRequest,
@@ -32,6 +32,7 @@ from remote_vae.wire.tensors import TensorHead, pack_latents, unpack_latents
 
 __all__ = [
     "FINGERPRINT_KEYS",
+    "THIS_PROCESS",
     "DecodeAnswer",
     "DecodeRequest",
     "EncodeAnswer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from remote_vae.errors import MalformedAnswer
 from remote_vae.wire.answers import Expected
 
 INFO_LIMIT = 64 * 1024
+# By this a UI that shares its VAE knows itself behind the address that it was given as its endpoint.
+THIS_PROCESS = secrets.token_hex(8)
 
 # The keys of the fingerprints, by the rounding they are made of.
 FINGERPRINT_KEYS: Mapping[str, str] = {
@@ -33,11 +36,13 @@ class Info:
         family: a key of families.toml, or a word of the server's own.
         model: the VAE's name in the server's words, one line.
         fingerprints: of the VAE's weights, by rounding.
+        process: ``THIS_PROCESS`` of a UI that shares its VAE.
     """
 
     family: str = ""
     model: str = ""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    process: str = ""
 
 
 def expect_info(headers: Mapping[str, str]) -> Expected[Info]:
@@ -56,7 +61,7 @@ def _info(body: np.ndarray) -> Info:
     fingerprints = {rounding: _text(entries, key) for rounding, key in FINGERPRINT_KEYS.items() if key in entries}
     if not all(map(_FINGERPRINT.fullmatch, fingerprints.values())):
         raise MalformedAnswer("a fingerprint that is none")
-    return Info(_text(entries, "family"), _text(entries, "model"), fingerprints)
+    return Info(_text(entries, "family"), _text(entries, "model"), fingerprints, _text(entries, "process"))
 
 
 def _text(entries: dict[str, Any], key: str) -> str:

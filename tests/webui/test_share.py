@@ -17,8 +17,10 @@ from diffusers import AutoencoderKL
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.gzip import GZipMiddleware
 
-from remote_vae.errors import EndpointError
+from remote_vae.errors import EndpointError, NotOffered
 from remote_vae.families import find_family, fingerprint
+from remote_vae.identity import Identity
+from remote_vae.remote import another_vae
 from remote_vae.remote.route import RemoteRoute
 from remote_vae.routes import Op, Remote, VaeCall
 from remote_vae.settings import Settings
@@ -111,6 +113,21 @@ def test_info_says_which_vae_it_is(ui: Ui) -> None:
     assert (info["server"], info["family"], info["posterior"], info["model"]) == ("remote-vae", "sd1", True, "demo")
     assert info["fingerprint"] == fingerprint(ui.provider.vae.state_dict())
     assert info["dtype"] == "float32"
+
+
+def test_a_ui_that_is_its_own_endpoint_does_not_wait_for_itself(
+    ui: Ui, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ui.provider.vae is not None
+    call: VaeCall[Remote] = VaeCall(
+        "decode", latents, find_family("sd1"), None, adopt=lambda answer: answer, identity=Identity(ui.provider.vae)
+    )
+    settings = Settings(endpoint=f"{ui.url}/remote-vae")
+    with ui.lock.lock, pytest.raises(NotOffered, match="is this UI itself"):
+        RemoteRoute().run(call, settings)
+    # As another process sees it.
+    monkeypatch.setattr(another_vae, "THIS_PROCESS", "another")
+    assert isinstance(RemoteRoute().run(call, settings).value, DecodeAnswer)
 
 
 def test_while_the_option_is_off_there_is_nothing_here(ui: Ui, latents: torch.Tensor) -> None:
