@@ -56,9 +56,10 @@ def script_class(adapter: WebUi) -> type:
                 transfer = gr.Radio(
                     choices=list(transfers()), value=FOLLOW, label="Transfer", elem_id=self.elem_id("remote_vae_transfer")
                 )
+            # An update and not the bare value: that SD.Next takes for a field with a name.
             self.infotext_fields = [
-                (mode, lambda pasted: pasted_mode(pasted, switched_on=adapter.own_settings().enabled)),
-                (transfer, lambda pasted: pasted_transfer(pasted, adapter.own_settings().transfer)),
+                (mode, lambda pasted: gr.update(value=pasted_mode(pasted, switched_on=adapter.own_settings().enabled))),
+                (transfer, lambda pasted: gr.update(value=pasted_transfer(pasted, adapter.own_settings().transfer))),
             ]
             return [mode, transfer]
 

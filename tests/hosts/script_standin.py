@@ -94,9 +94,23 @@ class Row(Block):
     pass
 
 
+class Update(dict[str, Any]):
+    """What changes a component in the browser."""
+
+
+def paste(runner: ScriptRunner, params: dict[str, str]) -> dict[str, Any]:
+    """What a pasted infotext sets, by the labels of the components. All hosts take updates; SD.Next takes nothing else."""
+    values = {}
+    for component, key in runner.infotext_fields:
+        update = key(params) if callable(key) else Update(value=params.get(key))
+        assert isinstance(update, Update), f"SD.Next fails on {update!r}, and no field is restored"
+        values[component.label] = update["value"]
+    return values
+
+
 def gradio() -> ModuleType:
     kinds = (Accordion, Checkbox, Dropdown, Number, Radio, Row, Textbox)
-    return make_module("gradio", **{kind.__name__: kind for kind in kinds})
+    return make_module("gradio", update=Update, **{kind.__name__: kind for kind in kinds})
 
 
 # --- scripts -----------------------------------------------------------------------------------------------------------

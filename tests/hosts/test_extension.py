@@ -15,6 +15,7 @@ from remote_vae.settings import Settings
 from remote_vae.webui import plot_axes, settings_panel
 from tests.hosts import a1111_standin as standin
 from tests.hosts.a1111_standin import Host, LdmModel
+from tests.hosts.script_standin import paste
 
 # From the file, not from what the code makes of it.
 OPTIONS = read_toml("options.toml")
@@ -133,3 +134,20 @@ def test_the_panel_untouched_is_the_default_settings(host: Host) -> None:
     host.load_extension()
     host.script_callbacks.ui_settings_callback()
     assert adapter._settings() == Settings()
+
+
+# --- the accordion -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pasted_infotext_sets_the_accordion_of_both_tabs(host: Host) -> None:
+    host.load_extension()
+    host.create_ui()
+    for runner in (host.scripts.scripts_txt2img, host.scripts.scripts_img2img):
+        assert paste(runner, {}) == {"Remote VAE": "follow settings", "Transfer": "follow settings"}
+        made_remotely = {"Remote VAE": "decode remote studio (png)"}
+        assert paste(runner, made_remotely) == {"Remote VAE": "auto", "Transfer": "png"}
+    host.set_options(enabled=True, transfer="png")
+    assert paste(host.scripts.scripts_txt2img, made_remotely) == {
+        "Remote VAE": "follow settings",
+        "Transfer": "follow settings",
+    }
