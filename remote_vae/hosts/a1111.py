@@ -57,7 +57,7 @@ class _Batch:
 
 
 class A1111(WebUi):
-    """AUTOMATIC1111's web UI, from 1.6 on."""
+    """AUTOMATIC1111's web UI."""
 
     name = "AUTOMATIC1111"
 

@@ -72,7 +72,7 @@ def detect() -> WebUi | None:
         return known.adapter
     log.warning(
         "this UI looks like %s, but it has no %s: it is too old, too new or unknown, and its VAE is left alone. "
-        "Remote VAE knows AUTOMATIC1111 from 1.6, Forge from f2.0, and SD.Next with diffusers",
+        "Remote VAE was made for AUTOMATIC1111 1.10, Forge f2.0 and SD.Next of 2026",
         known.adapter.name,
         ", no ".join(name.replace(":", ".") for name in missing),
     )
