@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Protocol
 
 HEAD_LIMIT = 64 * 1024
@@ -32,10 +33,16 @@ def request_head(host: str, target: str, headers: Mapping[str, str], length: int
     Raises:
         ValueError: a target or a header that would break out of its line.
     """
+    return _request_head(host, target, tuple(headers.items()), length)
+
+
+# A user's calls go to the same place again and again, and only their bodies differ.
+@lru_cache(maxsize=64)
+def _request_head(host: str, target: str, headers: tuple[tuple[str, str], ...], length: int | None) -> bytes:
     if _UNPRINTABLE.search(target):
         raise ValueError(f"the address {target[:80]!r} holds characters that must be percent-encoded")
     lines = [f"{'GET' if length is None else 'POST'} {target} HTTP/1.1", f"Host: {host}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
+    lines += [f"{name}: {value}" for name, value in headers]
     lines += ["Accept-Encoding: identity"]
     if length is not None:
         lines += [f"Content-Length: {length}"]

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, TypeVar, Union
 
 import numpy as np
@@ -56,6 +57,8 @@ ERROR_LIMIT = 64 * 1024
 _IMAGE_BYTES_PER_PIXEL = 8
 _MP4_BYTES_PER_PIXEL = 4
 _SLACK = 1 << 20
+# Characters of shape and dtype; what is longer is not worth remembering.
+_USUAL_HEAD = 200
 
 # What a body of that sort may be labelled as; no label at all is let through, as shape and length are checked anyway.
 _TENSOR_LABELS = frozenset({"", TENSOR_TYPE, "application/octet-stream"})
@@ -321,9 +324,17 @@ def _read_head(shape: object, dtype: object) -> TensorHead:
     if shape is None or dtype is None:
         raise MalformedAnswer("no shape and dtype beside the tensor")
     try:
+        if isinstance(shape, str) and isinstance(dtype, str) and len(shape) + len(dtype) <= _USUAL_HEAD:
+            return _parsed(shape, dtype)
         return TensorHead.parse(shape, dtype)
     except ValueError as error:
         raise MalformedAnswer(str(error)) from None
+
+
+# The answers to a user's calls are hardly ever of another shape.
+@lru_cache(maxsize=256)
+def _parsed(shape: str, dtype: str) -> TensorHead:
+    return TensorHead.parse(shape, dtype)
 
 
 def _check_label(headers: Mapping[str, str], allowed: frozenset[str]) -> None:

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Union
 from urllib.parse import urlencode
 
@@ -74,9 +75,13 @@ class HttpRequest:
 
     def url(self, endpoint: str) -> str:
         """``endpoint`` with the query; the shape is one repeated key a dimension."""
-        if not self.query:
-            return endpoint
-        return endpoint + ("&" if "?" in endpoint else "?") + urlencode(self.query)
+        return _with_query(endpoint, self.query)
+
+
+# A user's calls differ in their values and hardly in anything else.
+@lru_cache(maxsize=256)
+def _with_query(endpoint: str, query: tuple[tuple[str, str], ...]) -> str:
+    return f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(query)}" if query else endpoint
 
 
 @dataclass(frozen=True)
@@ -202,16 +207,16 @@ class DecodeRequest:
         return self.latents.unsqueeze(0)
 
     def to_http(self) -> HttpRequest:
-        query = list(_FORMS[self.output][0])
-        query += [("shape", str(size)) for size in self.latents.shape]
-        query.append(("dtype", dtype_name(self.latents.dtype)))
-        query += self.scaling.to_query()
-        if self.height and self.width:
-            query += [("height", str(self.height)), ("width", str(self.width))]
-        if self.family:
-            query.append(("family", self.family))
-        if self.truncate:
-            query.append(("truncate", "True"))
+        query = _decode_query(
+            self.output,
+            tuple(self.latents.shape),
+            self.latents.dtype,
+            self.scaling,
+            self.height or 0,
+            self.width or 0,
+            self.family or "",
+            truncate=self.truncate,
+        )
         body: bytes | memoryview = self._bytes
         if self.base64_body:
             body = json.dumps({"inputs": base64.b64encode(body).decode("ascii")}).encode()
@@ -219,7 +224,7 @@ class DecodeRequest:
             "Content-Type": BASE64_TYPE if self.base64_body else TENSOR_TYPE,
             "Accept": BASE64_TYPE if self.base64_answer else _FORMS[self.output][1],
         }
-        return HttpRequest(tuple(query), headers, body)
+        return HttpRequest(query, headers, body)
 
     @classmethod
     def from_http(cls, query: Query, headers: Mapping[str, str], body: Buffer) -> DecodeRequest:
@@ -248,6 +253,31 @@ class DecodeRequest:
             base64_body=legacy,
             base64_answer=BASE64_TYPE in accept,
         )
+
+
+@lru_cache(maxsize=256)
+def _decode_query(
+    output: Output,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    scaling: Scaling,
+    height: int,
+    width: int,
+    family: str,
+    *,
+    truncate: bool,
+) -> tuple[tuple[str, str], ...]:
+    query = list(_FORMS[output][0])
+    query += [("shape", str(size)) for size in shape]
+    query.append(("dtype", dtype_name(dtype)))
+    query += scaling.to_query()
+    if height and width:
+        query += [("height", str(height)), ("width", str(width))]
+    if family:
+        query.append(("family", family))
+    if truncate:
+        query.append(("truncate", "True"))
+    return tuple(query)
 
 
 @dataclass(frozen=True)
