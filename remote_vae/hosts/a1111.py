@@ -170,11 +170,12 @@ class A1111(WebUi):
     # --- the hook --------------------------------------------------------------------------------------------------------
 
     def _hooked(self, op: Op, model: Any, kind: Kind, original: Callable[..., Any]) -> Callable[..., Any]:
-        def hooked(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            # Other arguments belong to training and to quantised VAEs.
-            if not self._takes() or args or kwargs or not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
-                return original(tensor, *args, **kwargs)
-            return self._run(op, model, kind, original, tensor)
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            # Other arguments belong to training and to quantised VAEs; and nobody in the UI names the tensor.
+            plain = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) and args[0].ndim == 4
+            if not plain or not self._takes():
+                return original(*args, **kwargs)
+            return self._run(op, model, kind, original, args[0])
 
         return hooked
 

@@ -105,9 +105,14 @@ class Handle:
                 delattr(self._vae, op)
 
     def _hook(self, op: Op, original: Callable[..., Any]) -> Callable[..., Any]:
-        def hooked(tensor: torch.Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
-            if not self.enabled or not takes(op, tensor, self._family):
-                return original(tensor, return_dict=return_dict, **kwargs)
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            # Who names the tensor, or gives a generator by its place, asks the VAE itself.
+            plain = len(args) in (1, 2) and isinstance(args[0], torch.Tensor)
+            if not self.enabled or not plain or not takes(op, args[0], self._family):
+                return original(*args, **kwargs)
+            return answered(*args, **kwargs)
+
+        def answered(tensor: torch.Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
             call = vae_call(self._vae, self._family, op, original, tensor, return_dict, kwargs, self._cancelled)
             return self._router.run(replace(call, identity=Identity(self._vae)), self.settings)
 

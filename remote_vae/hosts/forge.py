@@ -192,11 +192,15 @@ def _no_own_tiling(vae: Any, op: Op) -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> Any:
         raise OutOfMemory("Forge's VAE ran out of memory, or is set to be tiled always", reason="out of memory")
 
+    # Of the class, unless somebody has put another one into the VAE.
+    theirs = vars(vae).get(name)
     setattr(vae, name, refuse)
     try:
         yield
     finally:
         delattr(vae, name)
+        if theirs is not None:
+            setattr(vae, name, theirs)
 
 
 adapter = Forge()

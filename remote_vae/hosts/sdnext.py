@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from remote_vae.families import recognise_config
+from remote_vae.families import Family, recognise_config
 from remote_vae.hosts.diffusers import takes, vae_call
 from remote_vae.hosts.webui import WebUi
 from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
 from remote_vae.identity import Identity
-from remote_vae.routes import Op
+from remote_vae.routes import Op, VaeCall
 from remote_vae.served import ServedVae
 
 # What SD.Next calls the VAE that comes with the model.
@@ -88,20 +88,31 @@ class SdNext(WebUi):
             return original(sample, approximation)
 
     def _hooked(self, op: Op, original: Callable[..., Any]) -> Callable[..., Any]:
-        def hooked(vae: Any, tensor: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-            def own(tensor: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-                return original(vae, tensor, return_dict=return_dict, **kwargs)
-
-            if not self._takes() or not isinstance(tensor, torch.Tensor) or not self._is_loaded(vae):
-                return own(tensor, return_dict, **kwargs)
+        def hooked(vae: Any, *args: Any, **kwargs: Any) -> Any:
+            # The class has many callers: who names the tensor, or gives a generator by its place, is the VAE's own business.
+            plain = len(args) in (1, 2) and isinstance(args[0], torch.Tensor)
+            if not plain or not self._takes() or not self._is_loaded(vae):
+                return original(vae, *args, **kwargs)
             family = recognise_config(vae.config)
-            if family is None or not takes(op, tensor, family):
-                return own(tensor, return_dict, **kwargs)
-            call = vae_call(vae, family, op, own, tensor, return_dict, kwargs, self._interrupts())
-            # What becomes a picture of its own is cut off to 8 bits; only what is worked on further is rounded.
-            return self._answer(replace(call, identity=Identity(vae, _picked_vae()), truncates=True))
+            if family is None or not takes(op, args[0], family):
+                return original(vae, *args, **kwargs)
+            return self._answer(self._call(op, vae, family, partial(original, vae), *args, **kwargs))
 
         return hooked
+
+    def _call(
+        self,
+        op: Op,
+        vae: Any,
+        family: Family,
+        own: Callable[..., Any],
+        tensor: torch.Tensor,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> VaeCall[Any]:
+        call = vae_call(vae, family, op, own, tensor, return_dict, kwargs, self._interrupts())
+        # What becomes a picture of its own is cut off to 8 bits; only what is worked on further is rounded.
+        return replace(call, identity=Identity(vae, _picked_vae()), truncates=True)
 
     def _is_loaded(self, vae: Any) -> bool:
         """Whether ``vae`` belongs to the model or its refiner, or to the pipeline within either."""

@@ -480,3 +480,16 @@ def test_settings_can_be_replaced_while_attached(vae: AutoencoderKL, chaos: Chao
     handle.settings = remote_vae.Settings(endpoint=chaos.url)
     vae.decode(latents)
     assert [record.route for record in handle.history.records()] == ["local", "remote"]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@torch.no_grad()
+def test_an_attached_vae_can_be_called_in_every_way_that_diffusers_allows(
+    vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor, pixels: torch.Tensor, enabled: bool
+) -> None:
+    decoded, encoded = vae.decode(latents).sample, vae.encode(pixels).latent_dist.mode()
+    handle = remote_vae.attach(vae, {"endpoint": chaos.url, "transfer": "raw"})
+    handle.enabled = enabled
+    for way in (vae.decode(z=latents).sample, vae.decode(latents, False, torch.Generator())[0]):
+        assert torch.equal(way, decoded)
+    assert torch.equal(vae.encode(x=pixels).latent_dist.mode(), encoded)
