@@ -174,6 +174,9 @@ class WebuiState:
     def skip(self) -> None:
         self.skipped = True
 
+    def stop_generating(self) -> None:
+        self.stopping_generation = True
+
     def assign_current_image(self, image: Image.Image) -> None:
         self.current_image = image
 
