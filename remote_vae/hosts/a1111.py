@@ -15,7 +15,6 @@ from typing import Any, Optional
 
 import torch
 
-from remote_vae import tiled
 from remote_vae.errors import AnotherVae, RouteFailed
 from remote_vae.families import Family, find_family, recognise
 from remote_vae.hosts.ldm import Kind, kind_of
@@ -110,8 +109,7 @@ class A1111(WebUi):
             # Not that of the weights: lowvram brings them there at the call.
             device=torch.device(devices.device),
             decode=lambda latents: vae.decode(latents),
-            # sgm's and SD 3's encode draw a sample; this gives what it is drawn from.
-            encode=lambda pixels: tiled.encode(vae, pixels),
+            encode=lambda pixels: kind.moments(vae, pixels),
             name=_checkpoint(model),
             calling=self.serving,
         )

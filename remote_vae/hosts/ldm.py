@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from remote_vae import tiled
+
 
 class Kind(ABC):
     """How one kind of model relates what crosses its VAE calls to the VAE's raw latents."""
@@ -34,6 +36,14 @@ class Kind(ABC):
     @abstractmethod
     def from_vae(self, encoded: Any, device: torch.device, dtype: torch.dtype) -> Any:
         """What ``encode_first_stage`` returns for the result of ``first_stage_model.encode``, moved to device and dtype."""
+
+    def moments(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """The posterior ``[B, 2 C, h, w]`` (mean, logvar), unscaled, that ``vae.encode`` draws its sample from.
+
+        Raises:
+            UnsupportedLayout: the VAE is none of the known ones.
+        """
+        return tiled.encode(vae, pixels)
 
 
 class Ldm(Kind):
@@ -60,9 +70,16 @@ class Ldm(Kind):
     def from_vae(self, encoded: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return _distribution(encoded.parameters.to(device, dtype), deterministic=encoded.deterministic)
 
+    def moments(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+        parameters: torch.Tensor = vae.encode(pixels).parameters
+        return parameters
+
 
 class Sgm(Ldm):
     """sgm's DiffusionEngine."""
+
+    def moments(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return Kind.moments(self, vae, pixels)
 
     def from_moments(self, moments: torch.Tensor) -> Any:
         mean, std = _mean_and_std(moments)

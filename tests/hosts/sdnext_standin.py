@@ -356,7 +356,11 @@ class Host(WebuiHost):
         self.shared = Shared("modules.shared")
         self.shared.host = self
         vars(self.shared).update(opts=self.opts, state=self.state, OptionInfo=OptionInfo, device=cpu)
-        self.sd_models = make_module("modules.sd_models", model_data=self.modeldata.model_data)
+        self.sd_models = make_module(
+            "modules.sd_models",
+            model_data=self.modeldata.model_data,
+            move_model=lambda model, device=None, force=False: model.to(device),
+        )
         self.script_callbacks = script_callbacks(takes_name=False, more_events=("before_process", "after_process"))
         self.sd_samplers_common = SdSamplersCommon("modules.sd_samplers_common", self)
         self.processing_vae = ProcessingVae("modules.processing_vae", self)

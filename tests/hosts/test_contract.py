@@ -28,6 +28,7 @@ from tests.conftest import ServerThread
 from tests.hosts import forge_models, forge_standin, sdnext_standin
 from tests.hosts.contract import OWN, TITLE, UIS, WAYS, Endpoint, Made, Ui, levels_apart, make, same, source, without
 from tests.hosts.webui_standin import sampled
+from tests.nearness import psnr, psnr_of_moments
 from tests.vaes import tiny_flux
 
 only_forge = pytest.mark.parametrize("name", ["forge"], indirect=True)
@@ -1104,3 +1105,55 @@ def test_what_a_pipeline_passes_beside_the_tensor_reaches_the_class(
     assert seen == [{"return_dict": False, "generator": generator}]
     assert AutoencoderKL.decode is noted
     bare.clear_seam()
+
+
+# --- the VAE for other UIs -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_shared_is_the_vae_in_use_and_it_gives_what_the_model_gives(ui: Ui) -> None:
+    served = ui.adapter.current()
+    assert served is not None
+    assert served.module is ui.module
+    assert (served.family.key, served.dtype, served.device) == ("sd1", torch.float32, torch.device("cpu"))
+    latents, pixels = sampled(2, 3), torch.rand(1, 3, 32, 48) * 2 - 1
+    with served.calling():
+        decoded, moments = served.decode(latents), served.encode(pixels)
+        whole = ui.vae.decode(latents).sample, ui.vae.encode(pixels).latent_dist.parameters
+    assert psnr(decoded, whole[0]) > 100
+    assert psnr_of_moments(moments, whole[1]) > 100
+    # A call for another UI is nobody's generation.
+    assert ui.records() == []
+
+
+def test_a_call_for_another_ui_does_not_go_out_again(ui: Ui, endpoint: Endpoint) -> None:
+    ui.turn_on(endpoint.url)
+    served = ui.adapter.current()
+    assert served is not None
+    with served.calling():
+        served.decode(sampled(1, 3))
+        served.encode(torch.rand(1, 3, 32, 48))
+    assert endpoint.requests == []
+
+
+def test_after_a_switch_the_other_model_is_shared(ui: Ui) -> None:
+    ui.model = ui.host.load(ui.made("sdxl"))
+    assert ui.module is not None
+    served = ui.adapter.current()
+    assert served is not None
+    assert served.family.key == "sdxl"
+
+
+def test_while_nothing_is_loaded_nothing_is_shared_and_nothing_is_loaded_for_it(
+    ui: Ui, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ui.host.sd_models.model_data, "sd_model", None)
+    assert ui.adapter.current() is None
+    assert ui.host.loads == 0
+
+
+def test_only_who_ticked_the_box_shares(ui: Ui) -> None:
+    assert not ui.adapter.shares()
+    ui.host.set_options(share=True)
+    assert ui.adapter.shares()
+    ui.adapter.uninstall()
+    assert not ui.adapter.shares()
