@@ -46,6 +46,13 @@ class Identity:
             log.debug("no fingerprint of %s: %s", type(self.vae).__name__, error)
             return None
 
+    def look(self) -> object:
+        """What changes with the weights, at the price of a few bytes; None where they cannot be read."""
+        try:
+            return _look(self.vae)
+        except Exception:  # as above
+            return None
+
     def matches(self, theirs: Mapping[str, str]) -> bool | None:
         """Whether ``theirs``, fingerprints by rounding, are of this VAE; None where that cannot be told.
 
@@ -91,6 +98,8 @@ class _Fingerprints:
             key = _look(vae), rounding
             if key not in known.names:
                 name = fingerprint(vae.state_dict(), rounding)
+                if _look(vae) != key[0]:
+                    raise ValueError("its weights are being changed")
                 while len(known.names) >= _KEPT:
                     del known.names[next(iter(known.names))]
                 known.names[key] = name

@@ -109,9 +109,13 @@ class Router:
             fallback_reason=", then ".join(reasons),
             when=time.time(),
         )
-        self.history.add(record)
-        call.recorded(record)
-        log.info("%s", record)
+        # What is known of a picture is not worth the picture.
+        try:
+            self.history.add(record)
+            call.recorded(record)
+            log.info("%s", record)
+        except Exception:
+            log.debug("the record was lost", exc_info=True)
 
     def _failed(self, call: VaeCall[T], settings: Settings, error: Exception | None) -> VaeCallFailed:
         if call.op == "encode":

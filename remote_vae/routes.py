@@ -58,6 +58,7 @@ class VaeCall(Generic[T]):
         vae: the VAE itself, for the exact tiled VAE to work with its layers; None: it is not at hand.
         finish: turns pixels or, for an encode, moments into what the host's own call would return.
         device: where the VAE computes; None: where ``tensor`` is.
+        in_parts: whether the host makes a batch in as many parts as its memory wants.
         bring: gets the VAE onto its device in the host's own way, and gives a tensor there in the VAE's dtype.
         identity: which VAE it is, to be compared with the endpoint's. None: not known, and whatever the endpoint has will do.
         truncates: whether the host makes 8-bit levels by rounding down; then an 8-bit transfer does so too.
@@ -79,6 +80,7 @@ class VaeCall(Generic[T]):
     identity: Identity | None = None
     truncates: bool = False
     device: torch.device | None = None
+    in_parts: bool = False
     bring: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
     cancelled: Callable[[], bool] = lambda: False
     part: str = ""

@@ -196,3 +196,19 @@ def test_many_threads_pay_once(hashed: list[str], monkeypatch: pytest.MonkeyPatc
         thread.join()
     assert names == [("float16", fingerprint(vae.state_dict()))] * 8
     assert hashed == ["float16"]
+
+
+def test_weights_that_change_while_they_are_hashed_have_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = small()
+    before, other = fingerprint(vae.state_dict()), changed(vae)
+
+    def while_loading(state: Any, rounding: str = "float16") -> str:
+        name = fingerprint(state, rounding)
+        vae.load_state_dict(other)
+        return name
+
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "fingerprint", while_loading)
+        assert Identity(vae).fingerprint() is None
+    vae.load_state_dict(small().state_dict())
+    assert Identity(vae).fingerprint() == ("float16", before)

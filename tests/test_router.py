@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -446,3 +447,54 @@ def test_the_history_is_bounded_and_keeps_the_newest(host: Host) -> None:
 )
 def test_out_of_memory_is_recognised_on_every_device(error: Exception, memory: bool) -> None:
     assert is_out_of_memory(error) is memory
+
+
+# --- nothing that is not the host's VAE costs the picture ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("endpoint", ["http://studio..local:7870", f"http://{'a' * 70}.local"])
+def test_an_address_that_cannot_even_be_looked_up_is_a_fallback(host: Host, endpoint: str) -> None:
+    router = Router()
+    assert router.run(host.call(), Settings(endpoint=endpoint)) == "whole"
+    assert router.history.last is not None
+    assert router.history.last.fallback_reason
+
+
+def test_certificates_that_are_not_there_are_a_fallback(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
+    assert Router().run(host.call(), Settings(endpoint="https://certificates.invalid")) == "whole"
+
+
+def test_a_host_that_cannot_take_the_answer_gets_its_own_picture(host: Host, chaos: Chaos) -> None:
+    host.fails["remote"] = TypeError("a picture of another kind")
+    router = Router()
+    assert router.run(host.call(), Settings(endpoint=chaos.url)) == "whole"
+    assert router.history.last is not None
+    assert router.history.last.fallback_reason == "TypeError"
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_latents_of_another_family_are_not_adopted(host: Host, chaos: Chaos, pixels: torch.Tensor, family: str) -> None:
+    """A plain endpoint does not know what it was asked for, and may have another kind of VAE."""
+    chaos.drops = ("family",)
+    call = host.call(op="encode", tensor=pixels, family=find_family(family))
+    router = Router()
+    assert router.run(call, Settings(encode_endpoint=f"{chaos.url}/encode")) == "whole"
+    assert chaos.requests == ["/encode"]
+    assert router.history.last is not None
+    assert "gives [1, 32" in router.history.last.fallback_reason
+
+
+def test_pixels_of_another_scale_are_not_adopted(host: Host, chaos: Chaos) -> None:
+    family = replace(host.family, downscale=16)
+    router = Router()
+    assert router.run(host.call(family=family), Settings(decode_endpoint=f"{chaos.url}/decode")) == "whole"
+    assert router.history.last is not None
+    assert "gives [128, 192]" in router.history.last.fallback_reason
+
+
+def test_a_record_that_nobody_can_take_does_not_cost_the_picture(host: Host, chaos: Chaos) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("the infotext is gone")
+
+    assert Router().run(host.call(recorded=refuse), Settings(endpoint=chaos.url)) == "remote"

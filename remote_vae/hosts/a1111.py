@@ -106,8 +106,8 @@ class A1111(WebUi):
             module=vae,
             family=_family(model, kind),
             dtype=dtype,
-            # Not that of the weights: lowvram brings them there at the call.
-            device=torch.device(devices.device),
+            # lowvram brings the weights there at the call. Otherwise they may have been unloaded to the CPU.
+            device=torch.device(devices.device) if getattr(model, "lowvram", False) else next(vae.parameters()).device,
             decode=lambda latents: vae.decode(latents),
             encode=lambda pixels: kind.moments(vae, pixels),
             name=_checkpoint(model),

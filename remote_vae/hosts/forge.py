@@ -44,26 +44,27 @@ class Forge(WebUi):
     def hook(self, model: Any) -> None:
         if not self.installed or not hasattr(model, "forge_objects"):
             return
-        patcher = model.forge_objects.vae.patcher
-        for op, key in _WRAPPERS.items():
-            earlier = patcher.model_options.get(key)
-            if is_wrapped(earlier):
-                continue
-            wrapper = self._wrapper(op, earlier)
-            mark(wrapper, earlier, self)
-            setter = getattr(patcher, f"set_model_vae_{op}_wrapper")
-            setter(wrapper)
+        for patcher in _patchers(model):
+            for op, key in _WRAPPERS.items():
+                earlier = patcher.model_options.get(key)
+                if is_wrapped(earlier):
+                    continue
+                wrapper = self._wrapper(op, earlier)
+                mark(wrapper, earlier, self)
+                setter = getattr(patcher, f"set_model_vae_{op}_wrapper")
+                setter(wrapper)
 
     def _unhook(self, model: Any) -> None:
-        options = model.forge_objects.vae.patcher.model_options
-        for key in _WRAPPERS.values():
-            wrapper = options.get(key)
-            if not is_ours(wrapper, self):
-                continue
-            if wrapper.__wrapped__ is None:
-                del options[key]
-            else:
-                options[key] = wrapper.__wrapped__
+        for patcher in _patchers(model):
+            options = patcher.model_options
+            for key in _WRAPPERS.values():
+                wrapper = options.get(key)
+                if not is_ours(wrapper, self):
+                    continue
+                if wrapper.__wrapped__ is None:
+                    del options[key]
+                else:
+                    options[key] = wrapper.__wrapped__
 
     def current(self) -> ServedVae | None:
         models = self._models()
@@ -76,11 +77,11 @@ class Forge(WebUi):
             family=_family(vae),
             dtype=vae.vae_dtype,
             device=vae.device,
-            decode=lambda latents: first_stage.decode(_brought(vae, latents)),
+            decode=lambda latents: first_stage.decode(_brought(vae, "decode", latents)),
             # Without a regulation it would be a sample.
-            encode=lambda pixels: first_stage.encode(_brought(vae, pixels), lambda posterior: posterior.parameters),
+            encode=lambda pixels: first_stage.encode(_brought(vae, "encode", pixels), lambda posterior: posterior.parameters),
             name=str(getattr(getattr(models[0], "sd_checkpoint_info", None), "model_name", "")),
-            bring=partial(_brought, vae),
+            bring=partial(_brought, vae, "decode"),
             calling=self.serving,
         )
 
@@ -134,12 +135,22 @@ class Forge(WebUi):
             identity=Identity(first_stage, _picked_vae()),
             finish=finish,
             device=vae.device,
-            bring=partial(_brought, vae),
+            bring=partial(_brought, vae, op),
+            in_parts=True,
             spares=(Spare("Forge's own tiling", lambda: original(tensor)),),
             truncates=True,
             cancelled=self._interrupts(),
             part=f"{len(tensor)} pictures" if len(tensor) > 1 else "",
         )
+
+
+def _patchers(model: Any) -> list[Any]:
+    """Those of the VAE in all the sets of parts that Forge keeps of a model; an extension may have cloned one of them."""
+    names = ("forge_objects", "forge_objects_original", "forge_objects_after_applying_lora")
+    parts = [getattr(model, name, None) for name in names]
+    vaes = [getattr(each, "vae", None) for each in parts]
+    found = [vae.patcher for vae in vaes if vae is not None]
+    return list({id(patcher): patcher for patcher in found}.values())
 
 
 def _family(vae: Any) -> Family:
@@ -151,11 +162,12 @@ def _family(vae: Any) -> Family:
     )
 
 
-def _brought(vae: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` where and in what the VAE computes, after Forge has brought the VAE there."""
+def _brought(vae: Any, op: Op, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` where and in what the VAE computes, after Forge has brought the VAE there and made room for one picture."""
     from backend import memory_management
 
-    memory_management.load_models_gpu([vae.patcher])
+    estimate = vae.memory_used_decode if op == "decode" else vae.memory_used_encode
+    memory_management.load_models_gpu([vae.patcher], memory_required=estimate(tensor.shape, vae.vae_dtype))
     return tensor.to(vae.device, vae.vae_dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ def place(owner: Any, name: str, hook: Any, adapter: object) -> None:
 
 def mark(hook: Any, covered: Any, adapter: object) -> None:
     """Make ``hook`` known as one of ours, around ``covered``."""
-    setattr(hook, _MARK, adapter)
+    # functools.wraps copies attributes: by the name of the function, a copy of the mark on somebody else's is told apart.
+    setattr(hook, _MARK, (adapter, weakref.ref(hook)))
     hook.__wrapped__ = covered
 
 
@@ -45,7 +47,8 @@ def unwrap(owner: Any, name: str, adapter: object) -> None:
 
 def is_ours(function: Any, adapter: object) -> bool:
     """Whether ``function`` itself is a hook of ``adapter``."""
-    return getattr(function, _MARK, None) is adapter
+    owner, marked = getattr(function, _MARK, (None, lambda: None))
+    return owner is adapter and marked() is function
 
 
 def is_wrapped(function: Any) -> bool:
@@ -53,7 +56,7 @@ def is_wrapped(function: Any) -> bool:
     for _ in range(_DEEPEST):
         if function is None:
             return False
-        if getattr(function, _MARK, None) is not None:
+        if hasattr(function, _MARK):
             return True
         function = getattr(function, "__wrapped__", None)
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Union
@@ -25,7 +26,7 @@ from remote_vae.errors import (
 from remote_vae.families import Family, public_max_pixels
 from remote_vae.memory import free_memory, is_out_of_memory
 from remote_vae.remote.another_vae import VaeCheck
-from remote_vae.remote.breaker import Breakers
+from remote_vae.remote.breaker import Breakers, Gate
 from remote_vae.remote.client import EndpointClient, client_for, shown
 from remote_vae.remote.functions import in_parallel, one_by_one
 from remote_vae.remote.http import Deadlines, Reply
@@ -34,6 +35,8 @@ from remote_vae.settings import Settings
 from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeAnswer, EncodeRequest, Output
 from remote_vae.wire.pixels import to_uint8
 from remote_vae.wire.tensors import DTYPES
+
+log = logging.getLogger("remote_vae")
 
 _OUTPUTS = {"raw": Output.TENSOR, "u8": Output.UINT8, "png": Output.PNG, "jpg": Output.JPG}
 # Refusals that are about this request; the endpoint itself is well.
@@ -62,10 +65,23 @@ class RemoteRoute:
         refusal = breaker.enter(settings.cooldown)
         if refusal is not None:
             raise NotOffered(f"{url}: {refusal}", reason=refusal)
+        try:
+            return self._asked(call, settings, url, breaker, public=public)
+        except RouteFailed:
+            raise
+        except Exception as error:
+            # A name that cannot be looked up, certificates that are not there, no memory for the upload: whatever it is, it is
+            # not the host's VAE that went wrong.
+            log.exception("the remote route failed")
+            breaker.failed(type(error).__name__, answered=True)
+            raise RouteFailed(f"{shown(url)}: {type(error).__name__}: {error}", reason=type(error).__name__) from error
+
+    def _asked(self, call: VaeCall[T], settings: Settings, url: str, breaker: Gate, *, public: bool) -> Outcome[T]:
         call.tell(f"{call.doing} on {urlsplit(url).netloc.rpartition('@')[2]}")
         try:
             self._vaes.check(call, url, settings, public=public)
             reply = _Asking(client_for(url, public=public), call, settings).ask()
+            _check_answer(call, reply.answer)
         except (CallCancelled, InvalidRequest) as error:
             breaker.left()
             raise _as_route_failure(error) from None
@@ -153,6 +169,24 @@ class _Asking:
         request = EncodeRequest(_upload_form(pixels, self._transfer), posterior=True, family=self._family)
         reply = self._client.encode(request, self._deadlines, self._stop)
         return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
+
+
+def _check_answer(call: VaeCall[T], answer: Remote) -> None:
+    """Whether the answer is what this VAE would have given; a plain endpoint may have one of another family.
+
+    Raises:
+        MalformedAnswer: latents or pixels of another shape.
+    """
+    family = call.family
+    batch, height, width = call.size
+    if isinstance(answer, EncodeAnswer):
+        channels = family.latent_channels * (2 if answer.is_posterior else 1)
+        came: tuple[int, ...] = tuple(answer.latents.shape)
+        wanted: tuple[int, ...] = (batch, channels, height // family.downscale, width // family.downscale)
+    else:
+        came, wanted = answer.size, (height, width)
+    if came != wanted:
+        raise MalformedAnswer(f"{list(came)} came, and the VAE of {family.label} gives {list(wanted)}")
 
 
 def _adopted(call: VaeCall[T], answer: Remote) -> T:

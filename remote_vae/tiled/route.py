@@ -13,6 +13,7 @@ from remote_vae.routes import Outcome, Spare, T, VaeCall
 from remote_vae.settings import Settings
 from remote_vae.tiled.ladder import exact_ways, first_that_fits, whole_fits
 from remote_vae.tiled.processor import is_fast_at_bfloat16
+from remote_vae.tiled.weights import bring_in
 
 log = logging.getLogger("remote_vae")
 
@@ -45,19 +46,28 @@ def _ways(call: VaeCall[T], settings: Settings) -> Iterator[Spare[T]]:
     if wants_bfloat16(call, settings):
         for way in exact_ways(call.vae, call.op, call.tensor, dtype=torch.bfloat16, progress=_teller(call)):
             yield Spare("tiled VAE in bfloat16", partial(_finished, call, way.run))
-    if call.whole is not None and (call.vae is None or whole_fits(call.vae, call.op, call.tensor, device)):
+    tensor = call.tensor
+    if call.vae is not None:
+        # Before the free memory is looked at: a host that has put the VAE away takes other models away to make room for it.
+        tensor = _brought(call)
+    if call.whole is not None and (call.vae is None or whole_fits(call.vae, call.op, _part(call), device)):
         yield Spare("whole VAE", call.whole)
     if call.vae is not None:
-        tensor = _brought(call)
         for way in exact_ways(call.vae, call.op, tensor, progress=_teller(call)):
             yield Spare(way.name, partial(_finished, call, way.run))
-        del tensor
+    del tensor
     yield from call.spares
 
 
+def _part(call: VaeCall[T]) -> torch.Tensor:
+    """What the host's own call works on at once."""
+    return call.tensor[:1] if call.in_parts else call.tensor
+
+
 def _brought(call: VaeCall[T]) -> torch.Tensor:
-    """What the VAE computes with, on its device; where even that finds no room, as it is."""
+    """What the VAE computes with, on its device, where the host has brought it; where that finds no room, as it is."""
     try:
+        bring_in(call.vae)
         return call.bring(call.tensor)
     except Exception as error:
         if not is_out_of_memory(error):

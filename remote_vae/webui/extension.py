@@ -7,7 +7,7 @@ import sys
 
 from remote_vae.hosts.detect import detect
 from remote_vae.webui.accordion import script_class
-from remote_vae.webui.plot_axes import add_axes
+from remote_vae.webui.plot_axes import add_axes, remove_axes
 from remote_vae.webui.settings_panel import add_options
 from remote_vae.webui.share import mount
 
@@ -30,6 +30,7 @@ def load() -> type | None:
     script_callbacks.on_ui_settings(add_options)
     script_callbacks.on_model_loaded(adapter.hook)
     script_callbacks.on_script_unloaded(adapter.uninstall)
+    script_callbacks.on_script_unloaded(remove_axes)
     script_callbacks.on_before_ui(add_axes)
     script_callbacks.on_app_started(lambda _demo, app: mount(app, adapter, queue_lock))
     adapter.install()
@@ -48,7 +49,13 @@ class _Console(logging.Handler):
     """Prints to what is standard output by then: SD.Next redirects it while it loads scripts."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stdout.write(f"{self.format(record)}\n")
+        # A line is not worth a picture: there may be no console, or one that has not all letters.
+        try:
+            stream = sys.stdout
+            line = self.format(record).encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
+            stream.write(line.decode(getattr(stream, "encoding", None) or "utf-8") + "\n")
+        except Exception:
+            self.handleError(record)
 
 
 def _show_log() -> None:

@@ -12,6 +12,9 @@ from remote_vae.webui.accordion import transfers
 
 log = logging.getLogger("remote_vae")
 
+# Label, field of a request, and what can be chosen.
+_AXES = {"Remote VAE": ("mode", MODES), "Remote VAE transfer": ("transfer", transfers())}
+
 
 def add_axes() -> None:
     """Add the axes, once. Called by the host in on_before_ui, when its scripts are loaded."""
@@ -19,9 +22,16 @@ def add_axes() -> None:
     if plot is None:
         return
     present = {option.label for option in plot.axis_options}
-    for label, field, choices in (("Remote VAE", "mode", MODES), ("Remote VAE transfer", "transfer", transfers())):
+    for label, (field, choices) in _AXES.items():
         if label not in present:
             plot.axis_options.append(_axis(plot, label, field, choices))
+
+
+def remove_axes() -> None:
+    """Take the axes away. SD.Next keeps its list of axes while it loads its scripts anew."""
+    plot = _plot_module()
+    if plot is not None:
+        plot.axis_options[:] = [option for option in plot.axis_options if option.label not in _AXES]
 
 
 def _plot_module() -> Any:

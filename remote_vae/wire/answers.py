@@ -90,6 +90,14 @@ class DecodeAnswer:
             raise TypeError(f"a {self.output.value} answer holds no tensor")
         return self.payload
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """H, W in pixels of a picture answer or a tensor of pictures."""
+        if isinstance(self.payload, Image.Image):
+            return self.payload.height, self.payload.width
+        shape = self.tensor.shape
+        return (shape[-3], shape[-2]) if self.output is Output.UINT8 else (shape[-2], shape[-1])
+
     def picture(self, index: int) -> DecodeAnswer:
         """One picture of a batch's tensor answer, as a batch of one; its memory is shared."""
         return DecodeAnswer(self.output, self.tensor[index : index + 1])

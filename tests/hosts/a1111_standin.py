@@ -168,7 +168,7 @@ class LatentFormat:
 class Sd3Model(nn.Module):
     """SD 3: latents are shifted as well, and ``encode_first_stage`` gives the scaled sample."""
 
-    is_sd3 = True
+    # Without is_sd3: that is a VAE of 16 channels, and the one within has 4.
 
     def __init__(self, vae: Any) -> None:
         super().__init__()

@@ -779,7 +779,7 @@ def test_latents_that_nothing_can_decode_are_saved_raw_in_the_hosts_data_folder(
     assert path.parent == Path(host.paths.data_path) / "remote-vae-rescue"
     rescued = load_latents(path)
     assert torch.equal(rescued.latents, given[0])
-    assert rescued.family.key == {LdmModel: "sd1", SgmModel: "sdxl", Sd3Model: "sd3"}[kind]
+    assert rescued.family.key == {LdmModel: "sd1", SgmModel: "sdxl", Sd3Model: "custom"}[kind]
     assert [record.route for record in records()] == ["failed"]
 
 

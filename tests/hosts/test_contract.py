@@ -1143,12 +1143,12 @@ def test_after_a_switch_the_other_model_is_shared(ui: Ui) -> None:
     assert served.family.key == "sdxl"
 
 
-def test_while_nothing_is_loaded_nothing_is_shared_and_nothing_is_loaded_for_it(
-    ui: Ui, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ui.host.sd_models.model_data, "sd_model", None)
-    assert ui.adapter.current() is None
-    assert ui.host.loads == 0
+def test_while_nothing_is_loaded_nothing_is_shared_and_nothing_is_loaded_for_it(ui: Ui) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        before = ui.host.loads
+        patch.setattr(ui.host.sd_models.model_data, "sd_model", None)
+        assert ui.adapter.current() is None
+        assert ui.host.loads == before
 
 
 def test_only_who_ticked_the_box_shares(ui: Ui) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import AutoencoderKL
@@ -44,7 +47,7 @@ def test_the_start_registers_each_callback_once(host: Host) -> None:
     assert callbacks == {
         "ui_settings": [settings_panel.add_options],
         "model_loaded": [adapter.hook],
-        "script_unloaded": [adapter.uninstall],
+        "script_unloaded": [adapter.uninstall, plot_axes.remove_axes],
         "before_ui": [plot_axes.add_axes],
     }
 
@@ -56,7 +59,7 @@ def test_reload_ui_registers_each_callback_once_again(host: Host) -> None:
     assert {event: len(callbacks) for event, callbacks in host.script_callbacks.callbacks.items()} == {
         "ui_settings": 1,
         "model_loaded": 1,
-        "script_unloaded": 1,
+        "script_unloaded": 2,
         "before_ui": 1,
         "app_started": 1,
     }
@@ -88,6 +91,33 @@ def test_a_vae_call_is_one_line_in_the_console_after_reload_ui_too(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("Remote VAE: decode 48x32: local")
+
+
+@pytest.mark.parametrize("console", [None, io.TextIOWrapper(io.BytesIO(), "cp1252"), "closed"])
+def test_a_console_that_cannot_take_a_line_does_not_cost_the_picture(
+    host: Host, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, console: Any
+) -> None:
+    host.load_extension()
+    host.load(LdmModel(vae))
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    if console == "closed":
+        console = io.StringIO()
+        console.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console)
+        logging.getLogger("remote_vae").warning("503: サーバー")
+        host.set_options(enabled=True)
+        assert len(host.txt2img()) == 1
+
+
+def test_after_unloading_the_plot_has_none_of_our_axes(host: Host) -> None:
+    host.load_extension()
+    host.create_ui()
+    [plot] = [data.module for data in host.scripts.scripts_data if hasattr(data.module, "axis_options")]
+    assert [option.label for option in plot.axis_options][-2:] == ["Remote VAE", "Remote VAE transfer"]
+    axes = plot.axis_options
+    host.script_callbacks.script_unloaded_callback()
+    assert [option.label for option in axes] == ["Nothing", "Seed"]
 
 
 def test_the_panel_has_every_option_of_the_file_once_in_its_order(host: Host) -> None:
