@@ -182,8 +182,8 @@ def webui_pairs() -> list[Pair]:
     if not all(hooked) or len(forge_vae.patcher.model_options) < 2 or not hasattr(HookedClassVae.decode, "__wrapped__"):
         raise AssertionError("an adapter did not get in the way of its stand-in")
     # Never asked for: the option's default is what a user who has not touched the panel runs with.
-    set_off = Opts({"remote_vae_enabled": False}, {})
-    unset = Opts({}, {"remote_vae_enabled": SimpleNamespace(default=False)})
+    set_off = Opts({"remotevae_enabled": False}, {})
+    unset = Opts({}, {"remotevae_enabled": SimpleNamespace(default=False)})
     return [
         _under(modules.shared, opts, label, pair)
         for label, opts in (("set off", set_off), ("default", unset))

@@ -51,7 +51,11 @@ _KNOWN = (
             "modules.sd_models:model_data",
         ),
     ),
-    _Known(sdnext.adapter, "modules.modeldata", ("modules.modeldata:model_data", "diffusers:AutoencoderKL")),
+    _Known(
+        sdnext.adapter,
+        "modules.modeldata",
+        ("modules.modeldata:model_data", "modules.processing_vae:vae_decode", "diffusers:AutoencoderKL"),
+    ),
     _Known(
         a1111.adapter,
         "",

@@ -146,8 +146,8 @@ def _way(record: Record) -> str:
     if record.route == "remote":
         return f"remote {urlsplit(record.endpoint).hostname} ({record.detail})"
     name = record.route if record.route == "failed" else "local"
-    # A pause after a failure names its seconds, which would be another text for every call.
-    reason = record.fallback_reason.partition("; asked again")[0]
+    # Without the details, such as the seconds of a pause, which would make another text for every call.
+    reason = record.fallback_reason.partition(";")[0].partition(":")[0]
     return f"{name} ({reason})" if reason else name
 
 

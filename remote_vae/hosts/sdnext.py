@@ -15,7 +15,7 @@ import torch
 
 from remote_vae.families import Family, recognise_config
 from remote_vae.hosts.diffusers import takes, vae_call
-from remote_vae.hosts.webui import WebUi
+from remote_vae.hosts.webui import ThreadState, WebUi
 from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
 from remote_vae.identity import Identity
 from remote_vae.routes import Op, VaeCall
@@ -26,10 +26,19 @@ _OWN_VAE = ("Automatic", "Default", "None", "")
 _OPS: tuple[Op, ...] = ("decode", "encode")
 
 
+class _ThreadState(ThreadState):
+    # Whether what is being decoded becomes 8 bits by rounding.
+    rounds = False
+
+
 class SdNext(WebUi):
     """SD.Next with diffusers."""
 
     name = "SD.Next"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread: _ThreadState = _ThreadState()
 
     def install(self) -> None:
         super().install()
@@ -46,6 +55,11 @@ class SdNext(WebUi):
 
         for op in _OPS:
             unwrap(diffusers.AutoencoderKL, op, self)
+
+    def _doors(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        from modules import processing_vae
+
+        return [*super()._doors(), (processing_vae, "vae_decode", self._decode_door)]
 
     def hook(self, model: Any) -> None:
         """Nothing to do: the class is hooked, and its instances are looked at when they are called."""
@@ -87,6 +101,15 @@ class SdNext(WebUi):
         with self.passing_on():
             return original(sample, approximation)
 
+    def _decode_door(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``vae_decode``: PIL pictures, which are worked on further, are rounded; arrays are cut off to 8 bits later."""
+        before = self._thread.rounds
+        self._thread.rounds = kwargs.get("output_type") == "pil"
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._thread.rounds = before
+
     def _hooked(self, op: Op, original: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(vae: Any, *args: Any, **kwargs: Any) -> Any:
             # The class has many callers: who names the tensor, or gives a generator by its place, is the VAE's own business.
@@ -111,8 +134,7 @@ class SdNext(WebUi):
         **kwargs: Any,
     ) -> VaeCall[Any]:
         call = vae_call(vae, family, op, own, tensor, return_dict, kwargs, self._interrupts())
-        # What becomes a picture of its own is cut off to 8 bits; only what is worked on further is rounded.
-        return replace(call, identity=Identity(vae, _picked_vae()), truncates=True)
+        return replace(call, identity=Identity(vae, _picked_vae()), truncates=not self._thread.rounds)
 
     def _is_loaded(self, vae: Any) -> bool:
         """Whether ``vae`` belongs to the model or its refiner, or to the pipeline within either."""

@@ -31,7 +31,8 @@ from remote_vae.settings import Settings, load_options
 
 log = logging.getLogger("remote_vae")
 
-PREFIX = "remote_vae_"
+# Of the options' names in the UI. SD.Next has options of its own that begin with remote_vae_.
+PREFIX = "remotevae_"
 _PRESSES = ("interrupt", "skip", "stop_generating")
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-PREFIX = "remote_vae_"
+PREFIX = "remotevae_"
 # Settings of the extension while it is driven; a situation changes some of them.
 EXTENSION: dict[str, object] = {
     "enabled": False,

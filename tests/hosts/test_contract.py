@@ -541,7 +541,7 @@ def test_nonsense_and_too_few_or_too_many_arguments_follow_the_settings(ui: Ui, 
 def test_settings_overridden_in_a_request_count_for_it_alone(ui: Ui, endpoint: Endpoint) -> None:
     ui.host.create_ui()
     ui.turn_on("", enabled=False)
-    ui.host.override_settings = {"remote_vae_enabled": True, "remote_vae_endpoint": endpoint.url}
+    ui.host.override_settings = {"remotevae_enabled": True, "remotevae_endpoint": endpoint.url}
     ui.host.txt2img()
     assert endpoint.requests == ["/decode"]
     assert f"{TITLE}: decode remote" in ui.host.infotexts[0]
@@ -1105,6 +1105,26 @@ def test_what_a_pipeline_passes_beside_the_tensor_reaches_the_class(
     assert seen == [{"return_dict": False, "generator": generator}]
     assert AutoencoderKL.decode is noted
     bare.clear_seam()
+
+
+@only_sdnext
+def test_a_picture_that_is_rounded_is_the_local_one_in_eight_bits_too(ui: Ui, endpoint: Endpoint) -> None:
+    """Those that are saved before the second pass, or worked on further; the final ones are cut off."""
+    _, local = ui.host.hires_latent(2, save_before=True)
+    ui.turn_on(endpoint.url, transfer="u8")
+    _, remote = ui.host.hires_latent(2, save_before=True)
+    assert same([np.asarray(picture) for picture in remote], [np.asarray(picture) for picture in local])
+
+
+@only_sdnext
+def test_the_hosts_own_options_of_a_like_name_stay_its_own(bare: Ui) -> None:
+    """SD.Next has a remote VAE of its own."""
+    own = {key: bare.host.shared.OptionInfo(False, key) for key in ("remote_vae_type", "remote_vae_encode")}
+    for key, info in own.items():
+        bare.host.opts.add_option(key, info)
+    bare.host.load_extension()
+    bare.host.create_ui()
+    assert {key: bare.host.opts.data_labels[key] for key in own} == own
 
 
 # --- the VAE for other UIs -----------------------------------------------------------------------------------------------

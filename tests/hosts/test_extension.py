@@ -124,14 +124,14 @@ def test_the_panel_has_every_option_of_the_file_once_in_its_order(host: Host) ->
     host.load_extension()
     host.script_callbacks.ui_settings_callback()
     host.reload_ui()
-    assert list(host.opts.data_labels) == [f"remote_vae_{key}" for key in OPTIONS]
+    assert list(host.opts.data_labels) == [f"remotevae_{key}" for key in OPTIONS]
 
 
 @pytest.mark.parametrize("key", OPTIONS)
 def test_an_option_has_its_component_default_bounds_and_words(host: Host, key: str) -> None:
     host.load_extension()
     host.script_callbacks.ui_settings_callback()
-    info, entry = host.opts.data_labels[f"remote_vae_{key}"], OPTIONS[key]
+    info, entry = host.opts.data_labels[f"remotevae_{key}"], OPTIONS[key]
     default = entry["default"]
     if isinstance(default, bool):
         component, arguments = standin.Checkbox, {}
@@ -156,8 +156,8 @@ def test_what_the_user_has_set_outlives_the_start(host: Host) -> None:
     host.set_options(endpoint="http://studio:7870", enabled=True)
     host.load_extension()
     host.script_callbacks.ui_settings_callback()
-    assert host.opts.remote_vae_endpoint == "http://studio:7870"
-    assert host.opts.remote_vae_enabled is True
+    assert host.opts.remotevae_endpoint == "http://studio:7870"
+    assert host.opts.remotevae_enabled is True
 
 
 def test_the_panel_untouched_is_the_default_settings(host: Host) -> None:

@@ -76,6 +76,7 @@ def test_a_cell_of_a_plot_wins_over_the_accordion() -> None:
         ([FELL_BACK, FELL_BACK], "decode local (503)"),
         ([REMOTE, FELL_BACK], "decode remote studio (u8) and local (503)"),
         ([replace(FELL_BACK, fallback_reason="503; asked again in 29 s")], "decode local (503)"),
+        ([replace(FELL_BACK, fallback_reason="bad answer: values from nan to nan")], "decode local (bad answer)"),
         ([LOCAL, as_encode(REMOTE)], "decode local, encode remote studio (u8)"),
         ([LOCAL], None),
         ([], None),

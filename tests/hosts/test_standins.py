@@ -141,13 +141,13 @@ def test_the_infotext_is_made_after_the_decode_and_for_each_picture(host: Any) -
 
 def test_overridden_settings_hold_for_one_generation(host: Any) -> None:
     host.set_options(enabled=False)
-    host.override_settings = {"remote_vae_enabled": True}
+    host.override_settings = {"remotevae_enabled": True}
     inner = host.processing.process_images_inner
     during: list[bool] = []
-    host.processing.process_images_inner = lambda p: during.append(host.opts.remote_vae_enabled) or inner(p)
+    host.processing.process_images_inner = lambda p: during.append(host.opts.remotevae_enabled) or inner(p)
     host.txt2img()
     assert during == [True]
-    assert host.opts.remote_vae_enabled is False
+    assert host.opts.remotevae_enabled is False
 
 
 def test_an_error_ends_the_job_and_restores_the_settings(host: Any) -> None:
@@ -155,11 +155,11 @@ def test_an_error_ends_the_job_and_restores_the_settings(host: Any) -> None:
         raise KeyError("inner")
 
     host.set_options(enabled=False)
-    host.override_settings = {"remote_vae_enabled": True}
+    host.override_settings = {"remotevae_enabled": True}
     host.processing.process_images_inner = fail
     with pytest.raises(KeyError):
         host.txt2img()
-    assert host.opts.remote_vae_enabled is False
+    assert host.opts.remotevae_enabled is False
     assert host.state.job == ""
 
 
@@ -424,10 +424,10 @@ def test_the_modules_that_sdnext_lacks_are_missing(sdnext: Any) -> None:
 
 def test_an_option_that_sdnext_does_not_know_raises_and_a_default_is_not_stored(sdnext: Any) -> None:
     with pytest.raises(AttributeError):
-        _ = sdnext.opts.remote_vae_enabled
-    sdnext.opts.add_option("remote_vae_enabled", sdnext.shared.OptionInfo(False, "Enabled"))
-    assert sdnext.opts.remote_vae_enabled is False
-    assert "remote_vae_enabled" not in sdnext.opts.data
+        _ = sdnext.opts.remotevae_enabled
+    sdnext.opts.add_option("remotevae_enabled", sdnext.shared.OptionInfo(False, "Enabled"))
+    assert sdnext.opts.remotevae_enabled is False
+    assert "remotevae_enabled" not in sdnext.opts.data
 
 
 def test_the_callbacks_of_sdnext_take_no_name_and_that_before_a_generation_fires_in_the_control_tab_too(

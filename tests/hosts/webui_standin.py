@@ -21,7 +21,7 @@ from PIL import Image
 
 from tests.hosts.script_standin import AxisOption, ScriptRunner, gradio, make_module, set_seed, xyz_module
 
-PREFIX = "remote_vae_"
+PREFIX = "remotevae_"
 Pictures = list[np.ndarray]
 
 
