@@ -47,11 +47,9 @@ def test_remote_runs_go_over_the_wire_and_raw_ones_change_nothing(demo: tuple[Pa
 def test_the_server_dies_in_mid_call_and_the_picture_comes_out_all_the_same(demo: tuple[Path, str]) -> None:
     found = runs(demo)
     killed = found["server killed in mid-call", "decode"]
-    assert (killed["route"], killed["max_diff_levels"], killed["fallback_reason"]) == (
-        "tiled (whole VAE)",
-        0,
-        "connection lost",
-    )
+    assert (killed["route"], killed["max_diff_levels"]) == ("tiled (whole VAE)", 0)
+    # A connection that was open from an earlier call is tried anew, and then nobody listens any more.
+    assert killed["fallback_reason"] in ("connection lost", "connection refused")
     gone = found["server gone", "encode"]
     assert (gone["route"], gone["max_diff_levels"], gone["fallback_reason"]) == ("tiled (whole VAE)", 0, "connection refused")
 
