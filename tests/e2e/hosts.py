@@ -106,6 +106,7 @@ class Driver:
         self._report = report
         # What each row asks for when all is well.
         self._requests: dict[str, list[str]] = {}
+        self._used: set[str] = set()
 
     def local(self) -> dict[str, Shot]:
         """Every row by the host alone, in the way it is set up."""
@@ -126,8 +127,7 @@ class Driver:
                 print(f"{situation.name:18}{row.name:34}{cell.text}   {cell.asked}", flush=True)
 
     def _cell(self, row: Row, situation: Situation) -> Cell:
-        # An address of its own: the pause after an earlier failure is not for it.
-        chaos = Chaos(self._server)
+        chaos = self._endpoint()
         try:
             fail_at = situation.fail_at(row, self._requests.get(row.name, []))
             if situation.interrupt and fail_at is not None and fail_at < 0:
@@ -150,6 +150,16 @@ class Driver:
         if situation.name == "remote raw":
             self._requests[row.name] = cell.requests
         return cell
+
+    def _endpoint(self) -> Chaos:
+        """At an address that no cell before has had: the pause after an earlier failure is not for it."""
+        doubles = []
+        while (chaos := Chaos(self._server)).url in self._used:
+            doubles.append(chaos)
+        for double in doubles:
+            double.close()
+        self._used.add(chaos.url)
+        return chaos
 
     def _shot(self, row: Row, presser: Interrupter) -> Shot:
         try:
