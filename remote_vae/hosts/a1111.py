@@ -182,9 +182,9 @@ class A1111(WebUi):
         index = batch.index_of(tensor) if batch is not None else None
         if batch is not None and index is not None and isinstance(batch.answer, DecodeAnswer):
             return batch.answer.picture(index).pixels(tensor.device, tensor.dtype)
-        call = self._call(op, model, kind, original, tensor)
         if batch is None or index is None:
-            return self._answer(call)
+            return self._taken(lambda: self._call(op, model, kind, original, tensor), lambda: original(tensor))
+        call = self._call(op, model, kind, original, tensor)
         # The UI gives up the whole batch with the first picture that fails.
         call = replace(call, lost=batch.raw, part=f"{index + 1} of {len(batch.latents)}")
         return self._answer(call, remote=not batch.failure, because=batch.failure)

@@ -101,7 +101,7 @@ class Forge(WebUi):
                 return original(tensor)
             if getattr(vae, "first_stage_model", None) is None:
                 return original(tensor)
-            return self._answer(self._call(op, vae, original, tensor))
+            return self._taken(lambda: self._call(op, vae, original, tensor), lambda: original(tensor))
 
         return wrapper
 

@@ -62,7 +62,7 @@ class Generation:
     """From the beginning to the end of a host's ``process_images_inner``.
 
     Attributes:
-        p: the host's processing object; its ``extra_generation_params`` become the infotext.
+        p: the host's processing object; see ``params``.
         outer: the generation that this one is a part of (a face detailer's).
     """
 
@@ -73,8 +73,14 @@ class Generation:
 
     def __post_init__(self) -> None:
         # The cells of a plot share their infotext with the cell before; a pass within a generation shares it with that.
-        if self.outer is None or self.outer.p.extra_generation_params is not self.p.extra_generation_params:
-            self.p.extra_generation_params.pop(INFOTEXT, None)
+        if self.outer is None or self.outer.params is not self.params:
+            self.params.pop(INFOTEXT, None)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What becomes the infotext; of a processing object of somebody else's that has none, nothing does."""
+        params = getattr(self.p, "extra_generation_params", None)
+        return params if isinstance(params, dict) else {}
 
     @property
     def request(self) -> Request:
@@ -92,9 +98,9 @@ class Generation:
         self._records.append((self._iteration, record))
         text = self.summary()
         if text:
-            self.p.extra_generation_params[INFOTEXT] = text
+            self.params[INFOTEXT] = text
         else:
-            self.p.extra_generation_params.pop(INFOTEXT, None)
+            self.params.pop(INFOTEXT, None)
 
     def summary(self) -> str:
         """Such as "decode remote studio (u8), encode local (503)"; empty where nothing was to be remote."""

@@ -119,7 +119,8 @@ class SdNext(WebUi):
             family = recognise_config(vae.config)
             if family is None or not takes(op, args[0], family):
                 return original(vae, *args, **kwargs)
-            return self._answer(self._call(op, vae, family, partial(original, vae), *args, **kwargs))
+            own = partial(original, vae)
+            return self._taken(lambda: self._call(op, vae, family, own, *args, **kwargs), lambda: own(*args, **kwargs))
 
         return hooked
 

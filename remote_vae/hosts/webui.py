@@ -97,9 +97,14 @@ class WebUi(ABC):
 
     def hook_loaded(self) -> None:
         """Get in the way of every model that is loaded."""
-        if self.installed:
+        if not self.installed:
+            return
+        try:
             for model in self._models():
                 self.hook(model)
+        except Exception:
+            # A model of a kind that nobody has thought of: its generation goes on without us.
+            log.exception("a model could not be hooked")
 
     def uninstall(self) -> None:
         """Give the UI its own functions back. A hook that somebody has put over ours stays, and ours only passes on."""
@@ -180,6 +185,15 @@ class WebUi(ABC):
 
         enabled = getattr(shared.opts, PREFIX + "enabled", False)
         return enabled if isinstance(enabled, bool) else self.own_settings().enabled
+
+    def _taken(self, make: Callable[[], VaeCall[T]], own: Callable[[], T]) -> T:
+        """Answer the call that ``make`` makes. Where even that fails, which is our fault and not the VAE's, by ``own``."""
+        try:
+            call = make()
+        except Exception:
+            log.exception("this call was not understood; the UI's own VAE answers it")
+            return own()
+        return self._answer(call)
 
     def _answer(self, call: VaeCall[T], *, remote: bool = True, because: str = "") -> T:
         """Answer ``call`` by the best route, and let the user see how it goes."""

@@ -1127,6 +1127,30 @@ def test_the_hosts_own_options_of_a_like_name_stay_its_own(bare: Ui) -> None:
     assert {key: bare.host.opts.data_labels[key] for key in own} == own
 
 
+# --- our own faults --------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_we_do_not_understand_is_the_uis_own(
+    ui: Ui, endpoint: Endpoint, alone: dict[str, Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AttributeError("nobody has thought of this")
+
+    monkeypatch.setattr(ui.adapter, "_call", fail)
+    ui.turn_on(endpoint.url)
+    assert same(make(ui, "img2img").pictures, alone["img2img"].pictures)
+    assert endpoint.requests == []
+
+
+def test_a_model_that_cannot_be_hooked_is_generated_with_all_the_same(ui: Ui) -> None:
+    def fail() -> Any:
+        raise AttributeError("nobody has thought of this")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ui.adapter, "_models", fail)
+        assert len(ui.host.txt2img()) == 1
+
+
 # --- the VAE for other UIs -----------------------------------------------------------------------------------------------
 
 

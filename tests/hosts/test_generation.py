@@ -126,6 +126,13 @@ def test_a_pass_within_a_generation_keeps_its_text() -> None:
     assert INFOTEXT in p.extra_generation_params
 
 
+@pytest.mark.parametrize("p", [None, SimpleNamespace(), SimpleNamespace(extra_generation_params=None)])
+def test_a_processing_object_without_an_infotext_is_no_trouble(p: Any) -> None:
+    Generation(p).record(REMOTE)
+    Generation(p, Generation(processing())).record(FELL_BACK)
+    assert Generation(p).request == Request()
+
+
 # --- encodings -----------------------------------------------------------------------------------------------------------
 
 
