@@ -23,7 +23,13 @@ class InvalidRequest(RemoteVaeError, ValueError):
 
 
 class RouteFailed(RemoteVaeError):
-    """One route could not answer the call; the router goes on to the next one."""
+    """One route could not answer the call; the router goes on to the next one.
+
+    Attributes:
+        told: whether the user has been told the same before.
+    """
+
+    told = False
 
 
 class NotOffered(RouteFailed):
@@ -31,7 +37,7 @@ class NotOffered(RouteFailed):
 
 
 class AnotherVae(NotOffered):
-    """The endpoint has another VAE than the call. ``told``: the last thing that was said of this endpoint was the same."""
+    """The endpoint has another VAE than the call."""
 
     def __init__(self, message: str, *, told: bool) -> None:
         super().__init__(message, reason="another VAE there")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from remote_vae import rescue
-from remote_vae.errors import AnotherVae, OutOfMemory, RouteFailed, VaeCallFailed
+from remote_vae.errors import OutOfMemory, RouteFailed, VaeCallFailed
 from remote_vae.history import History, Record
 from remote_vae.local import LocalRoute
 from remote_vae.memory import forget_frames
@@ -54,8 +54,7 @@ class Router:
             try:
                 outcome = route.run(call, settings)
             except RouteFailed as error:
-                told = isinstance(error, AnotherVae) and error.told
-                log.log(logging.DEBUG if told else logging.WARNING, "%s %s: %s", route.name, call.op, error)
+                log.log(logging.DEBUG if error.told else logging.WARNING, "%s %s: %s", route.name, call.op, error)
                 forget_frames(error)
                 reasons.append(error.reason)
                 failure = error

@@ -90,7 +90,9 @@ class VaeCall(Generic[T]):
     @property
     def doing(self) -> str:
         """What goes on, for the eyes of the user."""
-        return " ".join(filter(None, ("decoding" if self.op == "decode" else "encoding", self.part)))
+        batch = self.tensor.shape[0]
+        what = self.part or (f"{batch} pictures" if batch > 1 else "")
+        return " ".join(filter(None, ("decoding" if self.op == "decode" else "encoding", what)))
 
     @property
     def size(self) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 import torch
 
-from remote_vae.errors import AnotherVae, RouteFailed
+from remote_vae.errors import RouteFailed
 from remote_vae.families import Family, find_family, recognise
 from remote_vae.hosts.ldm import Kind, kind_of
 from remote_vae.hosts.webui import ThreadState, WebUi
@@ -148,7 +148,6 @@ class A1111(WebUi):
             identity=_identity(model),
             truncates=True,
             cancelled=self._interrupts(),
-            part=f"{len(batch)} pictures",
         )
         pending.raw = call.tensor
         if wants_remote(call, settings):
@@ -156,8 +155,7 @@ class A1111(WebUi):
                 with self._shown(call) as shown:
                     pending.answer = self.router.run_remote(shown, settings)
             except RouteFailed as error:
-                told = isinstance(error, AnotherVae) and error.told
-                log.log(logging.DEBUG if told else logging.WARNING, "remote decode of %d pictures: %s", len(batch), error)
+                log.log(logging.DEBUG if error.told else logging.WARNING, "remote decode of %d pictures: %s", len(batch), error)
                 pending.failure = error.reason
         self._thread.batch = pending
         try:

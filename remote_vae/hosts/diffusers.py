@@ -160,7 +160,6 @@ def vae_call(
         finish=finish,
         spares=(Spare("the VAE's own tiling", tiled), Spare("whole VAE on the CPU", cpu)),
         cancelled=cancelled,
-        part=f"{len(tensor)} pictures" if len(tensor) > 1 else "",
     )
 
 

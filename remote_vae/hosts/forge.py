@@ -140,7 +140,6 @@ class Forge(WebUi):
             spares=(Spare("Forge's own tiling", lambda: original(tensor)),),
             truncates=True,
             cancelled=self._interrupts(),
-            part=f"{len(tensor)} pictures" if len(tensor) > 1 else "",
         )
 
 

@@ -16,7 +16,6 @@ import torch
 from remote_vae.families import Family, recognise_config
 from remote_vae.hosts.diffusers import takes, vae_call
 from remote_vae.hosts.webui import ThreadState, WebUi
-from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
 from remote_vae.identity import Identity
 from remote_vae.routes import Op, VaeCall
 from remote_vae.served import ServedVae
@@ -40,26 +39,15 @@ class SdNext(WebUi):
         super().__init__()
         self._thread: _ThreadState = _ThreadState()
 
-    def install(self) -> None:
-        super().install()
-        import diffusers
-
-        for op in _OPS:
-            current = getattr(diffusers.AutoencoderKL, op)
-            if not is_wrapped(current):
-                place(diffusers.AutoencoderKL, op, self._hooked(op, current), self)
-
-    def uninstall(self) -> None:
-        super().uninstall()
-        import diffusers
-
-        for op in _OPS:
-            unwrap(diffusers.AutoencoderKL, op, self)
-
     def _doors(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        import diffusers
         from modules import processing_vae
 
-        return [*super()._doors(), (processing_vae, "vae_decode", self._decode_door)]
+        return [
+            *super()._doors(),
+            (processing_vae, "vae_decode", self._decode_door),
+            *((diffusers.AutoencoderKL, op, partial(self._vae_door, op)) for op in _OPS),
+        ]
 
     def hook(self, model: Any) -> None:
         """Nothing to do: the class is hooked, and its instances are looked at when they are called."""
@@ -110,19 +98,17 @@ class SdNext(WebUi):
         finally:
             self._thread.rounds = before
 
-    def _hooked(self, op: Op, original: Callable[..., Any]) -> Callable[..., Any]:
-        def hooked(vae: Any, *args: Any, **kwargs: Any) -> Any:
-            # The class has many callers: who names the tensor, or gives a generator by its place, is the VAE's own business.
-            plain = len(args) in (1, 2) and isinstance(args[0], torch.Tensor)
-            if not plain or not self._takes() or not self._is_loaded(vae):
-                return original(vae, *args, **kwargs)
-            family = recognise_config(vae.config)
-            if family is None or not takes(op, args[0], family):
-                return original(vae, *args, **kwargs)
-            own = partial(original, vae)
-            return self._taken(lambda: self._call(op, vae, family, own, *args, **kwargs), lambda: own(*args, **kwargs))
-
-        return hooked
+    def _vae_door(self, op: Op, original: Callable[..., Any], vae: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around ``decode`` and ``encode`` of the class."""
+        # They have many callers: who names the tensor, or gives a generator by its place, is the VAE's own business.
+        plain = len(args) in (1, 2) and isinstance(args[0], torch.Tensor)
+        if not plain or not self._takes() or not self._is_loaded(vae):
+            return original(vae, *args, **kwargs)
+        family = recognise_config(vae.config)
+        if family is None or not takes(op, args[0], family):
+            return original(vae, *args, **kwargs)
+        own = partial(original, vae)
+        return self._taken(lambda: self._call(op, vae, family, own, *args, **kwargs), lambda: own(*args, **kwargs))
 
     def _call(
         self,

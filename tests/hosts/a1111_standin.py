@@ -25,6 +25,7 @@ from tests.hosts.script_standin import Number as Number
 from tests.hosts.script_standin import Radio as Radio
 from tests.hosts.script_standin import Textbox as Textbox
 from tests.hosts.webui_standin import (
+    DiagonalGaussianDistribution,
     OptionInfo,
     Options,
     Pictures,
@@ -44,23 +45,6 @@ from tests.hosts.webui_standin import (
 )
 
 # --- models ------------------------------------------------------------------------------------------------------------
-
-
-class DiagonalGaussianDistribution:
-    """ldm's posterior, which draws from the CPU's global generator whatever the device."""
-
-    def __init__(self, parameters: torch.Tensor, deterministic: bool = False) -> None:
-        self.parameters = parameters
-        self.deterministic = deterministic
-        self.mean, logvar = parameters.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
-        self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
-
-    def sample(self) -> torch.Tensor:
-        return self.mean + self.std * torch.randn(self.mean.shape).to(self.parameters.device)
-
-    def mode(self) -> torch.Tensor:
-        return self.mean
 
 
 class FirstStage(nn.Module):

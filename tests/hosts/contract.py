@@ -388,3 +388,12 @@ def without(whole: Any, path: str) -> Without:
     proxy = Without(whole, "")
     setattr(proxy, name, without(getattr(whole, name), rest))
     return proxy
+
+
+def hooks_in(function: Any) -> int:
+    """How many of our hooks a call goes through."""
+    count = 0
+    while function is not None:
+        count += hasattr(function, "remote_vae_adapter")
+        function = getattr(function, "__wrapped__", None)
+    return count

@@ -13,26 +13,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from tests.hosts.webui_standin import out_of_memory
+from tests.hosts.webui_standin import DiagonalGaussianDistribution, out_of_memory
 from tests.layouts import IntegratedAutoencoderKL
 
 # --- the VAE -----------------------------------------------------------------------------------------------------------
-
-
-class DiagonalGaussianDistribution:
-    """Forge's posterior, which draws from the CPU's global generator whatever the device."""
-
-    def __init__(self, parameters: torch.Tensor, deterministic: bool = False) -> None:
-        self.parameters, self.deterministic = parameters, deterministic
-        self.mean, logvar = parameters.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
-        self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
-
-    def sample(self) -> torch.Tensor:
-        return self.mean + self.std * torch.randn(self.mean.shape).to(self.parameters.device)
-
-    def mode(self) -> torch.Tensor:
-        return self.mean
 
 
 class FirstStage(nn.Module):

@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from tests.hosts.forge_models import VAE, DiagonalGaussianDistribution, Engine, ModelPatcher
+from tests.hosts.forge_models import VAE, Engine, ModelPatcher
 from tests.hosts.forge_models import Flux as Flux
 from tests.hosts.forge_models import Sd15 as Sd15
 from tests.hosts.forge_models import Sdxl as Sdxl
 from tests.hosts.forge_models import no_memory as no_memory
 from tests.hosts.script_standin import HostModule, Scripts, make_module
 from tests.hosts.webui_standin import (
+    DiagonalGaussianDistribution,
     OptionInfo,
     Options,
     Pictures,

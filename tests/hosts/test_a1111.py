@@ -26,6 +26,7 @@ from tests.chaos import Chaos
 from tests.conftest import ServerThread
 from tests.hosts import a1111_standin as standin
 from tests.hosts.a1111_standin import Host, LdmModel, Sd3Model, SgmModel, sampled
+from tests.hosts.contract import hooks_in, levels_apart, same
 
 KINDS = [LdmModel, SgmModel, Sd3Model]
 
@@ -84,24 +85,6 @@ def records() -> list[Record]:
 
 def routes() -> list[str]:
     return [f"{record.op} {record.route}" for record in records()]
-
-
-def same(pictures: list[np.ndarray], others: list[np.ndarray]) -> bool:
-    return len(pictures) == len(others) and all(np.array_equal(a, b) for a, b in zip(pictures, others, strict=True))
-
-
-def levels_apart(pictures: list[np.ndarray], others: list[np.ndarray]) -> int:
-    assert len(pictures) == len(others)
-    return max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(pictures, others, strict=True))
-
-
-def hooks_in(function: Any) -> int:
-    """How many of our hooks a call goes through."""
-    count = 0
-    while function is not None:
-        count += hasattr(function, "remote_vae_adapter")
-        function = getattr(function, "__wrapped__", None)
-    return count
 
 
 def seeded(work: Callable[[], Any], seed: int = 5) -> Any:

@@ -26,7 +26,7 @@ from remote_vae.server.models import LoadedVae
 from remote_vae.tiled import ladder
 from tests.conftest import ServerThread
 from tests.hosts import forge_models, forge_standin, sdnext_standin
-from tests.hosts.contract import OWN, TITLE, UIS, WAYS, Endpoint, Made, Ui, levels_apart, make, same, source, without
+from tests.hosts.contract import OWN, TITLE, UIS, WAYS, Endpoint, Made, Ui, hooks_in, levels_apart, make, same, source, without
 from tests.hosts.webui_standin import sampled
 from tests.nearness import psnr, psnr_of_moments
 from tests.vaes import tiny_flux
@@ -109,15 +109,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.005)
-
-
-def hooks_in(function: Any) -> int:
-    """How many of our hooks a call goes through."""
-    count = 0
-    while function is not None:
-        count += hasattr(function, "remote_vae_adapter")
-        function = getattr(function, "__wrapped__", None)
-    return count
 
 
 def local_only(ui: Ui, reason: str = "") -> None:

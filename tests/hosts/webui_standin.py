@@ -339,3 +339,20 @@ def to_images(unit: torch.Tensor) -> list[Image.Image]:
 def out_of_memory() -> Exception:
     kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
     return kind("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+class DiagonalGaussianDistribution:
+    """The posterior of ldm and of Forge, which draws from the CPU's global generator whatever the device."""
+
+    def __init__(self, parameters: torch.Tensor, deterministic: bool = False) -> None:
+        self.parameters = parameters
+        self.deterministic = deterministic
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
+
+    def sample(self) -> torch.Tensor:
+        return self.mean + self.std * torch.randn(self.mean.shape).to(self.parameters.device)
+
+    def mode(self) -> torch.Tensor:
+        return self.mean
