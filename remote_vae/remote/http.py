@@ -15,6 +15,8 @@ import os
 import select
 import socket
 import ssl
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -306,7 +308,7 @@ class _WatchedSocket:
     def __init__(self, sock: socket.socket, watch: _Watch) -> None:
         self.watch = watch
         self._sock = sock
-        sock.settimeout(POLL_SECONDS)
+        _end_waits(sock)
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -320,7 +322,7 @@ class _WatchedSocket:
         while start < view.nbytes:
             try:
                 start += self._sock.send(view[start : start + _CHUNK])
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 self.watch.check()
             else:
                 self.watch.moved()
@@ -333,12 +335,26 @@ class _WatchedSocket:
             check()
             try:
                 count = receive(view[filled:])
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 continue
             if not count:
                 break
             filled += count
         return filled
+
+
+def _end_waits(sock: socket.socket) -> None:
+    """Let every wait of ``sock`` end after POLL_SECONDS.
+
+    Linux does it by itself; elsewhere, and under TLS, Python polls before each packet, which is a system call more.
+    """
+    sock.settimeout(POLL_SECONDS)
+    if sys.platform == "linux" and not isinstance(sock, ssl.SSLSocket):
+        timeout = struct.pack("@ll", 0, int(POLL_SECONDS * 1e6))
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+            sock.settimeout(None)
 
 
 class _Attempt:

@@ -27,6 +27,8 @@ from remote_vae.tiled.weights import borrowed
 
 # A level is small when it has so many times fewer positions than the largest.
 _SMALL = 16
+# How many queries of an attention a processor's thread takes at a time.
+_QUERY_BLOCK = 32
 
 Fill = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -430,6 +432,10 @@ class Attended(Rows):
         """``[1, heads, n, C / heads]`` to ``[1, n, C]``, in portions that leave time to be interrupted."""
         flops = self._query_flops
         portion = max(1, int(min(self.run.strip_flops / flops, 8 * self.run.strip_bytes / (keys.shape[2] * 4))))
+        blocks = _QUERY_BLOCK * torch.get_num_threads()
+        if portion > blocks:
+            # No thread should wait for another.
+            portion -= portion % blocks
         mixed = torch.empty_like(queries)
         for at in range(0, queries.shape[2], portion):
             part = slice(at, at + portion)

@@ -24,6 +24,7 @@ from remote_vae.wire import pixels as px
 from remote_vae.wire.requests import (
     BASE64_TYPE,
     TENSOR_TYPE,
+    Asked,
     DecodeRequest,
     EncodeRequest,
     Output,
@@ -57,8 +58,9 @@ ERROR_LIMIT = 64 * 1024
 _IMAGE_BYTES_PER_PIXEL = 8
 _MP4_BYTES_PER_PIXEL = 4
 _SLACK = 1 << 20
-# Characters of shape and dtype; what is longer is not worth remembering.
-_USUAL_HEAD = 200
+# Of the head of an answer, what says what its body is; what is longer than so many characters is not worth remembering.
+_HEADERS = ("content-type", "content-encoding", "shape", "dtype")
+_USUAL_HEAD = 300
 
 # What a body of that sort may be labelled as; no label at all is let through, as shape and length are checked anyway.
 _TENSOR_LABELS = frozenset({"", TENSOR_TYPE, "application/octet-stream"})
@@ -189,22 +191,32 @@ def expect_decode(request: DecodeRequest, headers: Mapping[str, str]) -> Expecte
     Raises:
         MalformedAnswer: it is not the answer to this request.
     """
-    output = request.output
+    parts = tuple(map(headers.get, _HEADERS))
+    told = _expected if sum(map(len, filter(None, parts))) <= _USUAL_HEAD else _expected.__wrapped__
+    return told(request.asked, *parts)
+
+
+# The answers to a user's calls are hardly ever of another form.
+@lru_cache(maxsize=256)
+def _expected(
+    asked: Asked, label: str | None, encoding: str | None, shape: str | None, dtype: str | None
+) -> Expected[DecodeAnswer]:
+    output = asked.output
     if output.is_image:
-        return _expect_image(request, headers)
+        _check_label(label, encoding, _IMAGE_LABELS)
+        return Expected(lambda body: _finish_image(asked, body), _max_pixels(asked) * _IMAGE_BYTES_PER_PIXEL + _SLACK)
     if output is Output.MP4:
-        _check_label(headers, _MP4_LABELS)
-        shape = request.latents.shape
-        limit = shape[2] * MAX_FRAMES_PER_LATENT * _max_pixels(request) * _MP4_BYTES_PER_PIXEL + _SLACK
+        _check_label(label, encoding, _MP4_LABELS)
+        limit = _max_frames(asked) * _max_pixels(asked) * _MP4_BYTES_PER_PIXEL + _SLACK
         return Expected(lambda body: DecodeAnswer(output, px.check_mp4(body.data)), limit)
-    if request.base64_answer:
-        _check_label(headers, _JSON_LABELS)
+    if asked.base64_answer:
+        _check_label(label, encoding, _JSON_LABELS)
         # float32 for every value, in base64's 4 bytes for 3, and the JSON around it
-        values = request.batch * 3 * _max_pixels(request) * (_max_frames(request) if request.is_video else 1)
-        return Expected(lambda body: _finish_base64(request, body), values * 4 * 4 // 3 + ERROR_LIMIT)
-    _check_label(headers, _TENSOR_LABELS)
-    head = _read_head(headers.get("shape"), headers.get("dtype"))
-    _check_decode_head(request, head)
+        values = asked.batch * 3 * _max_pixels(asked) * (_max_frames(asked) if asked.is_video else 1)
+        return Expected(lambda body: _finish_base64(asked, body), values * 4 * 4 // 3 + ERROR_LIMIT)
+    _check_label(label, encoding, _TENSOR_LABELS)
+    head = _read_head(shape, dtype)
+    _check_decode_head(asked, head)
     return Expected(lambda body: _finish_decode(output, body, head), head.nbytes, exact=head.nbytes)
 
 
@@ -214,8 +226,9 @@ def expect_encode(request: EncodeRequest, headers: Mapping[str, str]) -> Expecte
     Raises:
         MalformedAnswer: it is not the answer to this request.
     """
-    _check_label(headers, _TENSOR_LABELS)
-    head = _read_head(headers.get("shape"), headers.get("dtype"))
+    label, encoding, shape, dtype = map(headers.get, _HEADERS)
+    _check_label(label, encoding, _TENSOR_LABELS)
+    head = _read_head(shape, dtype)
     is_posterior = headers.get("posterior", "").lower() == "true"
     if is_posterior and not request.posterior:
         raise MalformedAnswer("a posterior came, and latents were asked for")
@@ -251,22 +264,17 @@ def error_detail(body: Buffer) -> str:
     return (line[:297] + "...") if len(line) > 300 else line or "no message"
 
 
-def _expect_image(request: DecodeRequest, headers: Mapping[str, str]) -> Expected[DecodeAnswer]:
-    _check_label(headers, _IMAGE_LABELS)
-
-    def finish(body: np.ndarray) -> DecodeAnswer:
-        try:
-            image = px.image_from_bytes(body.data, max_pixels=_max_pixels(request))
-        except InvalidRequest as error:
-            raise MalformedAnswer(str(error)) from None
-        if not _fits_picture(request, image.height, image.width):
-            raise MalformedAnswer(f"a picture of {image.height} x {image.width} for {_name(request)}")
-        return DecodeAnswer(request.output, image)
-
-    return Expected(finish, _max_pixels(request) * _IMAGE_BYTES_PER_PIXEL + _SLACK)
+def _finish_image(asked: Asked, body: np.ndarray) -> DecodeAnswer:
+    try:
+        image = px.image_from_bytes(body.data, max_pixels=_max_pixels(asked))
+    except InvalidRequest as error:
+        raise MalformedAnswer(str(error)) from None
+    if not _fits_picture(asked, image.height, image.width):
+        raise MalformedAnswer(f"a picture of {image.height} x {image.width} for {_name(asked)}")
+    return DecodeAnswer(asked.output, image)
 
 
-def _finish_base64(request: DecodeRequest, body: np.ndarray) -> DecodeAnswer:
+def _finish_base64(asked: Asked, body: np.ndarray) -> DecodeAnswer:
     try:
         document = json.loads(bytes(body))
         parameters = document["parameters"]
@@ -274,8 +282,8 @@ def _finish_base64(request: DecodeRequest, body: np.ndarray) -> DecodeAnswer:
         data = base64.b64decode(document["inputs"], validate=True)
     except (ValueError, KeyError, TypeError):
         raise MalformedAnswer("the body is not the JSON of a base64 tensor") from None
-    _check_decode_head(request, head)
-    return _finish_decode(request.output, np.frombuffer(data, dtype=np.uint8), head)
+    _check_decode_head(asked, head)
+    return _finish_decode(asked.output, np.frombuffer(data, dtype=np.uint8), head)
 
 
 def _finish_decode(output: Output, body: np.ndarray, head: TensorHead) -> DecodeAnswer:
@@ -285,72 +293,64 @@ def _finish_decode(output: Output, body: np.ndarray, head: TensorHead) -> Decode
     return DecodeAnswer(output, tensor)
 
 
-def _check_decode_head(request: DecodeRequest, head: TensorHead) -> None:
+def _check_decode_head(asked: Asked, head: TensorHead) -> None:
     shape = head.shape
-    if request.output is Output.UINT8:
+    if asked.output is Output.UINT8:
         if head.dtype != torch.uint8:
             raise MalformedAnswer(f"{head}, and uint8 was asked for")
         shape = (shape[0], shape[-1], *shape[1:-1])  # [B, H, W, 3] as [B, 3, H, W]
     else:
         _check_float(head)
-    if request.is_video and request.output is Output.TENSOR:
-        fits = len(shape) == 5 and shape[0] == request.batch and shape[2] <= _max_frames(request)
-    elif request.is_video:
-        fits = len(shape) == 4 and shape[0] <= _max_frames(request)
+    if asked.is_video and asked.output is Output.TENSOR:
+        fits = len(shape) == 5 and shape[0] == asked.batch and shape[2] <= _max_frames(asked)
+    elif asked.is_video:
+        fits = len(shape) == 4 and shape[0] <= _max_frames(asked)
     else:
-        fits = len(shape) == 4 and shape[0] == request.batch
-    if not fits or shape[1] != 3 or not _fits_picture(request, *shape[-2:]):
-        raise MalformedAnswer(f"{head} for {_name(request)}")
+        fits = len(shape) == 4 and shape[0] == asked.batch
+    if not fits or shape[1] != 3 or not _fits_picture(asked, *shape[-2:]):
+        raise MalformedAnswer(f"{head} for {_name(asked)}")
 
 
-def _fits_picture(request: DecodeRequest, height: int, width: int) -> bool:
-    if request.is_packed:
+def _fits_picture(asked: Asked, height: int, width: int) -> bool:
+    if asked.is_packed:
         # 16 pixels a token: 1208 px are answered with 1200 (protocol.md's observation of the hosted endpoint).
         cell = 8 * PACK
-        return (height, width) == ((request.height or 0) // cell * cell, (request.width or 0) // cell * cell)
-    rows, columns = request.latents.shape[-2:]
+        return (height, width) == ((asked.height or 0) // cell * cell, (asked.width or 0) // cell * cell)
+    rows, columns = asked.shape[-2:]
     scale, rest = divmod(height, rows)
     return scale in KNOWN_DOWNSCALES and not rest and width == columns * scale
 
 
-def _max_pixels(request: DecodeRequest) -> int:
-    if request.is_packed:
-        return (request.height or 0) * (request.width or 0)
-    rows, columns = request.latents.shape[-2:]
+def _max_pixels(asked: Asked) -> int:
+    if asked.is_packed:
+        return (asked.height or 0) * (asked.width or 0)
+    rows, columns = asked.shape[-2:]
     return rows * columns * max(KNOWN_DOWNSCALES) ** 2
 
 
-def _max_frames(request: DecodeRequest) -> int:
-    return request.latents.shape[2] * MAX_FRAMES_PER_LATENT
+def _max_frames(asked: Asked) -> int:
+    return asked.shape[2] * MAX_FRAMES_PER_LATENT
 
 
-def _name(request: DecodeRequest) -> str:
-    return f"latents {list(request.latents.shape)}"
+def _name(asked: Asked) -> str:
+    return f"latents {list(asked.shape)}"
 
 
 def _read_head(shape: object, dtype: object) -> TensorHead:
     if shape is None or dtype is None:
         raise MalformedAnswer("no shape and dtype beside the tensor")
     try:
-        if isinstance(shape, str) and isinstance(dtype, str) and len(shape) + len(dtype) <= _USUAL_HEAD:
-            return _parsed(shape, dtype)
         return TensorHead.parse(shape, dtype)
     except ValueError as error:
         raise MalformedAnswer(str(error)) from None
 
 
-# The answers to a user's calls are hardly ever of another shape.
-@lru_cache(maxsize=256)
-def _parsed(shape: str, dtype: str) -> TensorHead:
-    return TensorHead.parse(shape, dtype)
-
-
-def _check_label(headers: Mapping[str, str], allowed: frozenset[str]) -> None:
-    label = headers.get("content-type", "").partition(";")[0].strip().lower()
+def _check_label(label: str | None, encoding: str | None, allowed: frozenset[str]) -> None:
+    label = (label or "").partition(";")[0].strip().lower()
     if label not in allowed:
         raise MalformedAnswer(f"content type {label[:60]}")
-    if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise MalformedAnswer(f"content encoding {headers['content-encoding'][:20]}, which was not asked for")
+    if (encoding or "identity").lower() != "identity":
+        raise MalformedAnswer(f"content encoding {(encoding or '')[:20]}, which was not asked for")
 
 
 def _check_float(head: TensorHead) -> None:

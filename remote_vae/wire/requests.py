@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 from urllib.parse import urlencode
 
 import torch
@@ -130,6 +130,29 @@ class Scaling:
         return latents * self.factor if self.factor is not None else latents
 
 
+class Asked(NamedTuple):
+    """A decode request without its values: what its answer is judged by. The attributes are those of ``DecodeRequest``."""
+
+    output: Output
+    shape: tuple[int, ...]
+    height: int | None
+    width: int | None
+    base64_answer: bool
+
+    @property
+    def is_video(self) -> bool:
+        return len(self.shape) == 5
+
+    @property
+    def is_packed(self) -> bool:
+        return is_packed(self.shape, self.height, self.width)
+
+    @property
+    def batch(self) -> int:
+        """Number of pictures (or videos)."""
+        return 1 if len(self.shape) == 3 and not self.is_packed else self.shape[0]
+
+
 @dataclass(frozen=True)
 class DecodeRequest:
     """Latents to be decoded.
@@ -157,40 +180,23 @@ class DecodeRequest:
     truncate: bool = False
     base64_body: bool = False
     base64_answer: bool = False
+    asked: Asked = field(init=False, repr=False, compare=False)
     _bytes: memoryview = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_bytes", _checked_bytes(self.latents, "latents", (3, 4, 5)))
-        shape = tuple(self.latents.shape)
-        if self.latents.ndim == 3 and not (self.height and self.width):
-            raise InvalidRequest("`height` and `width` required for packed latents.")
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size is not None and not 0 < size <= MAX_SIZE:
-                raise InvalidRequest(f"{name} must be from 1 to {MAX_SIZE} pixels, not {size}")
-        if self.output.is_image and (self.batch > 1 or self.is_video):
-            raise InvalidRequest(
-                f"latents {list(shape)} make more than one picture, and a {self.output.value} answer holds one: "
-                "send them one by one, or ask for output_type pt"
-            )
-        if self.output is Output.MP4 and not self.is_video:
-            raise InvalidRequest(f"mp4 needs video latents [B, C, F, h, w], not {list(shape)}")
-        if self.is_video and self.batch > 1 and self.output is not Output.TENSOR:
-            raise InvalidRequest("several videos can only be answered as output_type pt without partial_postprocess")
-        if self.base64_answer and not self.output.is_tensor:
-            raise InvalidRequest("a base64 answer must be a tensor: use output_type pt")
+        asked = Asked(self.output, tuple(self.latents.shape), self.height, self.width, self.base64_answer)
+        _check_asked(asked)
+        object.__setattr__(self, "asked", asked)
 
     @property
     def is_video(self) -> bool:
-        return self.latents.ndim == 5
-
-    @property
-    def is_packed(self) -> bool:
-        return is_packed(tuple(self.latents.shape), self.height, self.width)
+        return self.asked.is_video
 
     @property
     def batch(self) -> int:
         """Number of pictures (or videos)."""
-        return 1 if self.latents.ndim == 3 and not self.is_packed else self.latents.shape[0]
+        return self.asked.batch
 
     def unpacked(self, channels: int, downscale: int) -> torch.Tensor:
         """The latents as the VAE takes them, ``[B, C, h, w]`` or ``[B, C, F, h, w]``.
@@ -253,6 +259,29 @@ class DecodeRequest:
             base64_body=legacy,
             base64_answer=BASE64_TYPE in accept,
         )
+
+
+# A user's requests are hardly ever of another form.
+@lru_cache(maxsize=256)
+def _check_asked(asked: Asked) -> None:
+    """Raises InvalidRequest: the parts do not make a request."""
+    output, shape, height, width, base64_answer = asked
+    if len(shape) == 3 and not (height and width):
+        raise InvalidRequest("`height` and `width` required for packed latents.")
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and not 0 < size <= MAX_SIZE:
+            raise InvalidRequest(f"{name} must be from 1 to {MAX_SIZE} pixels, not {size}")
+    if output.is_image and (asked.batch > 1 or asked.is_video):
+        raise InvalidRequest(
+            f"latents {list(shape)} make more than one picture, and a {output.value} answer holds one: "
+            "send them one by one, or ask for output_type pt"
+        )
+    if output is Output.MP4 and not asked.is_video:
+        raise InvalidRequest(f"mp4 needs video latents [B, C, F, h, w], not {list(shape)}")
+    if asked.is_video and asked.batch > 1 and output is not Output.TENSOR:
+        raise InvalidRequest("several videos can only be answered as output_type pt without partial_postprocess")
+    if base64_answer and not output.is_tensor:
+        raise InvalidRequest("a base64 answer must be a tensor: use output_type pt")
 
 
 @lru_cache(maxsize=256)

@@ -64,27 +64,28 @@ def tensor_to_bytes(tensor: torch.Tensor) -> memoryview:
     return values.data.cast("B")
 
 
-# Bits of each dtype without the sign: as whole numbers they are in the order of the magnitudes, infinity and NaN last.
-_BITS: dict[torch.dtype, tuple[type[np.unsignedinteger[Any]], int]] = {
-    torch.float16: (np.uint16, 0x7FFF),
-    torch.bfloat16: (np.uint16, 0x7FFF),
-    torch.float32: (np.uint32, 0x7FFFFFFF),
+# Bits as whole numbers are in the order of the magnitudes, infinity and NaN last: of values >= 0 as signed numbers, of the
+# others as unsigned ones.
+_BITS: dict[torch.dtype, tuple[Any, Any]] = {
+    torch.float16: (np.int16, np.uint16),
+    torch.bfloat16: (np.int16, np.uint16),
+    torch.float32: (np.int32, np.uint32),
 }
-_BLOCK = 1 << 16
 
 
 def is_within(values: Buffer, dtype: torch.dtype, limit: float | None = None) -> bool:
     """Whether every value in the bytes is finite and, with ``limit``, of no larger magnitude.
 
-    On the bits, block by block: torch.isfinite and torch.aminmax make temporaries of the whole and wake torch's threads,
-    which costs a small call more than its transfer.
+    On the bits: torch.isfinite and torch.aminmax make temporaries of the whole and wake torch's threads, which costs a small
+    call more than its transfer.
     """
     if dtype not in _BITS:
         return True
-    kind, mask = _BITS[dtype]
+    signed, unsigned = _BITS[dtype]
     allowed = _bits_of(limit, dtype)
-    bits = np.frombuffer(values, dtype=kind)
-    return all(np.maximum.reduce(bits[at : at + _BLOCK] & mask) <= allowed for at in range(0, bits.size, _BLOCK))
+    largest = np.maximum.reduce(np.frombuffer(values, dtype=signed), initial=0)
+    most_negative = np.maximum.reduce(np.frombuffer(values, dtype=unsigned), initial=0)
+    return bool(largest <= allowed and most_negative <= allowed - np.iinfo(signed).min)
 
 
 @cache

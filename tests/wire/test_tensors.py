@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from remote_vae.errors import InvalidRequest, MalformedAnswer
 from remote_vae.wire import TensorHead, pack_latents, unpack_latents
-from remote_vae.wire.tensors import DTYPES, dtype_name, is_packed, tensor_from_bytes, tensor_to_bytes
+from remote_vae.wire.tensors import DTYPES, dtype_name, is_packed, is_within, tensor_from_bytes, tensor_to_bytes
 
 SIZES = st.integers(1, 6)
 
@@ -121,3 +121,19 @@ def test_one_pictures_latents_are_never_taken_for_packed_ones(rows: int, columns
     assert is_packed((1, rows * columns, 64), height, width)
     assert is_packed((3, rows * columns, 16), height, width)
     assert not is_packed((16, height // 8, width // 8), height, width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("limit", [None, 1.01, 100.0])
+@given(bits=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=4), tail=st.integers(0, 2**16 - 1))
+def test_values_are_judged_by_their_bits_as_torch_judges_them(
+    dtype: torch.dtype, limit: float | None, bits: list[int], tail: int
+) -> None:
+    if dtype == torch.float32:
+        values = torch.tensor([value << 16 | tail for value in bits], dtype=torch.int64).to(torch.int32).view(dtype)
+    else:
+        values = torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(dtype)
+    # The limit as the dtype has it.
+    largest = torch.finfo(dtype).max if limit is None else torch.tensor(limit, dtype=dtype).item()
+    expected = bool((torch.isfinite(values) & (values.double().abs() <= largest)).all())
+    assert is_within(tensor_to_bytes(values), dtype, limit) is expected
