@@ -207,7 +207,8 @@ def _time(bench: Bench, whole: Call, call: Call) -> tuple[float, float]:
     """Seconds and ratio to the whole VAE."""
     if call.method == "exact":
         pairs = bench.pairs(whole, call)
-        print(f"  exact and whole in turns, {pairs['pairs']} pairs: {pairs['other']:.2f} s and {pairs['base']:.2f} s")
+        how = "one call each" if whole.is_long else f"in turns, {pairs['pairs']} pairs"
+        print(f"  exact and whole, {how}: {pairs['other']:.2f} s and {pairs['base']:.2f} s")
         return pairs["other"], pairs["ratio"]
     seconds = bench.memory(call)["seconds"]
     return seconds, seconds / bench.memory(whole)["seconds"]

@@ -192,8 +192,9 @@ def expect_decode(request: DecodeRequest, headers: Mapping[str, str]) -> Expecte
         MalformedAnswer: it is not the answer to this request.
     """
     parts = tuple(map(headers.get, _HEADERS))
-    told = _expected if sum(map(len, filter(None, parts))) <= _USUAL_HEAD else _expected.__wrapped__
-    return told(request.asked, *parts)
+    if sum(len(part) for part in parts if part) > _USUAL_HEAD:
+        return _expected.__wrapped__(request.asked, *parts)
+    return _expected(request.asked, *parts)
 
 
 # The answers to a user's calls are hardly ever of another form.
