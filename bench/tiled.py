@@ -330,7 +330,7 @@ def main() -> None:
         bench = Bench(Path(folder), arguments.peer)
         try:
             for name, part in parts(bench, sizes, quick=arguments.quick):
-                if any(wanted in name for wanted in only.split(",")):
+                if any(name.startswith(wanted) for wanted in only.split(",")):
                     _print_part(bench, name, part)
         finally:
             # Also what an interrupted run has found.
@@ -349,7 +349,7 @@ def _print_part(bench: Bench, name: str, part: Callable[[], None]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.tiled", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="without sd at 1024 and 2048 px and small at 2048 px")
-    parser.add_argument("--only", default="", help="parts of names, with commas: sd-decode-1024, bounded, huge")
+    parser.add_argument("--only", default="", help="beginnings of names, with commas: sd-decode-1024, bounded, huge")
     parser.add_argument("--sizes", default="", help="other sides of the rows, with commas, to try the bench: 64,128")
     parser.add_argument("--peer", default="", help="folder of multidiffusion's Tiled VAE, to be measured too")
     parser.add_argument("--pictures-only", action="store_true", help="only docs/tiled-difference.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -75,8 +74,9 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def vae() -> Any:
-    # Two channels a group: of a single value torch's GroupNorm makes no statistics.
-    return layouts.plain_kl(norm_num_groups=16)
+    # Four channels a group, the fewest that SD's has. With two, a norm of one latent position turns the rounding of a small
+    # difference into a sign: there the whole VAE in float32 is as far as 70 dB from itself in float64.
+    return layouts.plain_kl(norm_num_groups=8)
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +120,7 @@ def test_strips_that_wait_in_slabs_are_the_same_strips(dtype: torch.dtype, monke
 @example(height=1, width=1, batch=1, seed=68)
 def test_latents_of_any_size_decode_as_in_the_whole_vae(vae: Any, height: int, width: int, batch: int, seed: int) -> None:
     latents = random(batch, 4, height, width, seed=seed)
-    ours, whole = tiled.decode(vae, latents), whole_decode(vae, latents)
-    if psnr(ours, whole) < EXACT_DB:
-        # The norms of a few values can magnify the rounding of float32: then the whole VAE is no nearer to the truth.
-        truth = whole_decode(copy.deepcopy(vae).double(), latents.double())
-        assert psnr(whole.double(), truth) < EXACT_DB + 6
-        assert rmse(ours.double(), truth) <= 2 * rmse(whole.double(), truth)
+    assert psnr(tiled.decode(vae, latents), whole_decode(vae, latents)) >= EXACT_DB
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
