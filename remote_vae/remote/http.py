@@ -38,7 +38,7 @@ from remote_vae.errors import (
     InvalidRequest,
     MalformedAnswer,
 )
-from remote_vae.remote.http1 import Answer, request_head
+from remote_vae.remote.http1 import Answer, Size, request_head
 from remote_vae.wire import Expected, HttpRequest, error_detail
 from remote_vae.wire.answers import ERROR_LIMIT
 
@@ -51,6 +51,7 @@ POLL_SECONDS = 0.05
 _CHUNK = 256 * 1024
 _IDLE_CONNECTIONS = 8
 _FRESH_SECONDS = 1.0
+_REMEMBERED_FORMS = 64
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class HttpClient:
         self._context = _tls_context() if self._secure else None
         self._lock = threading.Lock()
         self._idle: list[tuple[float, _Connection]] = []
+        # By the head of a request, which says all of the form of its answer.
+        self._usual: dict[bytes, Size] = {}
 
     def post(
         self,
@@ -167,12 +170,13 @@ class HttpClient:
         sock.watch = watch
         complete = False
         try:
-            answer = message.send(sock)
+            answer = message.send(sock, self._usual.get(message.head))
             watch.answering = True
             if answer.status != 200:
                 raise EndpointError(answer.status, _read_error(answer), watch.host)
             expected = expect(answer.headers)
             body = _read_body(answer, expected)
+            self._remember(message, answer.size)
             complete = answer.keeps_alive
             return expected, body
         finally:
@@ -180,6 +184,12 @@ class HttpClient:
                 self._give_back(connection)
             else:
                 connection.close()
+
+    def _remember(self, message: _Message, size: Size) -> None:
+        if self._usual.get(message.head) != size:
+            if len(self._usual) >= _REMEMBERED_FORMS:
+                self._usual.clear()
+            self._usual[message.head] = size
 
     def _take_idle(self) -> _Connection | None:
         while True:
@@ -236,8 +246,8 @@ class _Message:
     head: bytes
     body: memoryview
 
-    def send(self, sock: _WatchedSocket) -> Answer:
-        """Write it, and read the head of the answer."""
+    def send(self, sock: _WatchedSocket, usual: Size | None) -> Answer:
+        """Write it, and read the head of the answer; ``usual`` is for ``Answer``."""
         try:
             # Together, as a head in a packet of its own wakes the server for nothing.
             sock.sendall(self.head + self.body[:_CHUNK])
@@ -248,7 +258,7 @@ class _Message:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 return Answer(sock)
             raise
-        return Answer(sock)
+        return Answer(sock, usual)
 
 
 class _Watch:
@@ -439,9 +449,7 @@ def _read_body(answer: Answer, expected: Expected[Any]) -> np.ndarray:
         raise MalformedAnswer(f"{length} bytes, and at most {expected.limit} were expected")
     if length is None:
         return _read_unknown(answer, expected)
-    buffer = np.empty(length, dtype=np.uint8)
-    answer.read_into(buffer.data)
-    return buffer
+    return answer.body()
 
 
 def _read_unknown(answer: Answer, expected: Expected[Any]) -> np.ndarray:
