@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ def auth_headers(url: str, *, public: bool) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
+@lru_cache(maxsize=64)
 def _is_hugging_face(url: str) -> bool:
     parts = urlsplit(url)
     return parts.scheme == "https" and (parts.hostname or "").endswith(_HUGGING_FACE_HOSTS)

@@ -57,7 +57,7 @@ def tensor_to_bytes(tensor: torch.Tensor) -> memoryview:
 
     Copies only what is not already contiguous on the CPU; the view keeps the values alive.
     """
-    if tensor.requires_grad or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
         tensor = tensor.detach().to("cpu").contiguous()
     # numpy has no bfloat16.
     values = tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
@@ -82,17 +82,19 @@ def is_within(values: Buffer, dtype: torch.dtype, limit: float | None = None) ->
     if dtype not in _BITS:
         return True
     signed, unsigned = _BITS[dtype]
-    allowed = _bits_of(limit, dtype)
-    largest = np.maximum.reduce(np.frombuffer(values, dtype=signed), initial=0)
-    most_negative = np.maximum.reduce(np.frombuffer(values, dtype=unsigned), initial=0)
-    return bool(largest <= allowed and most_negative <= allowed - np.iinfo(signed).min)
+    largest, most_negative = _allowed_bits(limit, dtype)
+    return bool(
+        np.maximum.reduce(np.frombuffer(values, dtype=signed), initial=0) <= largest
+        and np.maximum.reduce(np.frombuffer(values, dtype=unsigned), initial=0) <= most_negative
+    )
 
 
 @cache
-def _bits_of(limit: float | None, dtype: torch.dtype) -> int:
-    """The bits of ``limit``, or of the largest finite value: one below infinity's."""
+def _allowed_bits(limit: float | None, dtype: torch.dtype) -> tuple[int, int]:
+    """The bits of ``limit``, or of the largest finite value (one below infinity's), and those of its negative."""
     bits = tensor_to_bytes(torch.tensor([float("inf") if limit is None else limit], dtype=dtype))
-    return int.from_bytes(bits, "little") - (limit is None)
+    largest = int.from_bytes(bits, "little") - (limit is None)
+    return largest, largest - int(np.iinfo(_BITS[dtype][0]).min)
 
 
 def tensor_from_bytes(buffer: Buffer | np.ndarray, head: TensorHead) -> torch.Tensor:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import http.client
+import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remote_vae.remote.http1 import Answer, request_head
+from remote_vae.remote.http1 import Answer, Size, request_head
 
 
 class Feed:
@@ -15,8 +17,10 @@ class Feed:
     def __init__(self, data: bytes, step: int = 7) -> None:
         self._data = data
         self._step = step
+        self.reads = 0
 
     def fill(self, view: memoryview, least: int) -> int:
+        self.reads += 1
         filled = 0
         while filled < least and self._data:
             piece = self._data[: min(self._step, len(view) - filled)]
@@ -36,6 +40,44 @@ def test_a_body_with_a_length_comes_whole_however_it_is_cut(step: int) -> None:
     answer = Answer(Feed(data, step))
     assert (answer.status, answer.length, answer.headers["shape"], answer.keeps_alive) == (200, 11, "[1]", True)
     assert answer.body().tobytes() == body(Answer(Feed(data, step))) == b"hello world"
+
+
+@given(
+    step=st.integers(1, 70_000),
+    usual_head=st.integers(0, 200),
+    usual_body=st.integers(0, 60_000),
+    length=st.integers(0, 40_000),
+)
+def test_a_body_is_the_same_whatever_the_last_one_was_like(step: int, usual_head: int, usual_body: int, length: int) -> None:
+    sent = random.Random(length).randbytes(length)
+    answer = Answer(Feed(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + sent, step), Size(usual_head, usual_body))
+    got = answer.body()
+    assert got.tobytes() == sent
+    assert got.view(np.uint8)[: length // 4 * 4].view(np.float32).flags.aligned
+    assert answer.keeps_alive
+
+
+def test_an_answer_like_the_last_one_is_received_where_it_stays() -> None:
+    head, sent = b"HTTP/1.1 200 OK\r\nContent-Length: 30000\r\nX: y\r\n\r\n", bytes(range(250)) * 120
+    first = Answer(Feed(head + sent, 4096))
+    assert first.size == Size(len(head), len(sent))
+    feed = Feed(head + sent, 1 << 20)
+    again = Answer(feed, first.size)
+    assert feed.reads == 1
+    assert again.body().tobytes() == sent
+    assert feed.reads == 1
+
+
+def test_an_interim_answer_does_not_confuse_where_the_body_is() -> None:
+    data = b"HTTP/1.1 102 Wait\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\nhello world"
+    for step in (5, 24, 1000):
+        assert Answer(Feed(data, step), Size(38, 11)).body().tobytes() == b"hello world"
+
+
+def test_a_server_that_sends_more_than_it_said_is_left() -> None:
+    answer = Answer(Feed(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello world", 1000))
+    assert answer.body().tobytes() == b"hello"
+    assert not answer.keeps_alive
 
 
 @given(step=st.integers(1, 80))
