@@ -166,6 +166,7 @@ class DecodeRequest:
         family: tells our own server which VAE the latents are for.
         truncate: asks our own server for 8-bit levels rounded down, for a host that does so itself; others round to nearest.
         base64_body, base64_answer: the legacy transport.
+        asked: all of it but the values, made from the above.
 
     Raises:
         InvalidRequest: the parts do not make a request.
