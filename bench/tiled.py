@@ -197,7 +197,7 @@ def print_rows(bench: Bench, whole: Call) -> None:
             name = f"exact, {whole.vae} {whole.op} {whole.size} px:"
             bench.check(f"{name} PSNR, dB", psnr, PSNR_BAR, at_least=True)
             bench.check(f"{name} time x whole", ratio, TIME_BAR)
-            if whole.vae == "sd" and whole.size == MEMORY_BAR_SIZE:
+            if whole.size == MEMORY_BAR_SIZE:
                 bench.check(f"{name} memory x whole", memory / base["memory"], MEMORY_BARS[whole.op])
     if not bench.peer:
         print("  multidiffusion       not installed (--peer FOLDER)")

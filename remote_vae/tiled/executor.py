@@ -163,7 +163,7 @@ class Barrier(Rows):
         self.keep = keep
         self._around = around
         self._source = source
-        self._shelf = Shelf(self.run.room, self.nbytes)
+        self._shelf = Shelf(self.run.room)
         self._norm = norm
         self._affine: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
         self._is_filled = False
@@ -330,8 +330,7 @@ class Tee(Rows):
 
     def __init__(self, source: Rows, shortcut: Conv | None) -> None:
         super().__init__(source.run, source, source.channels, source.height, source.width)
-        channels = source.channels if shortcut is None else shortcut.module.out_channels
-        self.shelf = Shelf(self.run.room, channels * source.height * source.width * source.run.dtype.itemsize)
+        self.shelf = Shelf(self.run.room)
         self.is_listening = True
         self._source = source
         self._shortcut = shortcut

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 
-# The C library gives memory of more than 32 MB back at once; what is less it keeps, and strips that come and go leave holes
-# in it that may add up to half of what is alive. So on a processor strips wait together, in slabs of this many bytes.
-SLAB_BYTES = 40 << 20
-# A shelf of fewer slabs than this would lose more by them than it gains.
-_WORTH_SLABS = 3
-_ALIGNMENT = 64
+# The C library keeps what is freed for the next who asks, and strips that come and go leave holes in it that may add up to half
+# of what is alive. So on a processor it has to give them back whenever so many bytes have been put on shelves.
+_TRIM_EVERY = 64 << 20
 
 
 class Room:
@@ -29,12 +29,20 @@ class Room:
         self.limit = limit
         self.store = store
         self.used = 0
+        self._since_trim = 0
         has_copies = device.type == "cuda" and store is not None
         self._copies: Any = torch.cuda.Stream(device) if has_copies else None  # type: ignore[no-untyped-call]
 
     def takes(self, size: int) -> bool:
         """Whether ``size`` bytes more may stay on the compute device."""
         return self.store is None or self.limit is None or self.used + size <= self.limit
+
+    def came_in(self, size: int) -> None:
+        """``size`` bytes more wait somewhere."""
+        self._since_trim += size
+        if self._since_trim >= _TRIM_EVERY and self.device.type == "cpu":
+            self._since_trim = 0
+            _trim()
 
     def put_away(self, strip: torch.Tensor) -> torch.Tensor:
         """A copy on the store device; from a GPU into pinned memory, while the GPU goes on."""
@@ -71,27 +79,20 @@ class Room:
 
 
 class Shelf:
-    """Strips ``[1, C, n, W]`` in the order of their rows. What is read for the last time is let go of at once.
+    """Strips ``[1, C, n, W]`` in the order of their rows. What is read for the last time is let go of at once."""
 
-    Args:
-        room: what may be kept where.
-        nbytes: of all the strips that will wait here.
-    """
-
-    def __init__(self, room: Room, nbytes: int) -> None:
+    def __init__(self, room: Room) -> None:
         self._room = room
         self._strips: deque[tuple[torch.Tensor, bool]] = deque()
-        self._has_slabs = room.device.type == "cpu" and room.limit is None and nbytes >= _WORTH_SLABS * SLAB_BYTES
-        self._slab: torch.Tensor | None = None
-        self._filled = 0
 
     def append(self, strip: torch.Tensor) -> None:
         """Put the next rows on the shelf."""
         if self._room.takes(strip.nbytes):
             self._room.used += strip.nbytes
-            self._strips.append((self._in_slab(strip) if self._has_slabs else strip, False))
+            self._strips.append((strip, False))
         else:
             self._strips.append((self._room.put_away(strip), True))
+        self._room.came_in(strip.nbytes)
 
     def clear(self) -> None:
         """Let go of everything."""
@@ -115,20 +116,6 @@ class Shelf:
             yield strip
             del strip
 
-    def _in_slab(self, strip: torch.Tensor) -> torch.Tensor:
-        """A copy of ``strip`` behind the ones before it; the slab lives as long as one of its strips does."""
-        if strip.nbytes > SLAB_BYTES or strip.untyped_storage().nbytes() == SLAB_BYTES:
-            # Too large, or in a slab already: it has waited on another shelf.
-            return strip
-        if self._slab is None or self._filled + strip.nbytes > SLAB_BYTES:
-            self._slab, self._filled = torch.empty(SLAB_BYTES, dtype=torch.uint8, device=strip.device), 0
-        place = self._slab[self._filled : self._filled + strip.nbytes].view(strip.dtype)
-        self._filled += -(-strip.nbytes // _ALIGNMENT) * _ALIGNMENT
-        _, channels, rows, width = strip.shape
-        if strip.is_contiguous(memory_format=torch.channels_last):
-            return place.view(1, rows, width, channels).permute(0, 3, 1, 2).copy_(strip)
-        return place.view(1, channels, rows, width).copy_(strip)
-
     def _ahead(self, at: int) -> torch.Tensor | None:
         if self._room.device.type != "cuda" or at >= len(self._strips) or not self._strips[at][1]:
             return None
@@ -138,8 +125,6 @@ class Shelf:
         strip, is_away = self._strips.popleft()
         if not is_away:
             self._room.used -= strip.nbytes
-        if not self._strips:
-            self._slab = None
         return strip, is_away
 
 
@@ -158,3 +143,21 @@ class Taker:
             self._rest = rest[:, :, count:] if count < rest.shape[2] else None
             rows -= count
             yield rest[:, :, :count]
+
+
+def _trim() -> None:
+    give_back = _malloc_trim()
+    if give_back is not None:
+        give_back(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's; others have none."""
+    try:
+        function = ctypes.CDLL(None).malloc_trim if sys.platform == "linux" else None
+    except (OSError, AttributeError):
+        return None
+    if function is not None:
+        function.argtypes, function.restype = [ctypes.c_size_t], ctypes.c_int
+    return function

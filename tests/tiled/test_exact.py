@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import platform
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -101,18 +104,29 @@ def test_every_known_layout_encodes_to_the_moments_of_the_whole_vae(name: str) -
     assert psnr_of_moments(tiled.encode(vae, pixels), whole_encode(vae, pixels)) >= EXACT_DB
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strips_that_wait_in_slabs_are_the_same_strips(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae, latents, pixels = layouts.plain_kl().to(dtype), random(1, 4, 13, 9).to(dtype), random(1, 3, 75, 58).to(dtype)
-    without = tiled.decode(vae, latents), tiled.encode(vae, pixels)
-    slabs = []
-    empty = torch.empty
-    monkeypatch.setattr(shelf, "SLAB_BYTES", 100_000)
-    monkeypatch.setattr(shelf, "_WORTH_SLABS", 1)
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: slabs.append(args[0]) or empty(*args, **kwargs))
-    assert torch.equal(tiled.decode(vae, latents), without[0])
-    assert torch.equal(tiled.encode(vae, pixels), without[1])
-    assert slabs.count(100_000) > 4
+def test_on_a_processor_memory_is_given_back_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latents = layouts.plain_kl(), random(1, 4, 13, 9)
+    expected = tiled.decode(vae, latents)
+    trims = []
+    monkeypatch.setattr(shelf, "_TRIM_EVERY", 100_000)
+    monkeypatch.setattr(shelf, "_trim", lambda: trims.append(True))
+    assert torch.equal(tiled.decode(vae, latents), expected)
+    assert len(trims) > 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
+def test_holes_between_what_is_alive_go_back_to_the_system() -> None:
+    torch.ones(30 << 20, dtype=torch.uint8)  # once it was freed, less than so much comes from the heap
+    tensors = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(100)]
+    del tensors[::2]
+    before = resident_bytes()
+    shelf._trim()
+    assert resident_bytes() < before - (30 << 20)
+    assert all(bool((tensor == 1).all()) for tensor in tensors)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
