@@ -14,7 +14,7 @@ class Chaos:
     """Listens on a free loopback port.
 
     Attributes:
-        mode: "pass" (to ``target``), "hang", "503", "404 html", "200 html", "nan", "short", "cut" (dies in mid-body),
+        mode: "pass" (to ``target``), "hang", "503", "400", "404 html", "200 html", "nan", "short", "cut" (dies in mid-body),
             "drop" (closes without a word), "slow" (a byte now and then, for ever), "redirect".
         fail_at: number of the request, from 0, that ``mode`` is for; the others pass. None: for all.
         drops: keys of the query that do not reach the target, which makes a plain endpoint of our own server.
@@ -78,6 +78,8 @@ class Chaos:
             handler.close_connection = True
         elif mode == "503":
             self._send(handler, 503, {"Content-Type": "application/json"}, b'{"error": "no replica is ready"}')
+        elif mode == "400":
+            self._send(handler, 400, {"Content-Type": "application/json"}, b'{"error": "the picture is too small"}')
         elif mode == "404 html":
             self._send(handler, 404, {"Content-Type": "text/html"}, b"<html><h1>404</h1> Not&nbsp;Found</html>")
         elif mode == "200 html":

@@ -11,6 +11,7 @@ from remote_vae.identity import Identity
 from remote_vae.remote.client import shown
 from remote_vae.remote.http import Deadlines
 from remote_vae.remote.info import Infos, info_url
+from remote_vae.remote.sample import Ask, Samples
 from remote_vae.routes import T, VaeCall
 from remote_vae.settings import Settings, load_options
 from remote_vae.wire import THIS_PROCESS, Info
@@ -23,15 +24,17 @@ class VaeCheck:
 
     Args:
         infos: what the endpoints say; a new memory by default.
+        samples: for endpoints that say nothing; None: then a file's name has to tell.
     """
 
-    def __init__(self, infos: Infos | None = None) -> None:
+    def __init__(self, infos: Infos | None = None, samples: Samples | None = None) -> None:
         self._infos = infos or Infos()
+        self._samples = samples
         self._lock = threading.Lock()
         self._told: dict[str, str] = {}
 
-    def check(self, call: VaeCall[T], url: str, settings: Settings, *, public: bool) -> None:
-        """Return if the call may go to ``url``.
+    def check(self, call: VaeCall[T], url: str, settings: Settings, ask: Ask, *, public: bool) -> None:
+        """Return if the call may go to ``url``; ``ask`` sends a tensor in its place.
 
         Raises:
             AnotherVae: the endpoint has another VAE, and the settings keep such calls on this machine.
@@ -50,6 +53,9 @@ class VaeCheck:
             # It would wait for the end of the generation that waits for it.
             raise NotOffered(f"{endpoint} is this UI itself: enter another machine's address", reason="the endpoint is this UI")
         difference = _difference(endpoint, info, call.family, call.identity)
+        if difference is None:
+            same = self._samples.compare(call.identity, call.op, url, ask) if self._samples is not None else None
+            difference = _unsaid_difference(endpoint, same, call.family, call.identity)
         if not difference:
             self._tell(endpoint, "")
             return
@@ -68,6 +74,8 @@ class VaeCheck:
     def forget(self, url: str) -> None:
         """The endpoint at ``url`` failed: ask it anew next time."""
         self._infos.forget(url)
+        if self._samples is not None:
+            self._samples.forget(url)
 
     def _tell(self, endpoint: str, message: str) -> bool:
         """Whether ``message`` is news: not the last that was said of ``endpoint``."""
@@ -76,21 +84,31 @@ class VaeCheck:
             return before != message
 
 
-def _difference(endpoint: str, info: Info, family: Family, identity: Identity) -> str:
-    """In what the two VAEs differ, both named; "" where they are taken for the same."""
-    here = identity.picked or "the model's own VAE"
+def _difference(endpoint: str, info: Info, family: Family, identity: Identity) -> str | None:
+    """In what the two VAEs differ, both named; "" where they are the same; None where the endpoint does not say enough."""
     there = load_families().get(info.family)
     if there is not None and family.is_known and there.key != family.key:
-        return f"{endpoint} has a VAE for {there.label}, and yours ({here}) is for {family.label}"
+        return f"{endpoint} has a VAE for {there.label}, and yours ({_here(identity)}) is for {family.label}"
     same = identity.matches(info.fingerprints)
     if same is False:
         rounding, name = identity.fingerprint() or ("", "unknown")
         theirs = info.fingerprints.get(rounding, "unknown")
         return (
             f"{endpoint} has another VAE ({info.model or 'of no name'}, fingerprint {theirs}) "
-            f"than yours ({here}, fingerprint {name})"
+            f"than yours ({_here(identity)}, fingerprint {name})"
         )
+    return "" if same else None
+
+
+def _unsaid_difference(endpoint: str, same: bool | None, family: Family, identity: Identity) -> str:
+    """As above for an endpoint that does not say; ``same`` is what a sample told."""
+    if same is False:
+        return f"{endpoint} makes other pictures of the same latents than your VAE ({_here(identity)})"
     if same is None and identity.picked and not family.is_standard_file(identity.picked):
         usual = f"not the standard VAE of {family.label}" if family.is_known else "of no known family"
-        return f"{endpoint} does not tell whether it has your VAE, and {here} is {usual}"
+        return f"{endpoint} does not tell whether it has your VAE, and {identity.picked} is {usual}"
     return ""
+
+
+def _here(identity: Identity) -> str:
+    return identity.picked or "the model's own VAE"

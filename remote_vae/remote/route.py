@@ -79,8 +79,16 @@ class RemoteRoute:
     def _asked(self, call: VaeCall[T], settings: Settings, url: str, breaker: Gate, *, public: bool) -> Outcome[T]:
         call.tell(f"{call.doing} on {urlsplit(url).netloc.rpartition('@')[2]}")
         try:
-            self._vaes.check(call, url, settings, public=public)
-            reply = _Asking(client_for(url, public=public), call, settings).ask()
+            client = client_for(url, public=public)
+
+            def ask_sample(tensor: torch.Tensor) -> Remote:
+                sample = replace(call, tensor=tensor.to(call.tensor.dtype))
+                answer = _Asking(client, sample, replace(settings, transfer="raw")).ask().answer
+                _check_answer(sample, answer)
+                return answer
+
+            self._vaes.check(call, url, settings, ask_sample, public=public)
+            reply = _Asking(client, call, settings).ask()
             _check_answer(call, reply.answer)
         except (CallCancelled, InvalidRequest) as error:
             breaker.left()

@@ -12,64 +12,15 @@ import torch
 from diffusers import AutoencoderKL
 
 from remote_vae.errors import AnotherVae, CallCancelled, DeadlineExceeded, EndpointUnreachable, NotOffered, RouteFailed
-from remote_vae.families import Family, find_family
+from remote_vae.families import find_family
 from remote_vae.identity import Identity
 from remote_vae.remote.another_vae import VaeCheck
-from remote_vae.remote.info import Infos
-from remote_vae.remote.route import RemoteRoute
-from remote_vae.router import Router
-from remote_vae.routes import VaeCall
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
-from tests.remote.test_info import Clock
+from tests.remote.conftest import Caller
 from tests.vaes import loaded as as_loaded
-
-
-class Caller:
-    """Makes calls with one VAE, and answers them here where they do not go remote."""
-
-    def __init__(self, vae: Any, family: Family, latents: torch.Tensor) -> None:
-        self.vae = vae
-        self.family = family
-        self.latents = latents
-        self.clock = Clock()
-        self.router = Router()
-        self.route = self.router._remote = RemoteRoute(vaes=VaeCheck(Infos(self.clock)))
-
-    def call(self, picked: str = "", **changes: Any) -> VaeCall[str]:
-        call: VaeCall[str] = VaeCall(
-            op="decode",
-            tensor=self.latents,
-            family=self.family,
-            whole=lambda: "local",
-            adopt=lambda answer: "remote",
-            identity=Identity(self.vae, picked),
-        )
-        return replace(call, **changes)
-
-    def run(self, settings: Settings, picked: str = "", **changes: Any) -> str:
-        return self.router.run(self.call(picked, **changes), settings)
-
-    def ask(self, settings: Settings, picked: str = "", **changes: Any) -> str:
-        """The remote route alone."""
-        return self.route.run(self.call(picked, **changes), settings).value
-
-    @property
-    def reason(self) -> str:
-        assert self.router.history.last is not None
-        return self.router.history.last.fallback_reason
-
-
-@pytest.fixture
-def caller(vae: AutoencoderKL, loaded: LoadedVae, latents: torch.Tensor) -> Caller:
-    return Caller(vae, loaded.family, latents)
-
-
-@pytest.fixture
-def settings(chaos: Chaos) -> Settings:
-    return Settings(endpoint=chaos.url)
 
 
 @pytest.fixture
@@ -84,6 +35,10 @@ def sd1(server: ServerThread) -> Iterator[ServerThread]:
 def train(vae: Any) -> None:
     """Other weights in the same module."""
     vae.load_state_dict({name: value * 1.01 for name, value in vae.state_dict().items()})
+
+
+def unasked(tensor: torch.Tensor) -> Any:
+    raise AssertionError(f"a sample of {list(tensor.shape)} was sent")
 
 
 def test_with_the_same_vae_the_call_goes_remote(caller: Caller, chaos: Chaos, settings: Settings) -> None:
@@ -218,10 +173,10 @@ def test_without_info_a_vae_that_was_picked_is_the_standard_one_by_its_name_only
     call = caller.call(picked, family=find_family(family))
     check = VaeCheck()
     if where == "remote":
-        check.check(call, f"{chaos.url}/decode", settings, public=False)
+        check.check(call, f"{chaos.url}/decode", settings, unasked, public=False)
         return
     with pytest.raises(AnotherVae, match=find_family(family).label) as caught:
-        check.check(call, f"{chaos.url}/decode", settings, public=False)
+        check.check(call, f"{chaos.url}/decode", settings, unasked, public=False)
     assert picked in str(caught.value)
 
 
@@ -238,9 +193,9 @@ def test_weights_that_cannot_be_read_leave_the_name_to_decide(caller: Caller, se
 def test_a_public_endpoint_is_never_asked_and_has_the_standard_vae(caller: Caller, chaos: Chaos) -> None:
     check = VaeCheck()
     url = f"{chaos.url}/"
-    check.check(caller.call(family=find_family("sd1")), url, Settings(), public=True)
+    check.check(caller.call(family=find_family("sd1")), url, Settings(), unasked, public=True)
     with pytest.raises(AnotherVae):
-        check.check(caller.call("anime.pt", family=find_family("sd1")), url, Settings(), public=True)
+        check.check(caller.call("anime.pt", family=find_family("sd1")), url, Settings(), unasked, public=True)
     assert not chaos.infos
 
 

@@ -15,16 +15,9 @@ from remote_vae.server.models import LoadedVae
 from remote_vae.wire import Info
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
+from tests.remote.conftest import Clock
 
 QUICK = Deadlines(connect=2.0, first_byte=5.0, total=20.0)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def ask(infos: Infos, chaos: Chaos, path: str = "/decode") -> Info:

@@ -1,0 +1,170 @@
+"""For endpoints that say nothing of their VAE: both sides make the same small picture, and the two are compared.
+
+What is sent is a picture made here for the purpose, never the user's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+
+from remote_vae.errors import EndpointError
+from remote_vae.identity import Identity
+from remote_vae.wire import DecodeAnswer, EncodeAnswer
+
+log = logging.getLogger("remote_vae")
+
+# Of the picture: small enough to cost a processor some tenths of a second, once.
+SIDE = 64
+# Root mean square of the difference, in levels of 255, up to which two decoders count as one: half precision makes 0.2, and
+# nobody sees three.
+SAME_LEVELS = 3.0
+# The same for encoders, in standard deviations of the latents: half precision makes 0.004.
+SAME_LATENTS = 0.05
+# A sample of the posterior is hardly ever so many of its deviations off.
+_SAMPLED = 3.0
+# Seconds; after that, an endpoint that was started anew with another VAE is noticed.
+KEPT_SECONDS = 600.0
+# Refusals of such a small picture: they say nothing of the VAE.
+_REFUSALS = frozenset({400, 409, 413, 415, 422})
+
+Ask = Callable[[torch.Tensor], "DecodeAnswer | EncodeAnswer"]
+# A VAE's own work in float32 on the CPU: pixels to moments [1, 2 C, h, w] (or latents, of a VAE that has no posterior), and
+# raw latents to pixels.
+Encode = Callable[[Any, torch.Tensor], torch.Tensor]
+Decode = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A small picture as one VAE makes it, in float32 on the CPU.
+
+    Attributes:
+        pixels: ``[1, 3, SIDE, SIDE]`` in [-1, 1], 8-bit levels.
+        mean, deviation: of the posterior, raw, ``[1, C, h, w]``.
+        decoded: the pixels of ``mean``.
+    """
+
+    pixels: torch.Tensor
+    mean: torch.Tensor
+    deviation: torch.Tensor
+    decoded: torch.Tensor
+
+    def agrees(self, answer: DecodeAnswer | EncodeAnswer) -> bool:
+        """Whether ``answer``, to ``mean`` or to ``pixels``, may be of the same VAE."""
+        if isinstance(answer, DecodeAnswer):
+            difference = answer.pixels("cpu", torch.float32).clamp(-1, 1) - self.decoded.clamp(-1, 1)
+            return _rms(difference) * 127.5 <= SAME_LEVELS
+        latents = answer.latents.float()
+        if answer.is_posterior:
+            difference = latents.chunk(2, dim=1)[0] - self.mean
+        else:
+            difference = ((latents - self.mean).abs() - _SAMPLED * self.deviation).clamp(min=0)
+        return _rms(difference) <= SAME_LATENTS * self.mean.std().item()
+
+
+@dataclass
+class _Known:
+    """What was found out about one VAE while its weights looked like ``look``."""
+
+    look: object
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    sample: Sample | None = None
+    failed: bool = False
+    verdicts: dict[str, tuple[float, Optional[bool]]] = field(default_factory=dict)
+
+
+class Samples:
+    """Compares VAEs with endpoints by a sample, and remembers what came of it. May be used from many threads.
+
+    Args:
+        encode, decode: how a VAE is run here.
+    """
+
+    def __init__(self, encode: Encode, decode: Decode, clock: Callable[[], float] = time.monotonic) -> None:
+        self._encode = encode
+        self._decode = decode
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+
+    def compare(self, identity: Identity, op: str, url: str, ask: Ask) -> bool | None:
+        """Whether the endpoint at ``url`` has the VAE of ``identity``; None where that cannot be told.
+
+        Args:
+            ask: has ``op`` done by the endpoint: mean latents to pixels, or pixels to latents.
+
+        Raises:
+            RouteFailed: the endpoint did not answer; a call would not be answered either.
+        """
+        look = identity.look()
+        if look is None:
+            return None
+        with self._lock:
+            known = self._known.get(identity.vae)
+            if known is None or known.look != look:
+                known = self._known[identity.vae] = _Known(look)
+        since, verdict = known.verdicts.get(url, (-math.inf, None))
+        if self._clock() - since >= KEPT_SECONDS:
+            verdict = self._ask(known, identity, op, ask)
+            known.verdicts[url] = self._clock(), verdict
+        return verdict
+
+    def forget(self, url: str) -> None:
+        """The endpoint at ``url`` failed; it may come back as another one."""
+        with self._lock:
+            everything = list(self._known.values())
+        for known in everything:
+            known.verdicts.pop(url, None)
+
+    def _ask(self, known: _Known, identity: Identity, op: str, ask: Ask) -> bool | None:
+        sample = self._sample(known, identity)
+        if sample is None:
+            return None
+        try:
+            return sample.agrees(ask(sample.mean if op == "decode" else sample.pixels))
+        except EndpointError as error:
+            if error.status not in _REFUSALS:
+                raise
+            return None
+
+    def _sample(self, known: _Known, identity: Identity) -> Sample | None:
+        with known.lock:
+            if known.sample is None and not known.failed:
+                try:
+                    known.sample = self._made(identity.vae)
+                except Exception as error:  # whatever VAE that is, the call goes on without
+                    known.failed = True
+                    log.debug("no sample of %s: %s", type(identity.vae).__name__, error)
+            return known.sample
+
+    def _made(self, vae: Any) -> Sample:
+        pixels = picture()
+        mean, logvar = self._encode(vae, pixels).float().chunk(2, dim=1)
+        # As in diffusers' DiagonalGaussianDistribution.
+        deviation = torch.exp(0.5 * logvar.clamp(-30, 20))
+        return Sample(pixels, mean, deviation, self._decode(vae, mean).float())
+
+
+def picture() -> torch.Tensor:
+    """``[1, 3, SIDE, SIDE]`` in [-1, 1], 8-bit levels: a shaded ball before a sky and a striped floor."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, SIDE), torch.linspace(-1, 1, SIDE), indexing="ij")
+    sky = torch.stack([0.2 - 0.5 * y, 0.4 - 0.3 * y, 0.8 + 0.1 * y])
+    floor = torch.sign(torch.sin(14 * x / (y + 0.2).clamp(min=0.1))) * torch.tensor([0.5, 0.4, 0.2]).view(3, 1, 1)
+    scene = torch.where(y > 0.3, floor, sky)
+    depth = (0.36 - x.square() - (y + 0.1).square()).clamp(min=0).sqrt()
+    light = (0.9 * depth - 0.5 * x - 0.6 * y) * torch.tensor([1.6, 0.7, 0.4]).view(3, 1, 1) - 0.3
+    levels = (torch.where(depth > 0, light, scene).clamp(-1, 1) * 127.5 + 127.5).round()
+    return (levels / 127.5 - 1).unsqueeze(0)
+
+
+def _rms(difference: torch.Tensor) -> float:
+    return difference.double().square().mean().sqrt().item()

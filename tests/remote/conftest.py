@@ -1,0 +1,76 @@
+"""A host that makes calls with one VAE through an endpoint that misbehaves on demand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from remote_vae.families import Family
+from remote_vae.identity import Identity
+from remote_vae.remote.another_vae import VaeCheck
+from remote_vae.remote.info import Infos
+from remote_vae.remote.route import RemoteRoute
+from remote_vae.router import Router
+from remote_vae.routes import VaeCall
+from remote_vae.server.models import LoadedVae
+from remote_vae.settings import Settings
+from tests.chaos import Chaos
+
+
+class Clock:
+    """Says what it is told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Caller:
+    """Makes calls with one VAE, and answers them here where they do not go remote."""
+
+    def __init__(self, vae: Any, family: Family, latents: torch.Tensor) -> None:
+        self.vae = vae
+        self.family = family
+        self.latents = latents
+        self.clock = Clock()
+        self.router = Router()
+        self.route = self.router._remote = RemoteRoute(vaes=VaeCheck(Infos(self.clock)))
+
+    def call(self, picked: str = "", **changes: Any) -> VaeCall[str]:
+        call: VaeCall[str] = VaeCall(
+            op="decode",
+            tensor=self.latents,
+            family=self.family,
+            whole=lambda: "local",
+            adopt=lambda answer: "remote",
+            identity=Identity(self.vae, picked),
+        )
+        return replace(call, **changes)
+
+    def run(self, settings: Settings, picked: str = "", **changes: Any) -> str:
+        return self.router.run(self.call(picked, **changes), settings)
+
+    def ask(self, settings: Settings, picked: str = "", **changes: Any) -> str:
+        """The remote route alone."""
+        return self.route.run(self.call(picked, **changes), settings).value
+
+    @property
+    def reason(self) -> str:
+        assert self.router.history.last is not None
+        return self.router.history.last.fallback_reason
+
+
+@pytest.fixture
+def caller(vae: AutoencoderKL, loaded: LoadedVae, latents: torch.Tensor) -> Caller:
+    return Caller(vae, loaded.family, latents)
+
+
+@pytest.fixture
+def settings(chaos: Chaos) -> Settings:
+    return Settings(endpoint=chaos.url)

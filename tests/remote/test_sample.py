@@ -1,0 +1,131 @@
+"""Endpoints that say nothing of their VAE: what a small picture tells, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from remote_vae.errors import DeadlineExceeded
+from remote_vae.remote.sample import KEPT_SECONDS, picture
+from remote_vae.settings import Settings
+from tests.chaos import Chaos
+from tests.remote.conftest import Caller, Clock
+
+
+@pytest.fixture
+def asker(caller: Caller, chaos: Chaos) -> Caller:
+    """As the UI's own router calls an endpoint of the protocol that has no /info and gives no posteriors."""
+    chaos.info = "404 html"
+    chaos.drops = ("posterior", "family")
+    caller.router = type(caller.router)()
+    caller.route = caller.router._remote
+    caller.clock = caller.route._vaes._samples._clock = Clock()
+    return caller
+
+
+def change(vae: Any, part: str) -> None:
+    """Weights as another training would leave them."""
+    generator = torch.Generator().manual_seed(0)
+    for name, value in vae.state_dict().items():
+        if name.startswith(part) and value.ndim == 4:
+            value.mul_(1 + 0.4 * torch.randn(value.shape, generator=generator))
+
+
+@pytest.fixture(params=["decode", "encode"])
+def op(request: pytest.FixtureRequest, pixels: torch.Tensor) -> dict[str, Any]:
+    """The changes that make a call of it."""
+    return {} if request.param == "decode" else {"op": "encode", "tensor": pixels}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_with_the_same_vae_the_call_goes_remote_and_the_sample_is_sent_once(
+    asker: Caller, chaos: Chaos, settings: Settings, op: dict[str, Any], dtype: torch.dtype
+) -> None:
+    asker.vae.to(dtype)
+    if op:
+        op = {**op, "tensor": op["tensor"].to(dtype)}
+    asker.latents = asker.latents.to(dtype)
+    assert asker.run(settings, **op) == asker.run(settings, **op) == "remote"
+    assert len(chaos.requests) == 3
+
+
+def test_with_another_vae_the_call_stays_here_and_only_the_sample_was_sent(
+    asker: Caller, chaos: Chaos, settings: Settings, op: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    change(asker.vae, "encoder" if op else "decoder")
+    assert asker.run(settings, **op) == asker.run(settings, **op) == "local"
+    assert asker.reason == "another VAE there"
+    assert len(chaos.requests) == 1
+    assert len([record for record in caplog.records if "makes other pictures" in record.message]) == 1
+
+
+def test_another_decoder_alone_is_noticed_where_it_counts(asker: Caller, settings: Settings, pixels: torch.Tensor) -> None:
+    """As the one of vae-ft-mse, whose encoder is that of SD 1."""
+    change(asker.vae, "decoder")
+    assert asker.run(settings, op="encode", tensor=pixels) == "remote"
+    assert asker.run(settings) == "local"
+
+
+def test_the_user_may_have_the_other_vaes_pictures(asker: Caller, settings: Settings) -> None:
+    change(asker.vae, "decoder")
+    assert asker.run(replace(settings, when_vae_differs="remote")) == "remote"
+
+
+def test_the_sample_counts_more_than_a_name(asker: Caller, settings: Settings) -> None:
+    assert asker.run(settings, "kl-f8-anime2.safetensors") == "remote"
+    change(asker.vae, "decoder")
+    assert asker.run(settings, "vae-ft-mse-840000-ema-pruned.safetensors") == "local"
+
+
+def test_a_vae_that_cannot_be_run_here_leaves_the_name_to_decide(asker: Caller, chaos: Chaos, settings: Settings) -> None:
+    asker.vae = torch.nn.Linear(1, 1)
+    assert asker.run(settings) == "remote"
+    assert asker.run(settings, "kl-f8-anime2.safetensors") == "local"
+    assert len(chaos.requests) == 1
+
+
+def test_an_endpoint_that_refuses_so_small_a_picture_leaves_the_name_to_decide(
+    asker: Caller, chaos: Chaos, settings: Settings
+) -> None:
+    change(asker.vae, "decoder")
+    chaos.reset("400", fail_at=0)
+    assert asker.run(settings) == asker.run(settings) == "remote"
+    assert len(chaos.requests) == 3
+
+
+def test_an_endpoint_that_hangs_costs_one_deadline(asker: Caller, chaos: Chaos) -> None:
+    chaos.reset("hang")
+    with pytest.raises(DeadlineExceeded):
+        asker.ask(Settings(endpoint=chaos.url, first_byte_timeout=0.3))
+    assert asker.run(Settings(endpoint=chaos.url, first_byte_timeout=0.3)) == "local"
+    assert len(chaos.requests) == 1
+
+
+def test_it_is_asked_anew_after_a_while_and_after_a_failure(asker: Caller, chaos: Chaos, settings: Settings) -> None:
+    settings = replace(settings, cooldown=0.0)
+    assert asker.run(settings) == "remote"
+    asker.clock.now += KEPT_SECONDS + 1
+    assert asker.run(settings) == "remote"
+    assert len(chaos.requests) == 4
+    chaos.reset("503", fail_at=0)
+    assert asker.run(settings) == "local"
+    assert asker.run(settings) == "remote"
+    assert len(chaos.requests) == 3
+
+
+def test_other_weights_in_the_same_vae_are_compared_anew(asker: Caller, settings: Settings) -> None:
+    assert asker.run(settings) == "remote"
+    change(asker.vae, "decoder")
+    assert asker.run(settings) == "local"
+
+
+def test_the_picture_is_made_of_levels_and_has_light_and_shade() -> None:
+    pixels = picture()
+    assert pixels.shape == (1, 3, 64, 64)
+    levels = (pixels + 1) * 127.5
+    assert torch.allclose(levels, levels.round(), atol=1e-4)
+    assert pixels.amin() < -0.7
+    assert pixels.amax() > 0.7
