@@ -54,7 +54,9 @@ class VaeCheck:
             raise NotOffered(f"{endpoint} is this UI itself: enter another machine's address", reason="the endpoint is this UI")
         difference = _difference(endpoint, info, call.family, call.identity)
         if difference is None:
-            same = self._samples.compare(call.identity, call.op, url, ask) if self._samples is not None else None
+            same = None
+            if self._samples is not None:
+                same = self._samples.compare(call.identity, call.op, url, ask, call.cancelled)
             difference = _unsaid_difference(endpoint, same, call.family, call.identity)
         if not difference:
             self._tell(endpoint, "")

@@ -12,11 +12,11 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 import torch
 
-from remote_vae.errors import EndpointError
+from remote_vae.errors import CallCancelled, EndpointError
 from remote_vae.identity import Identity
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
@@ -37,10 +37,15 @@ KEPT_SECONDS = 600.0
 _REFUSALS = frozenset({400, 409, 413, 415, 422})
 
 Ask = Callable[[torch.Tensor], "DecodeAnswer | EncodeAnswer"]
-# A VAE's own work in float32 on the CPU: pixels to moments [1, 2 C, h, w] (or latents, of a VAE that has no posterior), and
-# raw latents to pixels.
-Encode = Callable[[Any, torch.Tensor], torch.Tensor]
-Decode = Callable[[Any, torch.Tensor], torch.Tensor]
+Cancelled = Callable[[], bool]
+
+
+class Work(Protocol):
+    """A VAE's own work on the CPU: pixels to moments ``[1, 2 C, h, w]``, or raw latents to pixels."""
+
+    def __call__(self, vae: Any, batch: torch.Tensor, *, cancelled: Cancelled) -> torch.Tensor:
+        """Raises CallCancelled when ``cancelled`` says so."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -89,21 +94,22 @@ class Samples:
         encode, decode: how a VAE is run here.
     """
 
-    def __init__(self, encode: Encode, decode: Decode, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, encode: Work, decode: Work, clock: Callable[[], float] = time.monotonic) -> None:
         self._encode = encode
         self._decode = decode
         self._clock = clock
         self._lock = threading.Lock()
         self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
-    def compare(self, identity: Identity, op: str, url: str, ask: Ask) -> bool | None:
+    def compare(self, identity: Identity, op: str, url: str, ask: Ask, cancelled: Cancelled) -> bool | None:
         """Whether the endpoint at ``url`` has the VAE of ``identity``; None where that cannot be told.
 
         Args:
             ask: has ``op`` done by the endpoint: mean latents to pixels, or pixels to latents.
+            cancelled: whether the user wants it to end.
 
         Raises:
-            RouteFailed: the endpoint did not answer; a call would not be answered either.
+            RouteFailed: the endpoint did not answer; a call would not be answered either. CallCancelled among them.
         """
         look = identity.look()
         if look is None:
@@ -114,7 +120,7 @@ class Samples:
                 known = self._known[identity.vae] = _Known(look)
         since, verdict = known.verdicts.get(url, (-math.inf, None))
         if self._clock() - since >= KEPT_SECONDS:
-            verdict = self._ask(known, identity, op, ask)
+            verdict = self._ask(known, identity, op, ask, cancelled)
             known.verdicts[url] = self._clock(), verdict
         return verdict
 
@@ -125,8 +131,8 @@ class Samples:
         for known in everything:
             known.verdicts.pop(url, None)
 
-    def _ask(self, known: _Known, identity: Identity, op: str, ask: Ask) -> bool | None:
-        sample = self._sample(known, identity)
+    def _ask(self, known: _Known, identity: Identity, op: str, ask: Ask, cancelled: Cancelled) -> bool | None:
+        sample = self._sample(known, identity, cancelled)
         if sample is None:
             return None
         try:
@@ -136,22 +142,27 @@ class Samples:
                 raise
             return None
 
-    def _sample(self, known: _Known, identity: Identity) -> Sample | None:
+    def _sample(self, known: _Known, identity: Identity, cancelled: Cancelled) -> Sample | None:
         with known.lock:
             if known.sample is None and not known.failed:
                 try:
-                    known.sample = self._made(identity.vae)
+                    known.sample = self._made(identity.vae, cancelled)
+                except CallCancelled:
+                    raise
                 except Exception as error:  # whatever VAE that is, the call goes on without
                     known.failed = True
                     log.debug("no sample of %s: %s", type(identity.vae).__name__, error)
             return known.sample
 
-    def _made(self, vae: Any) -> Sample:
+    def _made(self, vae: Any, cancelled: Cancelled) -> Sample:
         pixels = picture()
-        mean, logvar = self._encode(vae, pixels).float().chunk(2, dim=1)
+        mean, logvar = self._encode(vae, pixels, cancelled=cancelled).float().chunk(2, dim=1)
         # As in diffusers' DiagonalGaussianDistribution.
         deviation = torch.exp(0.5 * logvar.clamp(-30, 20))
-        return Sample(pixels, mean, deviation, self._decode(vae, mean).float())
+        decoded = self._decode(vae, mean, cancelled=cancelled).float()
+        if not (torch.isfinite(mean).all() and torch.isfinite(decoded).all()):
+            raise ArithmeticError("NaN in the sample")
+        return Sample(pixels, mean, deviation, decoded)
 
 
 def picture() -> torch.Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from remote_vae.errors import DeadlineExceeded
+from remote_vae.errors import CallCancelled, DeadlineExceeded
+from remote_vae.remote.client import DEFAULT_DEADLINES, never
 from remote_vae.remote.sample import KEPT_SECONDS, picture
 from remote_vae.settings import Settings
 from tests.chaos import Chaos
@@ -101,6 +102,21 @@ def test_an_endpoint_that_hangs_costs_one_deadline(asker: Caller, chaos: Chaos) 
     with pytest.raises(DeadlineExceeded):
         asker.ask(Settings(endpoint=chaos.url, first_byte_timeout=0.3))
     assert asker.run(Settings(endpoint=chaos.url, first_byte_timeout=0.3)) == "local"
+    assert len(chaos.requests) == 1
+
+
+def test_an_interrupt_ends_it_before_anything_is_sent(asker: Caller, chaos: Chaos, settings: Settings) -> None:
+    asker.route._vaes._infos.of(f"{chaos.url}/decode", DEFAULT_DEADLINES, never)
+    with pytest.raises(CallCancelled):
+        asker.ask(settings, cancelled=lambda: True)
+    assert not chaos.requests
+    assert asker.run(settings) == "remote"
+    assert len(chaos.requests) == 2
+
+
+def test_a_vae_that_makes_nan_here_leaves_the_name_to_decide(asker: Caller, chaos: Chaos, settings: Settings) -> None:
+    asker.vae.decoder.conv_out.weight.data.fill_(torch.nan)
+    assert asker.run(settings) == "remote"
     assert len(chaos.requests) == 1
 
 
