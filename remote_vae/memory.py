@@ -17,6 +17,17 @@ _OOM_TEXT = re.compile(
 )
 
 
+# dtype.itemsize and Tensor.nbytes came with torch 2.1; hosts still run older ones.
+def item_bytes(dtype: torch.dtype) -> int:
+    """Bytes of one value."""
+    return torch.empty((), dtype=dtype).element_size()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of all its values."""
+    return tensor.numel() * tensor.element_size()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is torch's or Python's word for no memory left, on any device."""
     if isinstance(error, MemoryError):

@@ -19,8 +19,13 @@ from remote_vae.wire import THIS_PROCESS, Info
 log = logging.getLogger("remote_vae")
 
 
+def quick_total(settings: Settings) -> float:
+    """Seconds for what is small: who has not sent it by the time that its first byte is due does not answer."""
+    return min(settings.total_timeout, settings.connect_timeout + settings.first_byte_timeout)
+
+
 class VaeCheck:
-    """Compares the VAE of a call with that of an endpoint before anything is sent. May be used from many threads.
+    """Compares the VAE of a call with that of an endpoint before anything of the user's is sent. May be used from many threads.
 
     Args:
         infos: what the endpoints say; a new memory by default.
@@ -44,34 +49,33 @@ class VaeCheck:
             return
         info = Info()
         if not public:
-            # A few hundred bytes: whoever has not sent them by the time that its first byte is due does not answer.
-            quick = min(settings.total_timeout, settings.connect_timeout + settings.first_byte_timeout)
-            deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, quick)
+            deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, quick_total(settings))
             info = self._infos.of(url, deadlines, call.cancelled)
         endpoint = shown(info_url(url)).removesuffix("/info")
         if info.process == THIS_PROCESS:
             # It would wait for the end of the generation that waits for it.
             raise NotOffered(f"{endpoint} is this UI itself: enter another machine's address", reason="the endpoint is this UI")
-        difference = _difference(endpoint, info, call.family, call.identity)
+        difference, told = _difference(endpoint, info, call.family, call.identity), endpoint
         if difference is None:
             same = None
             if self._samples is not None:
                 same = self._samples.compare(call.identity, call.op, url, ask, call.cancelled)
-            difference = _unsaid_difference(endpoint, same, call.family, call.identity)
+            # Its decoder may be another one where its encoder is the same.
+            difference, told = _unsaid_difference(endpoint, same, call), f"{call.op} {endpoint}"
         if not difference:
-            self._tell(endpoint, "")
+            self._tell(told, "")
             return
         option = load_options()["when_vae_differs"].label
         if settings.when_vae_differs == "remote":
             message = f"{difference}; its pictures are different from yours, and are taken as {option!r} is set to remote"
-            if self._tell(endpoint, message):
+            if self._tell(told, message):
                 log.warning("%s", message)
             return
         message = (
             f"{difference}. So this machine does it, with your VAE. Start the server with that VAE "
             f"(remote-vae serve --vae), or set {option!r} to remote to have the endpoint's pictures"
         )
-        raise AnotherVae(message, told=not self._tell(endpoint, message))
+        raise AnotherVae(message, told=not self._tell(told, message))
 
     def forget(self, url: str) -> None:
         """The endpoint at ``url`` failed: ask it anew next time."""
@@ -79,10 +83,10 @@ class VaeCheck:
         if self._samples is not None:
             self._samples.forget(url)
 
-    def _tell(self, endpoint: str, message: str) -> bool:
-        """Whether ``message`` is news: not the last that was said of ``endpoint``."""
+    def _tell(self, about: str, message: str) -> bool:
+        """Whether ``message`` is news: not the last that was said of ``about``."""
         with self._lock:
-            before, self._told[endpoint] = self._told.get(endpoint, ""), message
+            before, self._told[about] = self._told.get(about, ""), message
             return before != message
 
 
@@ -102,10 +106,14 @@ def _difference(endpoint: str, info: Info, family: Family, identity: Identity) -
     return "" if same else None
 
 
-def _unsaid_difference(endpoint: str, same: bool | None, family: Family, identity: Identity) -> str:
+def _unsaid_difference(endpoint: str, same: bool | None, call: VaeCall[T]) -> str:
     """As above for an endpoint that does not say; ``same`` is what a sample told."""
+    identity, family = call.identity, call.family
+    if identity is None:
+        return ""
     if same is False:
-        return f"{endpoint} makes other pictures of the same latents than your VAE ({_here(identity)})"
+        made = "pictures of the same latents" if call.op == "decode" else "latents of the same picture"
+        return f"{endpoint} makes other {made} than your VAE ({_here(identity)})"
     if same is None and identity.picked and not family.is_standard_file(identity.picked):
         usual = f"not the standard VAE of {family.label}" if family.is_known else "of no known family"
         return f"{endpoint} does not tell whether it has your VAE, and {identity.picked} is {usual}"

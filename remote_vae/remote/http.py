@@ -86,7 +86,7 @@ class HttpClient:
         self._context = _tls_context() if self._secure else None
         self._lock = threading.Lock()
         self._idle: list[tuple[float, _Connection]] = []
-        # By the head of a request, which says all of the form of its answer.
+        # By the head of a request, which says much of what its answer will be like.
         self._usual: dict[bytes, Size] = {}
 
     def post(
@@ -188,7 +188,7 @@ class HttpClient:
     def _remember(self, message: _Message, size: Size) -> None:
         if self._usual.get(message.head) != size:
             if len(self._usual) >= _REMEMBERED_FORMS:
-                self._usual.clear()
+                self._usual.pop(next(iter(self._usual)), None)
             self._usual[message.head] = size
 
     def _take_idle(self) -> _Connection | None:

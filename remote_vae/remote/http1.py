@@ -124,6 +124,8 @@ class Answer:
                 raise http.client.LineTooLong("head")
             if not more or not self._more():
                 raise http.client.RemoteDisconnected("the connection was closed before an answer came")
+        if end > HEAD_LIMIT:
+            raise http.client.LineTooLong("head")
         head = bytes(self._rest[:end])
         del self._rest[: end + len(_HEAD_END)]
         return head
@@ -164,22 +166,24 @@ class Answer:
         begun = self._memory[self._start : self._start + self._ready] if not self._rest else np.frombuffer(self._rest, np.uint8)
         body = self._memory[self._start : self._start + length]
         filled = min(len(begun), length)
-        if self._rest or len(body) < length or body.__array_interface__["data"][0] % _NEEDED_ALIGNMENT:
+        too_much = len(self._memory) > 2 * length + _PIECE + _ALIGNMENT
+        if self._rest or too_much or len(body) < length or body.__array_interface__["data"][0] % _NEEDED_ALIGNMENT:
             body = np.empty(length, dtype=np.uint8)
             body[:filled] = begun[:filled]
         # A server that sends more than it said is no one to go on talking to.
         self.keeps_alive &= filled == len(begun)
-        missing = length - filled
-        if missing and self._source.fill(body.data[filled:], missing) < missing:
-            raise http.client.IncompleteRead(b"", missing)
+        filled += self._source.fill(body.data[filled:], length - filled) if filled < length else 0
+        if filled < length:
+            raise http.client.IncompleteRead(b"", length - filled)
         return body
 
     def pieces(self) -> Iterator[bytes]:
         """The body piece by piece, whatever tells its end. Raises IncompleteRead when the connection ended before."""
         self._move_to_rest()
-        if self._chunked:
-            yield from self._chunks()
-            return
+        yield from self._chunks() if self._chunked else self._unchunked()
+        self.keeps_alive &= not self._rest
+
+    def _unchunked(self) -> Iterator[bytes]:
         missing = self.length
         while missing is None or missing > 0:
             if not self._rest and not self._more():

@@ -25,7 +25,7 @@ from remote_vae.errors import (
 )
 from remote_vae.families import Family, public_max_pixels
 from remote_vae.memory import free_memory, is_out_of_memory
-from remote_vae.remote.another_vae import VaeCheck
+from remote_vae.remote.another_vae import VaeCheck, quick_total
 from remote_vae.remote.breaker import Breakers, Gate
 from remote_vae.remote.client import EndpointClient, client_for, shown
 from remote_vae.remote.functions import in_parallel, one_by_one
@@ -83,7 +83,10 @@ class RemoteRoute:
 
             def ask_sample(tensor: torch.Tensor) -> Remote:
                 sample = replace(call, tensor=tensor.to(call.tensor.dtype))
-                answer = _Asking(client, sample, replace(settings, transfer="raw")).ask().answer
+                # In the form that the endpoint is known to take, which must not lose more than VAEs differ by.
+                transfer = "png" if settings.transfer == "jpg" else settings.transfer
+                quick = replace(settings, transfer=transfer, total_timeout=quick_total(settings))
+                answer = _Asking(client, sample, quick).ask().answer
                 _check_answer(sample, answer)
                 return answer
 

@@ -16,25 +16,28 @@ from typing import Any, Optional, Protocol
 
 import torch
 
-from remote_vae.errors import CallCancelled, EndpointError
+from remote_vae.errors import CallCancelled, EndpointError, MalformedAnswer, RouteFailed
 from remote_vae.identity import Identity
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
 log = logging.getLogger("remote_vae")
 
-# Of the picture: small enough to cost a processor some tenths of a second, once.
+# Of the picture: small enough for a processor.
 SIDE = 64
 # Root mean square of the difference, in levels of 255, up to which two decoders count as one: half precision makes 0.2, and
 # nobody sees three.
 SAME_LEVELS = 3.0
 # The same for encoders, in standard deviations of the latents: half precision makes 0.004.
 SAME_LATENTS = 0.05
+_LOOK_UP_SECONDS = 0.05
 # A sample of the posterior is hardly ever so many of its deviations off.
 _SAMPLED = 3.0
 # Seconds; after that, an endpoint that was started anew with another VAE is noticed.
 KEPT_SECONDS = 600.0
-# Refusals of such a small picture: they say nothing of the VAE.
-_REFUSALS = frozenset({400, 409, 413, 415, 422})
+# The same where nothing could be told: it may be different in a minute.
+UNKNOWN_SECONDS = 60.0
+# A VAE that is now in float32 and now in float16, as in diffusers' SDXL pipelines, looks different each time.
+_KEPT_LOOKS = 12
 
 Ask = Callable[[torch.Tensor], "DecodeAnswer | EncodeAnswer"]
 Cancelled = Callable[[], bool]
@@ -50,7 +53,7 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """A small picture as one VAE makes it, in float32 on the CPU.
+    """A small picture as one VAE makes it, on the CPU.
 
     Attributes:
         pixels: ``[1, 3, SIDE, SIDE]`` in [-1, 1], 8-bit levels.
@@ -78,12 +81,11 @@ class Sample:
 
 @dataclass
 class _Known:
-    """What was found out about one VAE while its weights looked like ``look``."""
+    """What was found out about one VAE while its weights looked as they do."""
 
-    look: object
     lock: threading.Lock = field(default_factory=threading.Lock)
     sample: Sample | None = None
-    failed: bool = False
+    failed: float = -math.inf
     verdicts: dict[str, tuple[float, Optional[bool]]] = field(default_factory=dict)
 
 
@@ -99,7 +101,7 @@ class Samples:
         self._decode = decode
         self._clock = clock
         self._lock = threading.Lock()
-        self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Any, dict[object, _Known]] = weakref.WeakKeyDictionary()
 
     def compare(self, identity: Identity, op: str, url: str, ask: Ask, cancelled: Cancelled) -> bool | None:
         """Whether the endpoint at ``url`` has the VAE of ``identity``; None where that cannot be told.
@@ -111,23 +113,36 @@ class Samples:
         Raises:
             RouteFailed: the endpoint did not answer; a call would not be answered either. CallCancelled among them.
         """
+        try:
+            known = self._known_of(identity)
+            if known is None:
+                return None
+            until, verdict = known.verdicts.get(url, (-math.inf, None))
+            if self._clock() >= until:
+                verdict = self._ask(known, identity, op, ask, cancelled)
+                kept = UNKNOWN_SECONDS if verdict is None else KEPT_SECONDS
+                known.verdicts[url] = self._clock() + kept, verdict
+        except RouteFailed:
+            raise
+        except Exception as error:
+            log.debug("nothing to compare %s by: %s", type(identity.vae).__name__, error)
+            return None
+        return verdict
+
+    def _known_of(self, identity: Identity) -> _Known | None:
         look = identity.look()
         if look is None:
             return None
         with self._lock:
-            known = self._known.get(identity.vae)
-            if known is None or known.look != look:
-                known = self._known[identity.vae] = _Known(look)
-        since, verdict = known.verdicts.get(url, (-math.inf, None))
-        if self._clock() - since >= KEPT_SECONDS:
-            verdict = self._ask(known, identity, op, ask, cancelled)
-            known.verdicts[url] = self._clock(), verdict
-        return verdict
+            by_look = self._known.setdefault(identity.vae, {})
+            if look not in by_look and len(by_look) >= _KEPT_LOOKS:
+                del by_look[next(iter(by_look))]
+            return by_look.setdefault(look, _Known())
 
     def forget(self, url: str) -> None:
         """The endpoint at ``url`` failed; it may come back as another one."""
         with self._lock:
-            everything = list(self._known.values())
+            everything = [known for by_look in self._known.values() for known in by_look.values()]
         for known in everything:
             known.verdicts.pop(url, None)
 
@@ -137,22 +152,26 @@ class Samples:
             return None
         try:
             return sample.agrees(ask(sample.mean if op == "decode" else sample.pixels))
-        except EndpointError as error:
-            if error.status not in _REFUSALS:
-                raise
+        except (EndpointError, MalformedAnswer):
+            # So small a picture, or in this form: what the endpoint makes of the call itself is another matter.
             return None
 
     def _sample(self, known: _Known, identity: Identity, cancelled: Cancelled) -> Sample | None:
-        with known.lock:
-            if known.sample is None and not known.failed:
-                try:
-                    known.sample = self._made(identity.vae, cancelled)
-                except CallCancelled:
-                    raise
-                except Exception as error:  # whatever VAE that is, the call goes on without
-                    known.failed = True
-                    log.debug("no sample of %s: %s", type(identity.vae).__name__, error)
-            return known.sample
+        while not known.lock.acquire(timeout=_LOOK_UP_SECONDS):
+            if cancelled():
+                raise CallCancelled("interrupted while waiting for the sample", reason="interrupted")
+        try:
+            if known.sample is None and self._clock() - known.failed >= KEPT_SECONDS:
+                known.failed = self._clock()
+                known.sample = self._made(identity.vae, cancelled)
+        except CallCancelled:
+            known.failed = -math.inf
+            raise
+        except Exception as error:  # whatever VAE that is, the call goes on without
+            log.debug("no sample of %s: %s", type(identity.vae).__name__, error)
+        finally:
+            known.lock.release()
+        return known.sample
 
     def _made(self, vae: Any, cancelled: Cancelled) -> Sample:
         pixels = picture()
@@ -160,21 +179,26 @@ class Samples:
         # As in diffusers' DiagonalGaussianDistribution.
         deviation = torch.exp(0.5 * logvar.clamp(-30, 20))
         decoded = self._decode(vae, mean, cancelled=cancelled).float()
-        if not (torch.isfinite(mean).all() and torch.isfinite(decoded).all()):
+        if not all(bool(torch.isfinite(values).all()) for values in (mean, deviation, decoded)):
             raise ArithmeticError("NaN in the sample")
         return Sample(pixels, mean, deviation, decoded)
 
 
 def picture() -> torch.Tensor:
     """``[1, 3, SIDE, SIDE]`` in [-1, 1], 8-bit levels: a shaded ball before a sky and a striped floor."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, SIDE), torch.linspace(-1, 1, SIDE), indexing="ij")
+    line = torch.linspace(-1, 1, SIDE, device="cpu", dtype=torch.float32)
+    y, x = torch.meshgrid(line, line, indexing="ij")
     sky = torch.stack([0.2 - 0.5 * y, 0.4 - 0.3 * y, 0.8 + 0.1 * y])
-    floor = torch.sign(torch.sin(14 * x / (y + 0.2).clamp(min=0.1))) * torch.tensor([0.5, 0.4, 0.2]).view(3, 1, 1)
+    floor = torch.sign(torch.sin(14 * x / (y + 0.2).clamp(min=0.1))) * _colour(0.5, 0.4, 0.2)
     scene = torch.where(y > 0.3, floor, sky)
     depth = (0.36 - x.square() - (y + 0.1).square()).clamp(min=0).sqrt()
-    light = (0.9 * depth - 0.5 * x - 0.6 * y) * torch.tensor([1.6, 0.7, 0.4]).view(3, 1, 1) - 0.3
+    light = (0.9 * depth - 0.5 * x - 0.6 * y) * _colour(1.6, 0.7, 0.4) - 0.3
     levels = (torch.where(depth > 0, light, scene).clamp(-1, 1) * 127.5 + 127.5).round()
     return (levels / 127.5 - 1).unsqueeze(0)
+
+
+def _colour(*values: float) -> torch.Tensor:
+    return torch.tensor(values, device="cpu", dtype=torch.float32).view(3, 1, 1)
 
 
 def _rms(difference: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from remote_vae.errors import OutOfMemory
+from remote_vae.memory import item_bytes
 from remote_vae.tiled.plan import Attention, Conv, Plan, Residual
 
 # What is alive beside the shelves, in strips and in rows of the widest convolution: the strip that is read, normalised, in its
@@ -52,7 +53,7 @@ def plan_budget(
     for step, channels, rows, columns in plan.sizes(height, width):
         if isinstance(step, Attention):
             # Keys and values of the whole picture.
-            fixed = max(fixed, 2 * channels * rows * columns * dtype.itemsize)
+            fixed = max(fixed, 2 * channels * rows * columns * item_bytes(dtype))
         if isinstance(step, Conv):
             row = max(row, max(channels, step.module.in_channels) * columns * _WORK_ITEM)
     fixed += result_bytes + _ROWS_AT_WORK * row
@@ -79,4 +80,4 @@ def whole_bytes(plan: Plan, picture: torch.Size, dtype: torch.dtype) -> int:
         if isinstance(step, Residual):
             entered = next(part.module.in_channels for part in step.main if isinstance(part, Conv))
             peak = max(peak, (entered + 4 * made) * rows * columns)
-    return picture[0] * peak * dtype.itemsize
+    return picture[0] * peak * item_bytes(dtype)

@@ -16,6 +16,7 @@ from typing import Any, Union
 import torch
 
 from remote_vae.errors import InvalidRequest
+from remote_vae.memory import item_bytes
 from remote_vae.tiled.budget import plan_budget
 from remote_vae.tiled.executor import NotFinite, Rows, Run, build, never, no_progress
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
@@ -146,8 +147,8 @@ def _run(
     # Not all devices know autocast, not even to switch it off.
     plain = torch.autocast(device.type, enabled=False) if _autocast_dtype(device.type) else nullcontext()
     with torch.no_grad(), plain:
-        # Away from where the batch is, layers are copied one by one, and the VAE need not be brought to a device that is full.
-        if device == batch.device:
+        # On a device that the caller names, layers are copied one by one, and the VAE need not be brought to one that is full.
+        if limits.device is None:
             bring_in(vae)
         result = None
         try:
@@ -184,7 +185,7 @@ class _Work:
             self.dtype,
             strip_bytes=_STRIP_BYTES.get(self.device.type, _GPU_STRIP_BYTES),
             max_bytes=self.limits.max_bytes,
-            result_bytes=self.batch * channels * rows * columns * self.dtype.itemsize,
+            result_bytes=self.batch * channels * rows * columns * item_bytes(self.dtype),
         )
         # Beside a GPU there is always the host's memory.
         store = self.limits.store_device or (None if self.device.type == "cpu" else "cpu")

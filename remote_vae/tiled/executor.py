@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import batch_norm, conv2d, interpolate, linear, scaled_dot_product_attention
 
 from remote_vae.errors import CallCancelled
+from remote_vae.memory import item_bytes
 from remote_vae.tiled.moments import Moments
 from remote_vae.tiled.plan import Attention, Conv, Norm, Plan, Pointwise, Residual, Step, Upsample, silu
 from remote_vae.tiled.shelf import Room, Shelf, Taker
@@ -91,7 +92,7 @@ class Run:
 
     def rows(self, width: int, channels: int, flops: float = 0.0) -> int:
         """How many rows of ``channels`` x ``width`` values, which cost ``flops`` each, make a strip."""
-        rows = self.strip_bytes / (width * channels * self.dtype.itemsize)
+        rows = self.strip_bytes / (width * channels * item_bytes(self.dtype))
         if flops:
             rows = min(rows, self.strip_flops / flops)
         return max(1, int(rows))
@@ -119,7 +120,7 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        return self.channels * self.height * self.width * self.run.dtype.itemsize
+        return self.channels * self.height * self.width * item_bytes(self.run.dtype)
 
 
 class Picture(Rows):
@@ -513,7 +514,7 @@ def _residual(step: Residual, rows: Rows, around: _Around) -> Rows:
         main = main[1 if function is None else 2 :]
     tee = Tee(rows, shortcut)
     channels = rows.channels if shortcut is None else shortcut.module.out_channels
-    waiting = channels * rows.height * rows.width * rows.run.dtype.itemsize
+    waiting = channels * rows.height * rows.width * item_bytes(rows.run.dtype)
     return Sum(_chain(main, tee, around.within(tee, waiting), fill), tee)
 
 

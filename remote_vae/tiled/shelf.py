@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
+from remote_vae.memory import tensor_bytes
+
 # The C library keeps what is freed for the next who asks, and strips that come and go leave holes in it that may add up to half
-# of what is alive. So on a processor it has to give them back whenever so many bytes have been put on shelves.
+# of what is alive. So on a processor it has to give them back whenever so many bytes have been put on shelves. Allocators that
+# were loaded in its place have ways of their own.
 _TRIM_EVERY = 64 << 20
 
 
@@ -87,12 +90,12 @@ class Shelf:
 
     def append(self, strip: torch.Tensor) -> None:
         """Put the next rows on the shelf."""
-        if self._room.takes(strip.nbytes):
-            self._room.used += strip.nbytes
+        if self._room.takes(tensor_bytes(strip)):
+            self._room.used += tensor_bytes(strip)
             self._strips.append((strip, False))
         else:
             self._strips.append((self._room.put_away(strip), True))
-        self._room.came_in(strip.nbytes)
+        self._room.came_in(tensor_bytes(strip))
 
     def clear(self) -> None:
         """Let go of everything."""
@@ -124,7 +127,7 @@ class Shelf:
     def _pop(self) -> tuple[torch.Tensor, bool]:
         strip, is_away = self._strips.popleft()
         if not is_away:
-            self._room.used -= strip.nbytes
+            self._room.used -= tensor_bytes(strip)
         return strip, is_away
 
 

@@ -80,6 +80,28 @@ def test_a_server_that_sends_more_than_it_said_is_left() -> None:
     assert not answer.keeps_alive
 
 
+def test_a_surplus_behind_a_body_that_is_read_in_pieces_ends_the_connection_too() -> None:
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    for rest in (b"Content-Length: 5\r\n\r\nhello", chunked):
+        answer = Answer(Feed(b"HTTP/1.1 200 OK\r\n" + rest, 1000))
+        assert (body(answer), answer.keeps_alive) == (b"hello", True)
+        answer = Answer(Feed(b"HTTP/1.1 200 OK\r\n" + rest + b"HTTP/1.1", 1000))
+        assert (body(answer), answer.keeps_alive) == (b"hello", False)
+
+
+def test_a_small_body_does_not_keep_the_memory_of_a_large_one() -> None:
+    answer = Answer(Feed(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", 1000), Size(38, 1 << 20))
+    got = answer.body()
+    assert got.base is None
+    assert got.tobytes() == b"hello"
+
+
+def test_a_head_that_comes_at_once_has_the_same_limit() -> None:
+    head = b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70_000 + b"\r\n\r\n"
+    with pytest.raises(http.client.LineTooLong):
+        Answer(Feed(head, 1 << 20), Size(100, 1 << 20))
+
+
 @given(step=st.integers(1, 80))
 def test_a_chunked_body_comes_whole_however_it_is_cut(step: int) -> None:
     data = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n6;x=1\r\nhello \r\n5\r\nworld\r\n0\r\nTrailer: 1\r\n\r\n"

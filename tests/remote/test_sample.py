@@ -10,7 +10,7 @@ import torch
 
 from remote_vae.errors import CallCancelled, DeadlineExceeded
 from remote_vae.remote.client import DEFAULT_DEADLINES, never
-from remote_vae.remote.sample import KEPT_SECONDS, picture
+from remote_vae.remote.sample import KEPT_SECONDS, UNKNOWN_SECONDS, picture
 from remote_vae.settings import Settings
 from tests.chaos import Chaos
 from tests.remote.conftest import Caller, Clock
@@ -60,14 +60,18 @@ def test_with_another_vae_the_call_stays_here_and_only_the_sample_was_sent(
     assert asker.run(settings, **op) == asker.run(settings, **op) == "local"
     assert asker.reason == "another VAE there"
     assert len(chaos.requests) == 1
-    assert len([record for record in caplog.records if "makes other pictures" in record.message]) == 1
+    assert len([record for record in caplog.records if "makes other " in record.message]) == 1
 
 
-def test_another_decoder_alone_is_noticed_where_it_counts(asker: Caller, settings: Settings, pixels: torch.Tensor) -> None:
+def test_another_decoder_alone_is_noticed_where_it_counts(
+    asker: Caller, settings: Settings, pixels: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
     """As the one of vae-ft-mse, whose encoder is that of SD 1."""
     change(asker.vae, "decoder")
-    assert asker.run(settings, op="encode", tensor=pixels) == "remote"
-    assert asker.run(settings) == "local"
+    for _ in range(2):
+        assert asker.run(settings, op="encode", tensor=pixels) == "remote"
+        assert asker.run(settings) == "local"
+    assert len([record for record in caplog.records if "makes other pictures" in record.message]) == 1
 
 
 def test_the_user_may_have_the_other_vaes_pictures(asker: Caller, settings: Settings) -> None:
@@ -88,13 +92,46 @@ def test_a_vae_that_cannot_be_run_here_leaves_the_name_to_decide(asker: Caller, 
     assert len(chaos.requests) == 1
 
 
-def test_an_endpoint_that_refuses_so_small_a_picture_leaves_the_name_to_decide(
-    asker: Caller, chaos: Chaos, settings: Settings
+@pytest.mark.parametrize("mode", ["400", "503", "200 html", "nan"])
+def test_what_an_endpoint_does_wrong_with_the_sample_alone_is_not_held_against_it(
+    asker: Caller, chaos: Chaos, settings: Settings, mode: str
 ) -> None:
     change(asker.vae, "decoder")
-    chaos.reset("400", fail_at=0)
+    settings = replace(settings, transfer="raw")
+    chaos.reset(mode, fail_at=0)
     assert asker.run(settings) == asker.run(settings) == "remote"
+    assert asker.reason == ""
     assert len(chaos.requests) == 3
+    asker.clock.now += UNKNOWN_SECONDS + 1
+    assert asker.run(settings) == "local"
+
+
+@pytest.mark.parametrize("transfer", ["raw", "u8", "png", "jpg"])
+def test_it_is_sent_as_the_user_has_pictures_sent_but_never_lossy(
+    asker: Caller, chaos: Chaos, settings: Settings, op: dict[str, Any], transfer: str
+) -> None:
+    settings = replace(settings, transfer=transfer)
+    assert asker.run(settings, **op) == "remote"
+    assert "jpg" not in chaos.queries[0]
+    change(asker.vae, "encoder" if op else "decoder")
+    assert asker.run(settings, **op) == "local"
+
+
+def test_two_looks_of_one_vae_are_both_remembered(asker: Caller, chaos: Chaos, settings: Settings) -> None:
+    """As in diffusers' SDXL pipelines, which turn the VAE to float32 and back."""
+    asker.vae.to(torch.bfloat16)
+    for _ in range(2):
+        for dtype in (torch.float32, torch.bfloat16):
+            asker.vae.to(dtype)
+            assert asker.run(settings, tensor=asker.latents.to(dtype)) == "remote"
+    assert len(chaos.requests) == 2 + 4
+
+
+def test_no_host_is_asked_to_bring_its_vae_for_it(asker: Caller, settings: Settings) -> None:
+    calls = []
+    asker.vae.register_forward_pre_hook(lambda *_: calls.append("pre-hook"))
+    assert asker.run(settings) == "remote"
+    assert not calls
 
 
 def test_an_endpoint_that_hangs_costs_one_deadline(asker: Caller, chaos: Chaos) -> None:
