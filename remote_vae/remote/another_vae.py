@@ -72,7 +72,7 @@ class VaeCheck:
                 log.warning("%s", message)
             return
         message = (
-            f"{difference}. So this machine does it, with your VAE. Start the server with that VAE "
+            f"{difference}. So this machine does it, with your VAE. Run a server that has it "
             f"(remote-vae serve --vae), or set {option!r} to remote to have the endpoint's pictures"
         )
         raise AnotherVae(message, told=not self._tell(told, message))
