@@ -176,7 +176,9 @@ class _Work:
     def rows_of(self, picture: torch.Tensor) -> Rows:
         """The result for ``picture`` ``[1, C, H, W]``, still to be read."""
         height, width = picture.shape[2:]
-        *_, (_, channels, rows, columns) = self.plan.sizes(height, width)
+        sizes = list(self.plan.sizes(height, width))
+        _, channels, rows, columns = sizes[-1]
+        largest = max(made * high * wide for _, made, high, wide in sizes) * item_bytes(self.dtype)
         half = self.dtype in _HALVES
         budget = plan_budget(
             self.plan,
@@ -194,7 +196,7 @@ class _Work:
             dtype=self.dtype,
             strip_bytes=budget.strip_bytes,
             strip_flops=_STRIP_FLOPS.get(self.device.type, float("inf")),
-            room=Room(self.device, budget.room, None if store is None else torch.device(store)),
+            room=Room(self.device, budget.room, None if store is None else torch.device(store), largest),
             channels_last=half and self.device.type in ("cpu", "cuda"),
             finite=half,
             progress=self.progress,

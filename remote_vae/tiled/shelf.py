@@ -14,25 +14,30 @@ import torch
 from remote_vae.memory import tensor_bytes
 
 # The C library keeps what is freed for the next who asks, and strips that come and go leave holes in it that may add up to half
-# of what is alive. So on a processor it has to give them back whenever so many bytes have been put on shelves. Allocators that
-# were loaded in its place have ways of their own.
+# of what is alive. So on a processor it has to give them back whenever so many bytes have been put on shelves. The holes are as
+# large as strips are, and matter less in a larger picture. Allocators that were loaded in its place have ways of their own.
 _TRIM_EVERY = 64 << 20
+_TRIMS_A_SHELF = 4
 
 
 class Room:
     """How many bytes of waiting strips one run may keep on the compute device.
+
+    Args:
+        largest: bytes of the largest picture that will wait.
 
     Attributes:
         limit: bytes; None is no limit.
         store: where strips go that find no room; None: nowhere, then the limit is what the plan was made for.
     """
 
-    def __init__(self, device: torch.device, limit: int | None, store: torch.device | None) -> None:
+    def __init__(self, device: torch.device, limit: int | None, store: torch.device | None, largest: int = 0) -> None:
         self.device = device
         self.limit = limit
         self.store = store
         self.used = 0
         self._since_trim = 0
+        self._trim_every = max(_TRIM_EVERY, largest // _TRIMS_A_SHELF)
         has_copies = device.type == "cuda" and store is not None
         self._copies: Any = torch.cuda.Stream(device) if has_copies else None  # type: ignore[no-untyped-call]
 
@@ -43,7 +48,7 @@ class Room:
     def came_in(self, size: int) -> None:
         """``size`` bytes more wait somewhere."""
         self._since_trim += size
-        if self._since_trim >= _TRIM_EVERY and self.device.type == "cpu":
+        if self._since_trim >= self._trim_every and self.device.type == "cpu":
             self._since_trim = 0
             _trim()
 
