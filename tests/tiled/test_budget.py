@@ -91,8 +91,9 @@ def test_without_a_limit_it_needs_much_less_than_the_whole_vae(
 
 def test_pictures_of_a_batch_are_worked_on_one_after_the_other(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tiled.exact._STRIP_BYTES, "cpu", 64 << 10)
-    one, _ = live(lambda: tiled.decode(vae, LATENTS))
-    three, pixels = live(lambda: tiled.decode(vae, LATENTS.repeat(3, 1, 1, 1)))
+    latents = LATENTS[:, :, :16, :16]
+    one, _ = live(lambda: tiled.decode(vae, latents))
+    three, pixels = live(lambda: tiled.decode(vae, latents.repeat(3, 1, 1, 1)))
     assert three.peak["cpu"] <= one.peak["cpu"] + pixels.nbytes
     assert torch.equal(pixels[0], pixels[2])
 
