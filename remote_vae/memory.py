@@ -87,3 +87,10 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
     elif hasattr(torch, "mps") and torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def free_pinned_memory() -> None:
+    """Give back what torch keeps of the host's memory after it was pinned for copies; torch before 2.5 keeps it for good."""
+    empty = getattr(torch._C, "_host_emptyCache", None)  # noqa: SLF001
+    if empty is not None and torch.cuda.is_available():
+        empty()

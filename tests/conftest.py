@@ -17,6 +17,7 @@ from remote_vae.server.app import create_app
 from remote_vae.server.engine import Engine, Limits
 from remote_vae.server.models import LoadedVae, load_vae
 from tests.chaos import Chaos
+from tests.pretend_gpu import Card, pretended
 
 DEMO_VAE = datafiles.settings_folder().parent / "assets" / "demo_vae"
 
@@ -92,3 +93,10 @@ def latents() -> torch.Tensor:
 @pytest.fixture
 def pixels() -> torch.Tensor:
     return torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """A GPU that is pretended."""
+    with pretended(monkeypatch) as made:
+        yield made

@@ -137,7 +137,10 @@ def _run(
             if result is None:
                 shape = (batch.shape[0], rows.channels, rows.height, rows.width)
                 result = torch.empty(shape, device=device, dtype=dtype)
-            _copy_rows(rows, result[index : index + 1])
+            try:
+                _copy_rows(rows, result[index : index + 1])
+            finally:
+                rows.run.room.close()
         if result is None:
             raise AssertionError("an empty batch")
         if dtype in _HALVES and not torch.isfinite(result).all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from typing import Any
 
 import torch
 
-from remote_vae.memory import tensor_bytes
+from remote_vae.memory import free_pinned_memory, tensor_bytes
+
+log = logging.getLogger("remote_vae")
 
 # The C library keeps what is freed for the next who asks, and strips that come and go leave holes in it that may add up to half
 # of what is alive. So on a processor it has to give them back whenever so many bytes have been put on shelves. The holes are as
@@ -40,6 +43,25 @@ class Room:
         self._trim_every = max(_TRIM_EVERY, largest // _TRIMS_A_SHELF)
         has_copies = device.type == "cuda" and store is not None
         self._copies: Any = torch.cuda.Stream(device) if has_copies else None  # type: ignore[no-untyped-call]
+        self._can_pin = has_copies and store == torch.device("cpu")
+        self._has_pinned = False
+        self._shelves: list[Shelf] = []
+
+    def open(self, shelf: Shelf) -> None:
+        """``shelf`` has its strips here."""
+        self._shelves.append(shelf)
+
+    def close(self) -> None:
+        """Nothing waits any more, even if an error's frames still see the shelves.
+
+        What was pinned goes back to the system, which misses it: it cannot be swapped out.
+        """
+        for shelf in self._shelves:
+            shelf.clear()
+        self._shelves = []
+        if self._has_pinned:
+            self._copies.synchronize()
+            free_pinned_memory()
 
     def takes(self, size: int) -> bool:
         """Whether ``size`` bytes more may stay on the compute device."""
@@ -59,12 +81,25 @@ class Room:
             return torch.empty_like(strip, device=self.store).copy_(strip)
         # One strip on its way at a time: it takes up memory until it has arrived.
         copies.synchronize()
-        stored = torch.empty_like(strip, device=self.store, pin_memory=self.store == torch.device("cpu"))
+        stored = self._room_for(strip)
         copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(copies):
             stored.copy_(strip, non_blocking=True)
         strip.record_stream(copies)
         return stored
+
+    def _room_for(self, strip: torch.Tensor) -> torch.Tensor:
+        if self._can_pin:
+            try:
+                stored = torch.empty_like(strip, device=self.store, pin_memory=True)
+            except RuntimeError as error:
+                # Systems limit how much may be pinned, WSL to little; a copy to other memory makes the GPU wait.
+                log.info("no more pinned memory: %s", error)
+                self._can_pin = False
+            else:
+                self._has_pinned = True
+                return stored
+        return torch.empty_like(strip, device=self.store)
 
     def fetch(self, stored: torch.Tensor) -> torch.Tensor:
         """Back to the compute device; begins at once, and ``arrived`` has to be called before the strip is used."""
@@ -92,6 +127,7 @@ class Shelf:
     def __init__(self, room: Room) -> None:
         self._room = room
         self._strips: deque[tuple[torch.Tensor, bool]] = deque()
+        room.open(self)
 
     def append(self, strip: torch.Tensor) -> None:
         """Put the next rows on the shelf."""
