@@ -92,6 +92,7 @@ class _Demo:
             with _server() as server:
                 self._remote(handle, server.url)
                 self._pipeline(handle, server.url)
+            with _server() as server:
                 self._killed(handle, server)
         finally:
             handle.detach()

@@ -85,12 +85,16 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        free_pinned_memory()
     elif hasattr(torch, "mps") and torch.backends.mps.is_available():
         torch.mps.empty_cache()
 
 
 def free_pinned_memory() -> None:
-    """Give back what torch keeps of the host's memory after it was pinned for copies; torch before 2.5 keeps it for good."""
+    """Give back what torch keeps of the host's memory that was pinned for copies: the system cannot swap it out.
+
+    torch before 2.5 keeps it for good.
+    """
     empty = getattr(torch._C, "_host_emptyCache", None)  # noqa: SLF001
-    if empty is not None and torch.cuda.is_available():
+    if empty is not None:
         empty()

@@ -13,6 +13,7 @@ It knows no kernels: what they cost, what they need while they run and how they 
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ DEVICE = torch.device("cuda", 0)
 _FACTORIES = {"empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "linspace", "rand", "randn", "eye"}
 # These would need the values where the processor can see them.
 _OUTSIDE = {"numpy", "__array__", "__dlpack__", "data_ptr", "share_memory_"}
+_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__", "__ixor__"}
 # They change the tensor object itself, not what is in its memory.
 _OF_THE_OBJECT = {"__set__", "requires_grad_", "detach_"}
 
@@ -60,6 +62,10 @@ class Stream:
         self.clock = 0
         self.seen: dict[Stream, int] = {}
         self._pending: list[Callable[[], Any]] = []
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._pending)
 
     def later(self, what: Callable[[], Any]) -> None:
         self._pending.append(what)
@@ -190,6 +196,8 @@ class Card(TorchFunctionMode):
                 return func(*args, **kwargs)
         if name in ("to", "cpu", "cuda"):
             return self._to(*args, **{**kwargs, **({} if name == "to" else {"device": name})})
+        if name == "is_pinned":
+            return self._is_pinned(args[0])
         if name == "copy_":
             return self._copy(*args, **kwargs)
         if name in _FACTORIES or name.endswith("_like") or name.startswith("new_"):
@@ -210,8 +218,7 @@ class Card(TorchFunctionMode):
         for tensor in ours:
             self._read(tensor)
         result = func(*tree_map(_values, args), **tree_map(_values, kwargs))
-        is_in_place = name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name.startswith("__i"))
-        if is_in_place or "out" in kwargs:
+        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
             target = kwargs.get("out", args[0] if args else None)
             self._write(target)
             return target
@@ -231,8 +238,10 @@ class Card(TorchFunctionMode):
 
     def _pin(self, tensor: torch.Tensor) -> None:
         key, size = _key(tensor), tensor.nbytes
-        if self.pinned_bytes + size > self.most_pinned:
+        reused = size if self.kept_pinned_bytes >= size else 0
+        if self.pinned_bytes + self.kept_pinned_bytes + size - reused > self.most_pinned:
             raise torch.AcceleratorError("CUDA error: out of memory")
+        self.kept_pinned_bytes -= reused
         self._pinned.add(key)
         self.pinned_bytes += size
 
@@ -264,7 +273,10 @@ class Card(TorchFunctionMode):
         moved = values.to(*rest, **{**kwargs, "copy": True})
         result = self._wrap(moved) if goes else moved
         if non_blocking:
-            self._later(result, moved.clone())
+            if not goes:
+                # torch pins it by itself.
+                self._pin(moved)
+            self._later(result, values, waits=goes and not self._is_pinned(values))
         return result
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -273,24 +285,27 @@ class Card(TorchFunctionMode):
                 self._read(tensor)
         crosses = isinstance(target, OnCard) is not isinstance(source, OnCard)
         if non_blocking and crosses:
-            self._later(target, _values(source))
+            outside = source if isinstance(target, OnCard) else target
+            self._later(target, _values(source), waits=not self._is_pinned(outside))
         else:
             _values(target).copy_(_values(source))
             self._write(target)
         return target
 
-    def _later(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy when the current stream comes to it."""
+    def _later(self, target: torch.Tensor, source: torch.Tensor, *, waits: bool) -> None:
+        """Copy when the current stream comes to it; ``waits``: for memory that is not pinned that is at once."""
         stream, values = self._current[-1], _values(target)
-        if not isinstance(target, OnCard):
-            if _key(target) not in self._pinned:
-                # To memory that is not pinned, copies block.
-                values.copy_(source)
-                return
+        if not waits and not isinstance(target, OnCard):
             self.put_away += target.nbytes
-        values.fill_(torch.nan if values.is_floating_point() else 0)
+        if waits:
+            values.copy_(source)
+        else:
+            values.fill_(torch.nan if values.is_floating_point() else 0)
+            stream.later(lambda: values.copy_(source))
         self._write(target)
-        stream.later(lambda: values.copy_(source))
+
+    def _is_pinned(self, tensor: torch.Tensor) -> bool:
+        return not isinstance(tensor, OnCard) and _key(tensor) in self._pinned
 
     # --- memory and order --------------------------------------------------------------------------------------------
 
@@ -368,4 +383,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(Card, "active", card)
     with card:
         yield card
+    assert not any(stream.is_busy for stream in card.streams)
+    # What is only held by a circle of references is let go of now.
+    gc.collect()
     assert not card.mistakes

@@ -8,15 +8,15 @@ other (PSNR above 100 dB).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Union
 
 import torch
 
 from remote_vae.errors import InvalidRequest
-from remote_vae.memory import item_bytes
+from remote_vae.memory import free_pinned_memory, item_bytes
 from remote_vae.tiled.budget import plan_budget
 from remote_vae.tiled.executor import NotFinite, Rows, Run, build, never, no_progress
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
@@ -127,6 +127,7 @@ def _run(
         raise InvalidRequest(f"the tiled VAE takes [B, C, H, W], not {list(batch.shape)}")
     device = torch.device(limits.device or batch.device)
     given = _autocast_dtype(device.type) or _own_dtype(plan, batch)
+    rooms: list[Room] = []
 
     def run(dtype: torch.dtype) -> torch.Tensor:
         result = None
@@ -137,6 +138,7 @@ def _run(
             if result is None:
                 shape = (batch.shape[0], rows.channels, rows.height, rows.width)
                 result = torch.empty(shape, device=device, dtype=dtype)
+            rooms.append(rows.run.room)
             try:
                 _copy_rows(rows, result[index : index + 1])
             finally:
@@ -149,7 +151,7 @@ def _run(
 
     # Not all devices know autocast, not even to switch it off.
     plain = torch.autocast(device.type, enabled=False) if _autocast_dtype(device.type) else nullcontext()
-    with torch.no_grad(), plain:
+    with torch.no_grad(), plain, _unpinned_after(rooms):
         # On a device that the caller names, layers are copied one by one, and the VAE need not be brought to one that is full.
         if limits.device is None:
             bring_in(vae)
@@ -206,6 +208,16 @@ class _Work:
             cancelled=self.cancelled,
         )
         return build(self.plan, picture, run)
+
+
+@contextmanager
+def _unpinned_after(rooms: list[Room]) -> Iterator[None]:
+    """Once for all pictures and both precisions, as pinning takes long."""
+    try:
+        yield
+    finally:
+        if any(room.has_pinned for room in rooms):
+            free_pinned_memory()
 
 
 def _copy_rows(rows: Rows, result: torch.Tensor) -> None:

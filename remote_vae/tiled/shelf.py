@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from remote_vae.memory import free_pinned_memory, tensor_bytes
+from remote_vae.memory import tensor_bytes
 
 log = logging.getLogger("remote_vae")
 
@@ -32,6 +32,7 @@ class Room:
     Attributes:
         limit: bytes; None is no limit.
         store: where strips go that find no room; None: nowhere, then the limit is what the plan was made for.
+        has_pinned: whether memory of the host was pinned for them.
     """
 
     def __init__(self, device: torch.device, limit: int | None, store: torch.device | None, largest: int = 0) -> None:
@@ -43,8 +44,9 @@ class Room:
         self._trim_every = max(_TRIM_EVERY, largest // _TRIMS_A_SHELF)
         has_copies = device.type == "cuda" and store is not None
         self._copies: Any = torch.cuda.Stream(device) if has_copies else None  # type: ignore[no-untyped-call]
-        self._can_pin = has_copies and store == torch.device("cpu")
-        self._has_pinned = False
+        self._pins = has_copies and store is not None and store.type == "cpu"
+        self._is_told = False
+        self.has_pinned = False
         self._shelves: list[Shelf] = []
 
     def open(self, shelf: Shelf) -> None:
@@ -52,16 +54,12 @@ class Room:
         self._shelves.append(shelf)
 
     def close(self) -> None:
-        """Nothing waits any more, even if an error's frames still see the shelves.
-
-        What was pinned goes back to the system, which misses it: it cannot be swapped out.
-        """
+        """Nothing waits any more, even if an error's frames still see the shelves."""
+        if self._copies is not None:
+            self._copies.synchronize()
         for shelf in self._shelves:
             shelf.clear()
         self._shelves = []
-        if self._has_pinned:
-            self._copies.synchronize()
-            free_pinned_memory()
 
     def takes(self, size: int) -> bool:
         """Whether ``size`` bytes more may stay on the compute device."""
@@ -84,20 +82,21 @@ class Room:
         stored = self._room_for(strip)
         copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(copies):
-            stored.copy_(strip, non_blocking=True)
+            stored.copy_(strip, non_blocking=stored.is_pinned())
         strip.record_stream(copies)
         return stored
 
     def _room_for(self, strip: torch.Tensor) -> torch.Tensor:
-        if self._can_pin:
+        if self._pins:
             try:
                 stored = torch.empty_like(strip, device=self.store, pin_memory=True)
             except RuntimeError as error:
-                # Systems limit how much may be pinned, WSL to little; a copy to other memory makes the GPU wait.
-                log.info("no more pinned memory: %s", error)
-                self._can_pin = False
+                # Systems limit how much may be pinned, WSL to little. A copy to other memory makes the GPU wait.
+                if not self._is_told:
+                    log.info("no more pinned memory: %s", error)
+                self._is_told = True
             else:
-                self._has_pinned = True
+                self.has_pinned = True
                 return stored
         return torch.empty_like(strip, device=self.store)
 
@@ -110,7 +109,7 @@ class Room:
         copies.synchronize()
         copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(copies):
-            return stored.to(self.device, non_blocking=True)
+            return stored.to(self.device, non_blocking=stored.is_pinned())
 
     def arrived(self, strip: torch.Tensor) -> torch.Tensor:
         """Make what follows wait for a strip that is being fetched."""

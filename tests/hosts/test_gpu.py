@@ -85,7 +85,7 @@ def test_on_a_card_that_is_full_the_picture_is_made_on_the_processor(card: Card,
 
 
 def test_memory_that_others_take_in_the_meantime_costs_time_and_no_picture(
-    card: Card, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+    card: Card, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     given, true, taken = on(card, vae, "decode")
     before = card.live
@@ -96,4 +96,6 @@ def test_memory_that_others_take_in_the_meantime_costs_time_and_no_picture(
     result = vae.decode(given).sample
     assert handle.history.last is not None
     assert handle.history.last.detail == "exact tiled VAE"
+    assert "exact tiled VAE ran out of memory" in caplog.text
+    assert (card.pinned_bytes, card.kept_pinned_bytes) == (0, 0)
     assert psnr(result.cpu(), true) >= 100
