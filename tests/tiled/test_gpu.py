@@ -16,7 +16,7 @@ from tests import layouts
 from tests.nearness import psnr, psnr_of_moments
 from tests.pretend_gpu import Card, OnCard
 
-SIDE = 192
+SIDE = 128
 LATENTS = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1))
 PIXELS = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
