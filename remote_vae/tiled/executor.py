@@ -17,10 +17,11 @@ from math import ceil
 
 import torch
 from torch import nn
-from torch.nn.functional import batch_norm, conv2d, interpolate, linear, scaled_dot_product_attention
+from torch.nn.functional import batch_norm, conv2d, interpolate, linear
 
 from remote_vae.errors import CallCancelled
 from remote_vae.memory import item_bytes
+from remote_vae.tiled.attention import attend
 from remote_vae.tiled.moments import Moments
 from remote_vae.tiled.plan import Attention, Conv, Norm, Plan, Pointwise, Residual, Step, Upsample, silu
 from remote_vae.tiled.shelf import Room, Shelf, Taker
@@ -28,8 +29,6 @@ from remote_vae.tiled.weights import borrowed
 
 # A level is small when it has so many times fewer positions than the largest.
 _SMALL = 16
-# How many queries of an attention a processor's thread takes at a time.
-_QUERY_BLOCK = 32
 
 Fill = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -409,8 +408,15 @@ class Attended(Rows):
                 run.tick(0.0)
         with borrowed(step.query, run.device, run.dtype) as query, borrowed(step.out, run.device, run.dtype) as out:
             for strip in self._source.read(last=last):
-                mixed = self._attend(self._project(self._tokens(strip), query), keys, values)
-                mixed = linear(mixed, out[0].flatten(1), out[1])
+                mixed = attend(
+                    self._project(self._tokens(strip), query),
+                    keys,
+                    values,
+                    flops=run.strip_flops,
+                    scores_bytes=8 * run.strip_bytes,
+                    tick=run.tick,
+                )
+                mixed = linear(mixed.transpose(1, 2).flatten(2), out[0].flatten(1), out[1])
                 yield strip + mixed.transpose(1, 2).reshape(strip.shape)
                 del strip, mixed
 
@@ -428,27 +434,8 @@ class Attended(Rows):
         projected = linear(tokens, weights[0].flatten(1), weights[1])
         return projected.reshape(1, tokens.shape[1], self._step.heads, -1).transpose(1, 2)
 
-    def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """``[1, heads, n, C / heads]`` to ``[1, n, C]``, in portions that leave time to be interrupted."""
-        flops = self._query_flops
-        portion = max(1, int(min(self.run.strip_flops / flops, 8 * self.run.strip_bytes / (keys.shape[2] * 4))))
-        blocks = _QUERY_BLOCK * torch.get_num_threads()
-        if portion > blocks:
-            # No thread should wait for another.
-            portion -= portion % blocks
-        mixed = torch.empty_like(queries)
-        for at in range(0, queries.shape[2], portion):
-            part = slice(at, at + portion)
-            mixed[:, :, part] = scaled_dot_product_attention(queries[:, :, part], keys, values)
-            self.run.tick(flops * mixed[:, :, part].shape[2])
-        return mixed.transpose(1, 2).flatten(2)
-
     def cost(self, times: int) -> float:
-        return times * self._query_flops * self.height * self.width + self._source.cost(2 * times)
-
-    @property
-    def _query_flops(self) -> float:
-        return 4.0 * self.channels * self.height * self.width
+        return times * 4.0 * self.channels * (self.height * self.width) ** 2 + self._source.cost(2 * times)
 
 
 # --- from a plan to nodes ----------------------------------------------------------------------------------------------
