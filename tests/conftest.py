@@ -98,5 +98,5 @@ def pixels() -> torch.Tensor:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     """A GPU that is pretended."""
-    with pretended(monkeypatch) as made:
+    with torch.no_grad(), pretended(monkeypatch) as made:
         yield made

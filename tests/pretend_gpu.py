@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 DEVICE = torch.device("cuda", 0)
+LATENTS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+PIXELS = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(2)) * 2 - 1
 _FACTORIES = {"empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "linspace", "rand", "randn", "eye"}
 # These would need the values where the processor can see them.
 _OUTSIDE = {"numpy", "__array__", "__dlpack__", "data_ptr", "share_memory_"}
@@ -61,14 +63,7 @@ class Stream:
             raise ValueError(f"a stream of {device}")
         self.clock = 0
         self.seen: dict[Stream, int] = {}
-        self._pending: list[Callable[[], Any]] = []
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._pending)
-
-    def later(self, what: Callable[[], Any]) -> None:
-        self._pending.append(what)
+        self.pending: list[Callable[[], Any]] = []
 
     def wait_stream(self, other: Stream) -> None:
         other._finish()
@@ -80,8 +75,8 @@ class Stream:
             stream.seen[self] = self.clock
 
     def _finish(self) -> None:
-        while self._pending:
-            self._pending.pop(0)()
+        while self.pending:
+            self.pending.pop(0)()
 
 
 @dataclass
@@ -144,10 +139,12 @@ class Card(TorchFunctionMode):
                         held[name] = moved if made is None else made(moved, requires_grad=False)
         return module
 
-    def forget_peak(self) -> int:
-        """The bytes in use, which the peak is set to."""
-        self.peak = self.live
-        return self.live
+    def taken_by(self, call: Callable[[], Any]) -> int:
+        """How many bytes more than before are in use at the peak of ``call``. The peak counts anew from its end."""
+        self.peak = before = self.live
+        call()
+        taken, self.peak = self.peak - before, self.live
+        return taken
 
     # --- as torch.cuda -----------------------------------------------------------------------------------------------
 
@@ -170,10 +167,6 @@ class Card(TorchFunctionMode):
     def record(self, tensor: torch.Tensor, stream: Stream) -> None:
         """``stream`` will use ``tensor``: its memory is not to be given to others before that is done."""
         self._block(tensor).recorded.add(stream)
-
-    def synchronize(self, device: Any = None) -> None:
-        for stream in self.streams:
-            stream.synchronize()
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         return self.size - self.live, self.size
@@ -301,7 +294,7 @@ class Card(TorchFunctionMode):
             values.copy_(source)
         else:
             values.fill_(torch.nan if values.is_floating_point() else 0)
-            stream.later(lambda: values.copy_(source))
+            stream.pending.append(lambda: values.copy_(source))
         self._write(target)
 
     def _is_pinned(self, tensor: torch.Tensor) -> bool:
@@ -344,6 +337,25 @@ class Card(TorchFunctionMode):
             block.writer, block.written = stream, stream.clock
 
 
+def on_card(card: Card, vae: Any, op: str, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Move ``vae`` to the card.
+
+    Returns:
+        What goes into ``op``, on the card; what it gives on the processor; how many bytes it takes on the card.
+    """
+    given = (LATENTS if op == "decode" else PIXELS).repeat(batch, 1, 1, 1)
+    true = values(getattr(vae, op)(given))
+    given = card.put(given)
+    card.put_module(vae)
+    return given, true, card.taken_by(lambda: getattr(vae, op)(given))
+
+
+def values(output: Any) -> torch.Tensor:
+    """Of diffusers' outputs: pixels or moments."""
+    tensor: torch.Tensor = output.sample if hasattr(output, "sample") else output.latent_dist.parameters
+    return tensor
+
+
 def _card() -> Card:
     assert Card.active is not None
     return Card.active
@@ -374,7 +386,6 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
         "Stream": card.new_stream,
         "current_stream": card.current_stream,
         "stream": card.stream,
-        "synchronize": card.synchronize,
         "empty_cache": lambda: None,
     }
     for name, face in faces.items():
@@ -383,7 +394,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(Card, "active", card)
     with card:
         yield card
-    assert not any(stream.is_busy for stream in card.streams)
+    assert not any(stream.pending for stream in card.streams)
     # What is only held by a circle of references is let go of now.
     gc.collect()
     assert not card.mistakes

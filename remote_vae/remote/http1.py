@@ -119,12 +119,10 @@ class Answer:
         return begin[:end]
 
     def _read_head(self, *, more: bool = True) -> bytes:
-        while (end := self._rest.find(_HEAD_END)) < 0:
-            if len(self._rest) > HEAD_LIMIT:
-                raise http.client.LineTooLong("head")
+        while (end := self._rest.find(_HEAD_END)) < 0 and len(self._rest) <= HEAD_LIMIT:
             if not more or not self._more():
                 raise http.client.RemoteDisconnected("the connection was closed before an answer came")
-        if end > HEAD_LIMIT:
+        if not 0 <= end <= HEAD_LIMIT:
             raise http.client.LineTooLong("head")
         head = bytes(self._rest[:end])
         del self._rest[: end + len(_HEAD_END)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -11,34 +9,10 @@ from diffusers import AutoencoderKL
 import remote_vae
 from tests.chaos import Chaos
 from tests.nearness import psnr, psnr_of_moments
-from tests.pretend_gpu import Card, OnCard
+from tests.pretend_gpu import Card, OnCard, on_card, values
 
 NOBODY = "http://127.0.0.1:9"
-LATENTS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-PIXELS = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(2)) * 2 - 1
 NEARNESS = {"decode": psnr, "encode": psnr_of_moments}
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
-def values(output: Any) -> torch.Tensor:
-    tensor: torch.Tensor = output.sample if hasattr(output, "sample") else output.latent_dist.parameters
-    return tensor
-
-
-def on(card: Card, vae: AutoencoderKL, op: str, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """What goes in, on the card, what comes out, on the processor, and what the call takes on the card."""
-    given = (LATENTS if op == "decode" else PIXELS).repeat(batch, 1, 1, 1)
-    true = values(getattr(vae, op)(given))
-    card.put_module(vae)
-    given = card.put(given)
-    before = card.forget_peak()
-    getattr(vae, op)(given)
-    return given, true, card.peak - before
 
 
 @pytest.mark.parametrize("op", NEARNESS)
@@ -46,7 +20,7 @@ def on(card: Card, vae: AutoencoderKL, op: str, batch: int = 1) -> tuple[torch.T
 def test_what_is_on_the_card_is_sent_and_the_answer_comes_to_the_card(
     card: Card, vae: AutoencoderKL, chaos: Chaos, op: str, batch: int
 ) -> None:
-    given, true, _ = on(card, vae, op, batch)
+    given, true, _ = on_card(card, vae, op, batch)
     handle = remote_vae.attach(vae, {"endpoint": chaos.url, "transfer": "raw"})
     # Neither the strides nor the gradient of what a host gives matter.
     given = given.to(memory_format=torch.channels_last).requires_grad_()
@@ -59,7 +33,7 @@ def test_what_is_on_the_card_is_sent_and_the_answer_comes_to_the_card(
 
 @pytest.mark.parametrize("op", NEARNESS)
 def test_on_a_card_too_small_for_the_whole_vae_the_picture_is_tiled_there(card: Card, vae: AutoencoderKL, op: str) -> None:
-    given, true, taken = on(card, vae, op)
+    given, true, taken = on_card(card, vae, op)
     card.size = card.live + int(0.4 * taken)
     handle = remote_vae.attach(vae, {"endpoint": NOBODY})
     result = values(getattr(vae, op)(given))
@@ -72,7 +46,7 @@ def test_on_a_card_too_small_for_the_whole_vae_the_picture_is_tiled_there(card: 
 
 @pytest.mark.parametrize("op", NEARNESS)
 def test_on_a_card_that_is_full_the_picture_is_made_on_the_processor(card: Card, vae: AutoencoderKL, op: str) -> None:
-    given, true, _ = on(card, vae, op)
+    given, true, _ = on_card(card, vae, op)
     card.size = card.live + (1 << 18)
     handle = remote_vae.attach(vae, {})
     result = values(getattr(vae, op)(given))
@@ -87,7 +61,7 @@ def test_on_a_card_that_is_full_the_picture_is_made_on_the_processor(card: Card,
 def test_memory_that_others_take_in_the_meantime_costs_time_and_no_picture(
     card: Card, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    given, true, taken = on(card, vae, "decode")
+    given, true, taken = on_card(card, vae, "decode")
     before = card.live
     card.size = before + int(0.25 * taken)
     handle = remote_vae.attach(vae, {})

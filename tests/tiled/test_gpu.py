@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,50 +13,28 @@ from remote_vae.errors import CallCancelled
 from remote_vae.tiled import exact
 from tests import layouts
 from tests.nearness import psnr, psnr_of_moments
-from tests.pretend_gpu import Card, OnCard
-
-SIDE = 128
-LATENTS = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1))
-PIXELS = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-@pytest.fixture(autouse=True)
-def thin_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(exact, "_GPU_STRIP_BYTES", 256 << 10)
-    with torch.no_grad():
-        yield
-
-
-def whole(op: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What goes in and what comes out."""
-    if op == "decode":
-        return LATENTS, make_vae().decode(LATENTS).sample
-    return PIXELS, make_vae().encode(PIXELS).latent_dist.parameters
-
-
-def make_vae() -> Any:
-    return layouts.plain_kl(block_out_channels=(32, 64, 64, 64), layers_per_block=2)
-
+from tests.pretend_gpu import LATENTS, Card, OnCard, on_card
 
 CALLS: dict[str, tuple[Any, Any]] = {"decode": (tiled.decode, psnr), "encode": (tiled.encode, psnr_of_moments)}
 
 
-def on(card: Card, op: str) -> tuple[Any, torch.Tensor, torch.Tensor, int]:
-    """A VAE on the card, what goes in, what comes out on the processor, and what the whole VAE takes on the card."""
-    given, true = whole(op)
-    vae, given = card.put_module(make_vae()), card.put(given)
-    before = card.forget_peak()
-    getattr(vae, op)(given)
-    taken = card.peak - before
-    assert card.forget_peak() == before
-    return vae, given, true, taken
+@pytest.fixture(autouse=True)
+def thin_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "_GPU_STRIP_BYTES", 256 << 10)
+
+
+@pytest.fixture
+def vae() -> Any:
+    return layouts.plain_kl(block_out_channels=(32, 64, 64, 64), layers_per_block=2)
 
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("share", [None, 0.3, 0.15])
-def test_a_call_on_the_card_is_the_processors_and_keeps_to_its_bytes(card: Card, op: str, share: float | None) -> None:
+def test_a_call_on_the_card_is_the_processors_and_keeps_to_its_bytes(
+    card: Card, vae: Any, op: str, share: float | None
+) -> None:
     call, nearness = CALLS[op]
-    vae, given, true, taken = on(card, op)
+    given, true, taken = on_card(card, vae, op)
     before = card.live
     limit = None if share is None else int(share * taken)
     result = call(vae, given, max_bytes=limit)
@@ -70,8 +47,8 @@ def test_a_call_on_the_card_is_the_processors_and_keeps_to_its_bytes(card: Card,
     assert card.live == before
 
 
-def test_a_batch_is_put_away_and_fetched_picture_by_picture(card: Card) -> None:
-    vae, given, true, taken = on(card, "decode")
+def test_a_batch_is_put_away_and_fetched_picture_by_picture(card: Card, vae: Any) -> None:
+    given, true, taken = on_card(card, vae, "decode")
     result = tiled.decode(vae, given.repeat(2, 1, 1, 1), max_bytes=int(0.3 * taken))
     assert psnr(result[1:].cpu(), true) >= 100
     assert torch.equal(result[0], result[1])
@@ -79,17 +56,19 @@ def test_a_batch_is_put_away_and_fetched_picture_by_picture(card: Card) -> None:
     assert (card.pinned_bytes, card.kept_pinned_bytes) == (0, 0)
 
 
-def test_where_the_system_pins_no_more_strips_wait_in_other_memory(card: Card, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_the_system_pins_no_more_strips_wait_in_other_memory(
+    card: Card, vae: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    vae, given, true, taken = on(card, "decode")
+    given, true, taken = on_card(card, vae, "decode")
     card.most_pinned = 1 << 20
     assert psnr(tiled.decode(vae, given, max_bytes=int(0.15 * taken)).cpu(), true) >= 100
     assert card.put_away > 0
     assert "no more pinned memory" in caplog.text
 
 
-def test_a_call_that_is_cancelled_leaves_nothing_on_the_card_and_nothing_pinned(card: Card) -> None:
-    vae, given, _, taken = on(card, "decode")
+def test_a_call_that_is_cancelled_leaves_nothing_on_the_card_and_nothing_pinned(card: Card, vae: Any) -> None:
+    given, _, taken = on_card(card, vae, "decode")
     before = card.live
     with pytest.raises(CallCancelled):
         tiled.decode(vae, given, max_bytes=int(0.15 * taken), cancelled=lambda: card.put_away > 1 << 20)
@@ -98,9 +77,8 @@ def test_a_call_that_is_cancelled_leaves_nothing_on_the_card_and_nothing_pinned(
 
 
 def test_half_precision_that_overflows_on_the_card_is_done_again_in_float32(
-    card: Card, caplog: pytest.LogCaptureFixture
+    card: Card, vae: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    vae = make_vae()
     vae.decoder.up_blocks[0].resnets[0].conv1.weight.mul_(3e5)
     true = vae.decode(LATENTS[:, :, :8, :8]).sample
     vae = card.put_module(vae.to(torch.bfloat16).to(torch.float16))
@@ -111,14 +89,12 @@ def test_half_precision_that_overflows_on_the_card_is_done_again_in_float32(
     assert psnr(result.cpu(), true) >= 30
 
 
-def test_weights_that_the_host_keeps_in_its_memory_are_copied_to_the_card_layer_by_layer(card: Card) -> None:
-    given, true = whole("decode")
-    vae = make_vae()
-    assert psnr(tiled.decode(vae, given, device="cuda"), true) >= 100
+def test_weights_that_the_host_keeps_in_its_memory_are_copied_to_the_card_layer_by_layer(card: Card, vae: Any) -> None:
+    true = vae.decode(LATENTS).sample
+    assert psnr(tiled.decode(vae, LATENTS, device="cuda"), true) >= 100
     assert not any(isinstance(parameter, OnCard) for parameter in vae.parameters())
     copied = card.peak
     card.put_module(vae.decoder)
-    weights = card.forget_peak()
-    tiled.decode(vae, given, device="cuda")
+    weights = card.live
     # At no time were many of the weights on the card beside the strips.
-    assert copied <= card.peak - weights + 0.3 * weights
+    assert copied <= card.taken_by(lambda: tiled.decode(vae, LATENTS, device="cuda")) + 0.3 * weights
