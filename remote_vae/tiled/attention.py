@@ -52,26 +52,21 @@ def attend(
         portion = max(1, int(min(flops / (of_a_pair * positions), scores_bytes / (heads * positions * 4))))
         few = _FEW_QUERIES * threads
         portion -= portion % few if portion > few else 0
-    for some, out in zip(_even(queries, portion), _even(mixed, portion), strict=True):
-        count = positions if kernel is None else max(_KEYS, int(flops / (of_a_pair * some.shape[2])))
-        if kernel is None or count >= positions:
+    for some, out in zip(torch.split(queries, portion, 2), torch.split(mixed, portion, 2), strict=True):
+        if kernel is None:
             out.copy_(scaled_dot_product_attention(some, keys, values))
             tick(of_a_pair * some.shape[2] * positions)
             continue
         # What each part of the keys gives, by its share of the softmax's sum (FlashAttention, arXiv 2205.14135).
         sums = out.zero_().new_full(out.shape[:3], -torch.inf)
-        for some_keys, some_values in zip(_even(keys, count), _even(values, count), strict=True):
+        count = max(_KEYS, int(flops / (of_a_pair * some.shape[2])))
+        for some_keys, some_values in zip(torch.split(keys, count, 2), torch.split(values, count, 2), strict=True):
             more, more_sums = kernel(some, some_keys, some_values)
             both = torch.logaddexp(sums, more_sums)
             out.mul_((sums - both).exp_().unsqueeze(3)).addcmul_(more, (more_sums - both).exp_().unsqueeze(3))
             sums = both
             tick(of_a_pair * some.shape[2] * some_keys.shape[2])
     return mixed
-
-
-def _even(rows: torch.Tensor, most: int) -> tuple[torch.Tensor, ...]:
-    """Parts of ``[1, heads, n, d]`` of ``most`` at the most."""
-    return rows.tensor_split(ceil(rows.shape[2] / most), 2)
 
 
 @cache

@@ -71,7 +71,10 @@ def test_scores_that_no_exponential_can_hold_are_as_good(way: str) -> None:
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(100, 60000), (2000, 3000), (4000, 40)])
-def test_what_is_done_between_two_ticks_is_bounded_and_comes_to_the_whole(way: str, queries: int, keys: int) -> None:
+def test_what_is_done_between_two_ticks_is_bounded_and_comes_to_the_whole(
+    way: str, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     work, most = 4.0 * CHANNELS * queries * keys, 1e8
     _, ticks = attended(tokens(queries, keys), flops=most)
     assert sum(ticks) == pytest.approx(work)
