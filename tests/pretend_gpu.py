@@ -267,9 +267,8 @@ class Card(TorchFunctionMode):
         result = self._wrap(moved) if goes else moved
         if non_blocking:
             if not goes:
-                # torch pins it by itself.
-                self._pin(moved)
-            self._later(result, values, waits=goes and not self._is_pinned(values))
+                raise NotImplementedError("a copy to memory that torch would pin by itself")
+            self._later(result, values, waits=not self._is_pinned(values))
         return result
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

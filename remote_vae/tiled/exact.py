@@ -8,8 +8,8 @@ other (PSNR above 100 dB).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -45,7 +45,8 @@ class Limits:
             fastest. Strips get thinner; then they wait on the store device; without one, rows are computed again.
         store_device: where strips wait that find no room; None: in the host's memory when the compute device is a GPU, and
             nowhere when it is the CPU.
-        device: where to compute; None: where the input is.
+        device: where to compute; None: where the input is, and the host is told to bring the VAE there. Else each layer's
+            weights are copied there when they are needed.
         dtype: what to compute in; None: the dtype of the VAE's weights, or autocast's. Half precision that gives NaN is done
             again in float32.
     """
@@ -127,7 +128,6 @@ def _run(
         raise InvalidRequest(f"the tiled VAE takes [B, C, H, W], not {list(batch.shape)}")
     device = torch.device(limits.device or batch.device)
     given = _autocast_dtype(device.type) or _own_dtype(plan, batch)
-    rooms: list[Room] = []
 
     def run(dtype: torch.dtype) -> torch.Tensor:
         result = None
@@ -138,11 +138,8 @@ def _run(
             if result is None:
                 shape = (batch.shape[0], rows.channels, rows.height, rows.width)
                 result = torch.empty(shape, device=device, dtype=dtype)
-            rooms.append(rows.run.room)
-            try:
+            with closing(rows.run.room):
                 _copy_rows(rows, result[index : index + 1])
-            finally:
-                rows.run.room.close()
         if result is None:
             raise AssertionError("an empty batch")
         if dtype in _HALVES and not torch.isfinite(result).all():
@@ -151,7 +148,9 @@ def _run(
 
     # Not all devices know autocast, not even to switch it off.
     plain = torch.autocast(device.type, enabled=False) if _autocast_dtype(device.type) else nullcontext()
-    with torch.no_grad(), plain, _unpinned_after(rooms):
+    with torch.no_grad(), plain, ExitStack() as at_the_end:
+        # Once for all pictures and both precisions, as pinning takes long.
+        at_the_end.callback(_unpin, device, limits)
         # On a device that the caller names, layers are copied one by one, and the VAE need not be brought to one that is full.
         if limits.device is None:
             bring_in(vae)
@@ -210,14 +209,10 @@ class _Work:
         return build(self.plan, picture, run)
 
 
-@contextmanager
-def _unpinned_after(rooms: list[Room]) -> Iterator[None]:
-    """Once for all pictures and both precisions, as pinning takes long."""
-    try:
-        yield
-    finally:
-        if any(room.has_pinned for room in rooms):
-            free_pinned_memory()
+def _unpin(device: torch.device, limits: Limits) -> None:
+    # Without a limit no strip is put away.
+    if device.type == "cuda" and limits.max_bytes is not None:
+        free_pinned_memory()
 
 
 def _copy_rows(rows: Rows, result: torch.Tensor) -> None:

@@ -32,7 +32,6 @@ class Room:
     Attributes:
         limit: bytes; None is no limit.
         store: where strips go that find no room; None: nowhere, then the limit is what the plan was made for.
-        has_pinned: whether memory of the host was pinned for them.
     """
 
     def __init__(self, device: torch.device, limit: int | None, store: torch.device | None, largest: int = 0) -> None:
@@ -46,7 +45,6 @@ class Room:
         self._copies: Any = torch.cuda.Stream(device) if has_copies else None  # type: ignore[no-untyped-call]
         self._pins = has_copies and store is not None and store.type == "cpu"
         self._is_told = False
-        self.has_pinned = False
         self._shelves: list[Shelf] = []
 
     def open(self, shelf: Shelf) -> None:
@@ -89,15 +87,12 @@ class Room:
     def _room_for(self, strip: torch.Tensor) -> torch.Tensor:
         if self._pins:
             try:
-                stored = torch.empty_like(strip, device=self.store, pin_memory=True)
+                return torch.empty_like(strip, device=self.store, pin_memory=True)
             except RuntimeError as error:
                 # Systems limit how much may be pinned, WSL to little. A copy to other memory makes the GPU wait.
                 if not self._is_told:
                     log.info("no more pinned memory: %s", error)
                 self._is_told = True
-            else:
-                self.has_pinned = True
-                return stored
         return torch.empty_like(strip, device=self.store)
 
     def fetch(self, stored: torch.Tensor) -> torch.Tensor:
