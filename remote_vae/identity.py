@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any, Generic, TypeVar, Union
 
 import torch
 
@@ -18,10 +18,11 @@ log = logging.getLogger("remote_vae")
 # A look at the weights: so many tensors, spread over encoder and decoder, and so many values of each.
 _LOOK_TENSORS = 16
 _LOOK_VALUES = 4
-# A VAE that is now in float32 and now in float16, as in diffusers' SDXL pipelines, has its fingerprints at hand for both.
-_KEPT = 12
+# A VAE that is now in float32 and now in float16, as in diffusers' SDXL pipelines, is known in both.
+_KEPT_LOOKS = 12
 
 _Look = tuple[Union[torch.dtype, bytes], ...]
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Identity:
         try:
             dtypes = {weight.dtype for weight in _weights(self.vae)}
             rounding = "bfloat16" if dtypes == {torch.bfloat16} else "float16"
-            return rounding, _fingerprints.of(self.vae, rounding)
+            return rounding, _fingerprint(self.vae, rounding)
         except Exception as error:  # whatever a host keeps there, the call goes on without
             log.debug("no fingerprint of %s: %s", type(self.vae).__name__, error)
             return None
@@ -70,43 +71,69 @@ class Identity:
 
     def _in(self, theirs: Collection[str], rounding: str) -> bool:
         try:
-            return _fingerprints.of(self.vae, rounding) in theirs
+            return _fingerprint(self.vae, rounding) in theirs
         except Exception:  # as above
             return False
 
 
+class ByLook(Generic[V]):
+    """What is known of each VAE of the process while its weights are what they are. Keeps no VAE alive. For many threads.
+
+    Args:
+        make: gives what is known at first.
+    """
+
+    def __init__(self, make: Callable[[], V]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._by_vae: weakref.WeakKeyDictionary[Any, dict[_Look, V]] = weakref.WeakKeyDictionary()
+
+    def of(self, vae: Any) -> V:
+        """The same object until the host loads other weights into ``vae`` or converts them.
+
+        Raises:
+            ValueError: the weights cannot be read.
+        """
+        look = _look(vae)
+        with self._lock:
+            by_look = self._by_vae.setdefault(vae, {})
+            if look not in by_look:
+                while len(by_look) >= _KEPT_LOOKS:
+                    del by_look[next(iter(by_look))]
+                by_look[look] = self._make()
+            return by_look[look]
+
+    def still(self, vae: Any, known: V) -> None:
+        """What was just found out of ``vae`` is of ``known``. Raises ValueError: the weights were changed meanwhile."""
+        if self.of(vae) is not known:
+            raise ValueError("its weights are being changed")
+
+    def all(self) -> list[V]:
+        """Of every VAE and look."""
+        with self._lock:
+            return [known for by_look in self._by_vae.values() for known in by_look.values()]
+
+
 @dataclass
-class _Known:
-    """The fingerprints of one VAE, by what its weights looked like and the rounding."""
+class _Names:
+    """The fingerprints of one VAE by rounding."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    names: dict[tuple[_Look, str], str] = field(default_factory=dict)
+    by_rounding: dict[str, str] = field(default_factory=dict)
 
 
-class _Fingerprints:
-    """The fingerprints of the process's VAEs. Keeps none of them alive."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._by_vae: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
-
-    def of(self, vae: Any, rounding: str) -> str:
-        """From memory, unless the host has loaded other weights into ``vae`` or converted them since."""
-        with self._lock:
-            known = self._by_vae.setdefault(vae, _Known())
-        with known.lock:
-            key = _look(vae), rounding
-            if key not in known.names:
-                name = fingerprint(vae.state_dict(), rounding)
-                if _look(vae) != key[0]:
-                    raise ValueError("its weights are being changed")
-                while len(known.names) >= _KEPT:
-                    del known.names[next(iter(known.names))]
-                known.names[key] = name
-            return known.names[key]
+_names = ByLook(_Names)
 
 
-_fingerprints = _Fingerprints()
+def _fingerprint(vae: Any, rounding: str) -> str:
+    """From memory where it is known. Raises ValueError."""
+    names = _names.of(vae)
+    with names.lock:
+        if rounding not in names.by_rounding:
+            name = fingerprint(vae.state_dict(), rounding)
+            _names.still(vae, names)
+            names.by_rounding[rounding] = name
+        return names.by_rounding[rounding]
 
 
 def _weights(vae: Any) -> list[torch.Tensor]:

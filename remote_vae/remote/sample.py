@@ -9,7 +9,6 @@ import logging
 import math
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Protocol
@@ -17,7 +16,8 @@ from typing import Any, Optional, Protocol
 import torch
 
 from remote_vae.errors import CallCancelled, EndpointError, MalformedAnswer, RouteFailed
-from remote_vae.identity import Identity
+from remote_vae.identity import ByLook, Identity
+from remote_vae.remote.http import POLL_SECONDS
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
 log = logging.getLogger("remote_vae")
@@ -29,15 +29,12 @@ SIDE = 64
 SAME_LEVELS = 3.0
 # The same for encoders, in standard deviations of the latents: half precision makes 0.004.
 SAME_LATENTS = 0.05
-_LOOK_UP_SECONDS = 0.05
 # A sample of the posterior is hardly ever so many of its deviations off.
 _SAMPLED = 3.0
 # Seconds; after that, an endpoint that was started anew with another VAE is noticed.
 KEPT_SECONDS = 600.0
 # The same where nothing could be told: it may be different in a minute.
 UNKNOWN_SECONDS = 60.0
-# A VAE that is now in float32 and now in float16, as in diffusers' SDXL pipelines, looks different each time.
-_KEPT_LOOKS = 12
 
 Ask = Callable[[torch.Tensor], "DecodeAnswer | EncodeAnswer"]
 Cancelled = Callable[[], bool]
@@ -85,7 +82,6 @@ class _Known:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     sample: Sample | None = None
-    failed: float = -math.inf
     verdicts: dict[str, tuple[float, Optional[bool]]] = field(default_factory=dict)
 
 
@@ -100,8 +96,7 @@ class Samples:
         self._encode = encode
         self._decode = decode
         self._clock = clock
-        self._lock = threading.Lock()
-        self._known: weakref.WeakKeyDictionary[Any, dict[object, _Known]] = weakref.WeakKeyDictionary()
+        self._known = ByLook(_Known)
 
     def compare(self, identity: Identity, op: str, url: str, ask: Ask, cancelled: Cancelled) -> bool | None:
         """Whether the endpoint at ``url`` has the VAE of ``identity``; None where that cannot be told.
@@ -114,64 +109,53 @@ class Samples:
             RouteFailed: the endpoint did not answer; a call would not be answered either. CallCancelled among them.
         """
         try:
-            known = self._known_of(identity)
-            if known is None:
-                return None
-            until, verdict = known.verdicts.get(url, (-math.inf, None))
-            if self._clock() >= until:
-                verdict = self._ask(known, identity, op, ask, cancelled)
-                kept = UNKNOWN_SECONDS if verdict is None else KEPT_SECONDS
-                known.verdicts[url] = self._clock() + kept, verdict
-        except RouteFailed:
-            raise
-        except Exception as error:
+            known = self._known.of(identity.vae)
+        except Exception as error:  # whatever VAE that is, the call goes on without
             log.debug("nothing to compare %s by: %s", type(identity.vae).__name__, error)
             return None
+        until, verdict = known.verdicts.get(url, (-math.inf, None))
+        if self._clock() >= until:
+            verdict = self._ask(known, identity.vae, op, ask, cancelled)
+            kept = UNKNOWN_SECONDS if verdict is None else KEPT_SECONDS
+            known.verdicts[url] = self._clock() + kept, verdict
         return verdict
-
-    def _known_of(self, identity: Identity) -> _Known | None:
-        look = identity.look()
-        if look is None:
-            return None
-        with self._lock:
-            by_look = self._known.setdefault(identity.vae, {})
-            if look not in by_look and len(by_look) >= _KEPT_LOOKS:
-                del by_look[next(iter(by_look))]
-            return by_look.setdefault(look, _Known())
 
     def forget(self, url: str) -> None:
         """The endpoint at ``url`` failed; it may come back as another one."""
-        with self._lock:
-            everything = [known for by_look in self._known.values() for known in by_look.values()]
-        for known in everything:
+        for known in self._known.all():
             known.verdicts.pop(url, None)
 
-    def _ask(self, known: _Known, identity: Identity, op: str, ask: Ask, cancelled: Cancelled) -> bool | None:
-        sample = self._sample(known, identity, cancelled)
-        if sample is None:
+    def _ask(self, known: _Known, vae: Any, op: str, ask: Ask, cancelled: Cancelled) -> bool | None:
+        try:
+            sample = self._sample(known, vae, cancelled)
+        except CallCancelled:
+            raise
+        except Exception as error:  # as above
+            log.debug("no sample of %s: %s", type(vae).__name__, error)
             return None
         try:
             return sample.agrees(ask(sample.mean if op == "decode" else sample.pixels))
         except (EndpointError, MalformedAnswer):
             # So small a picture, or in this form: what the endpoint makes of the call itself is another matter.
             return None
+        except RouteFailed:
+            raise
+        except Exception as error:  # as above
+            log.debug("nothing to compare with the sample of %s: %s", type(vae).__name__, error)
+            return None
 
-    def _sample(self, known: _Known, identity: Identity, cancelled: Cancelled) -> Sample | None:
-        while not known.lock.acquire(timeout=_LOOK_UP_SECONDS):
+    def _sample(self, known: _Known, vae: Any, cancelled: Cancelled) -> Sample:
+        while not known.lock.acquire(timeout=POLL_SECONDS):
             if cancelled():
                 raise CallCancelled("interrupted while waiting for the sample", reason="interrupted")
         try:
-            if known.sample is None and self._clock() - known.failed >= KEPT_SECONDS:
-                known.failed = self._clock()
-                known.sample = self._made(identity.vae, cancelled)
-        except CallCancelled:
-            known.failed = -math.inf
-            raise
-        except Exception as error:  # whatever VAE that is, the call goes on without
-            log.debug("no sample of %s: %s", type(identity.vae).__name__, error)
+            if known.sample is None:
+                sample = self._made(vae, cancelled)
+                self._known.still(vae, known)
+                known.sample = sample
+            return known.sample
         finally:
             known.lock.release()
-        return known.sample
 
     def _made(self, vae: Any, cancelled: Cancelled) -> Sample:
         pixels = picture()

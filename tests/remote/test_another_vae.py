@@ -190,7 +190,7 @@ def test_weights_that_cannot_be_read_leave_the_name_to_decide(caller: Caller, se
     assert caller.run(settings, "kl-f8-anime2.safetensors") == "local"
 
 
-def test_a_public_endpoint_is_never_asked_and_has_the_standard_vae(caller: Caller, chaos: Chaos) -> None:
+def test_a_public_endpoint_is_not_asked_for_info_and_has_the_standard_vae(caller: Caller, chaos: Chaos) -> None:
     check = VaeCheck()
     url = f"{chaos.url}/"
     check.check(caller.call(family=find_family("sd1")), url, Settings(), unasked, public=True)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from remote_vae.errors import CallCancelled, DeadlineExceeded
+from remote_vae import tiled
+from remote_vae.errors import AnotherVae, CallCancelled, DeadlineExceeded
+from remote_vae.families import find_family
+from remote_vae.identity import Identity
 from remote_vae.remote.client import DEFAULT_DEADLINES, never
-from remote_vae.remote.sample import KEPT_SECONDS, UNKNOWN_SECONDS, picture
+from remote_vae.remote.sample import KEPT_SECONDS, UNKNOWN_SECONDS, Samples, picture
 from remote_vae.settings import Settings
+from remote_vae.wire import DecodeAnswer, Output
 from tests.chaos import Chaos
 from tests.remote.conftest import Caller, Clock
 
@@ -74,9 +80,28 @@ def test_another_decoder_alone_is_noticed_where_it_counts(
     assert len([record for record in caplog.records if "makes other pictures" in record.message]) == 1
 
 
-def test_the_user_may_have_the_other_vaes_pictures(asker: Caller, settings: Settings) -> None:
+def test_the_user_may_have_the_other_vaes_pictures(
+    asker: Caller, chaos: Chaos, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
     change(asker.vae, "decoder")
     assert asker.run(replace(settings, when_vae_differs="remote")) == "remote"
+    assert "makes other pictures" in caplog.text
+    assert len(chaos.requests) == 2
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_a_public_endpoint_is_sent_the_sample_too(asker: Caller, is_changed: bool) -> None:
+    """Most checkpoints have the standard VAE that is there; some have one of their own and no name for it."""
+    sd1 = find_family("sd1")
+    there = copy.deepcopy(asker.vae)
+    if is_changed:
+        change(asker.vae, "decoder")
+
+    def ask(latents: torch.Tensor) -> DecodeAnswer:
+        return DecodeAnswer(Output.TENSOR, there.decode(latents).sample)
+
+    with pytest.raises(AnotherVae, match="makes other pictures") if is_changed else nullcontext():
+        asker.route._vaes.check(asker.call(family=sd1), sd1.public_endpoint("decode"), Settings(), ask, public=True)
 
 
 def test_the_sample_counts_more_than_a_name(asker: Caller, settings: Settings) -> None:
@@ -112,7 +137,8 @@ def test_it_is_sent_as_the_user_has_pictures_sent_but_never_lossy(
 ) -> None:
     settings = replace(settings, transfer=transfer)
     assert asker.run(settings, **op) == "remote"
-    assert "jpg" not in chaos.queries[0]
+    if not op:
+        assert ("image_format=png" in chaos.queries[0]) is (transfer in ("png", "jpg"))
     change(asker.vae, "encoder" if op else "decoder")
     assert asker.run(settings, **op) == "local"
 
@@ -167,6 +193,19 @@ def test_it_is_asked_anew_after_a_while_and_after_a_failure(asker: Caller, chaos
     assert asker.run(settings) == "local"
     assert asker.run(settings) == "remote"
     assert len(chaos.requests) == 3
+
+
+def test_weights_that_are_loaded_while_the_sample_is_made_are_not_compared(asker: Caller) -> None:
+    def encode(vae: Any, pixels: torch.Tensor, *, cancelled: Any) -> torch.Tensor:
+        moments = tiled.encode(vae, pixels, cancelled=cancelled)
+        change(vae, "decoder")
+        return moments
+
+    def ask(tensor: torch.Tensor) -> Any:
+        raise AssertionError("a mixture of two VAEs was sent")
+
+    samples = Samples(encode, tiled.decode)
+    assert samples.compare(Identity(asker.vae), "decode", "http://127.0.0.1:9/", ask, never) is None
 
 
 def test_other_weights_in_the_same_vae_are_compared_anew(asker: Caller, settings: Settings) -> None:
