@@ -12,16 +12,11 @@ from remote_vae.remote.client import shown
 from remote_vae.remote.http import Deadlines
 from remote_vae.remote.info import Infos, info_url
 from remote_vae.remote.sample import Ask, Samples
-from remote_vae.routes import T, VaeCall
+from remote_vae.routes import Op, T, VaeCall
 from remote_vae.settings import Settings, load_options
 from remote_vae.wire import THIS_PROCESS, Info
 
 log = logging.getLogger("remote_vae")
-
-
-def quick_total(settings: Settings) -> float:
-    """Seconds for what is small: who has not sent it by the time that its first byte is due does not answer."""
-    return min(settings.total_timeout, settings.connect_timeout + settings.first_byte_timeout)
 
 
 class VaeCheck:
@@ -49,8 +44,7 @@ class VaeCheck:
             return
         info = Info()
         if not public:
-            deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, quick_total(settings))
-            info = self._infos.of(url, deadlines, call.cancelled)
+            info = self._infos.of(url, Deadlines.of(settings).quick, call.cancelled)
         endpoint = shown(info_url(url)).removesuffix("/info")
         if info.process == THIS_PROCESS:
             # It would wait for the end of the generation that waits for it.
@@ -61,7 +55,8 @@ class VaeCheck:
             if self._samples is not None:
                 same = self._samples.compare(call.identity, call.op, url, ask, call.cancelled)
             # Its decoder may be another one where its encoder is the same.
-            difference, told = _unsaid_difference(endpoint, same, call), f"{call.op} {endpoint}"
+            difference = _unsaid_difference(endpoint, same, call.op, call.family, call.identity)
+            told = f"{call.op} {endpoint}"
         if not difference:
             self._tell(told, "")
             return
@@ -106,13 +101,10 @@ def _difference(endpoint: str, info: Info, family: Family, identity: Identity) -
     return "" if same else None
 
 
-def _unsaid_difference(endpoint: str, same: bool | None, call: VaeCall[T]) -> str:
+def _unsaid_difference(endpoint: str, same: bool | None, op: Op, family: Family, identity: Identity) -> str:
     """As above for an endpoint that does not say; ``same`` is what a sample told."""
-    identity, family = call.identity, call.family
-    if identity is None:
-        return ""
     if same is False:
-        made = "pictures of the same latents" if call.op == "decode" else "latents of the same picture"
+        made = "pictures of the same latents" if op == "decode" else "latents of the same picture"
         return f"{endpoint} makes other {made} than your VAE ({_here(identity)})"
     if same is None and identity.picked and not family.is_standard_file(identity.picked):
         usual = f"not the standard VAE of {family.label}" if family.is_known else "of no known family"

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Generic, TypeVar, Union, cast
 from urllib.parse import unquote, urlsplit
@@ -39,6 +39,7 @@ from remote_vae.errors import (
     MalformedAnswer,
 )
 from remote_vae.remote.http1 import Answer, Size, request_head
+from remote_vae.settings import Settings
 from remote_vae.wire import Expected, HttpRequest, error_detail
 from remote_vae.wire.answers import ERROR_LIMIT
 
@@ -61,6 +62,16 @@ class Deadlines:
     connect: float
     first_byte: float
     total: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> Deadlines:
+        """The user's."""
+        return cls(settings.connect_timeout, settings.first_byte_timeout, settings.total_timeout)
+
+    @property
+    def quick(self) -> Deadlines:
+        """For what is small: who has not sent it by the time that its first byte is due does not answer."""
+        return replace(self, total=min(self.total, self.connect + self.first_byte))
 
 
 @dataclass(frozen=True)
@@ -187,9 +198,10 @@ class HttpClient:
 
     def _remember(self, message: _Message, size: Size) -> None:
         if self._usual.get(message.head) != size:
-            if len(self._usual) >= _REMEMBERED_FORMS:
-                self._usual.pop(next(iter(self._usual)), None)
-            self._usual[message.head] = size
+            with self._lock:
+                if len(self._usual) >= _REMEMBERED_FORMS:
+                    del self._usual[next(iter(self._usual))]
+                self._usual[message.head] = size
 
     def _take_idle(self) -> _Connection | None:
         while True:

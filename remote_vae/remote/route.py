@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Union
 from urllib.parse import urlsplit, urlunsplit
 
@@ -25,7 +26,7 @@ from remote_vae.errors import (
 )
 from remote_vae.families import Family, public_max_pixels
 from remote_vae.memory import free_memory, is_out_of_memory
-from remote_vae.remote.another_vae import VaeCheck, quick_total
+from remote_vae.remote.another_vae import VaeCheck
 from remote_vae.remote.breaker import Breakers, Gate
 from remote_vae.remote.client import EndpointClient, client_for, shown
 from remote_vae.remote.functions import in_parallel, one_by_one
@@ -80,19 +81,8 @@ class RemoteRoute:
         call.tell(f"{call.doing} on {urlsplit(url).netloc.rpartition('@')[2]}")
         try:
             client = client_for(url, public=public)
-
-            def ask_sample(tensor: torch.Tensor) -> Remote:
-                sample = replace(call, tensor=tensor.to(call.tensor.dtype))
-                # In the form that the endpoint is known to take, which must not lose more than VAEs differ by.
-                transfer = "png" if settings.transfer == "jpg" else settings.transfer
-                quick = replace(settings, transfer=transfer, total_timeout=quick_total(settings))
-                answer = _Asking(client, sample, quick).ask().answer
-                _check_answer(sample, answer)
-                return answer
-
-            self._vaes.check(call, url, settings, ask_sample, public=public)
-            reply = _Asking(client, call, settings).ask()
-            _check_answer(call, reply.answer)
+            self._vaes.check(call, url, settings, partial(_ask_sample, client, call, settings), public=public)
+            reply = _Asking(client, call, settings.transfer, Deadlines.of(settings)).ask()
         except (CallCancelled, InvalidRequest) as error:
             breaker.left()
             raise _as_route_failure(error) from None
@@ -135,18 +125,25 @@ def endpoint_for(op: Op, family: Family, settings: Settings) -> tuple[str, bool]
 class _Asking:
     """One call on its way to one endpoint, as one request or as one for each picture."""
 
-    def __init__(self, client: EndpointClient, call: VaeCall[T], settings: Settings) -> None:
+    def __init__(self, client: EndpointClient, call: VaeCall[T], transfer: str, deadlines: Deadlines) -> None:
         self._client = client
+        self._call = call
         self._tensor = call.tensor
         self._ask: Callable[[torch.Tensor], Reply[Remote]] = self._decode if call.op == "decode" else self._encode
         self._family = call.family.key if call.family.is_known else None
-        self._transfer = settings.transfer
+        self._transfer = transfer
         self._truncate = call.truncates
-        self._deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, settings.total_timeout)
+        self._deadlines = deadlines
         self._cancelled = call.cancelled
         self._failure: BaseException | None = None
 
     def ask(self) -> Reply[Remote]:
+        """The answer, checked. Raises RouteFailed."""
+        reply = self._replied()
+        _check_answer(self._call, reply.answer)
+        return reply
+
+    def _replied(self) -> Reply[Remote]:
         if self._transfer not in ("png", "jpg") or self._tensor.shape[0] == 1:
             return self._ask(self._tensor)
         # The protocol's picture answer holds one picture.
@@ -180,6 +177,14 @@ class _Asking:
         request = EncodeRequest(_upload_form(pixels, self._transfer), posterior=True, family=self._family)
         reply = self._client.encode(request, self._deadlines, self._stop)
         return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
+
+
+def _ask_sample(client: EndpointClient, call: VaeCall[T], settings: Settings, tensor: torch.Tensor) -> Remote:
+    """What the endpoint makes of ``tensor``, which stands for the one of ``call``."""
+    sample = replace(call, tensor=tensor.to(call.tensor.dtype))
+    # In the form that the endpoint is known to take, which must not lose more than VAEs differ by.
+    transfer = "png" if settings.transfer == "jpg" else settings.transfer
+    return _Asking(client, sample, transfer, Deadlines.of(settings).quick).ask().answer
 
 
 def _check_answer(call: VaeCall[T], answer: Remote) -> None:
