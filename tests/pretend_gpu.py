@@ -140,9 +140,10 @@ class Card(TorchFunctionMode):
         return module
 
     def taken_by(self, call: Callable[[], Any]) -> int:
-        """How many bytes more than before are in use at the peak of ``call``. The peak counts anew from its end."""
+        """How many bytes more than before are in use at the peak of ``call``, none after it. Then the peak counts anew."""
         self.peak = before = self.live
         call()
+        assert self.live == before
         taken, self.peak = self.peak - before, self.live
         return taken
 
