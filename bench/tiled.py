@@ -308,7 +308,7 @@ def parts(bench: Bench, sizes: Sizes, *, quick: bool) -> Iterator[tuple[str, Cal
         for op in ("decode", "encode"):
             yield f"half-{weights}-{vae}-{op}-{size}", _part(print_half, bench, Call(vae, op, size), weights)
     for op in ("decode", "encode"):
-        yield f"ticks-{op}", _part(print_ticks, bench, Call("sd", op, sizes.rows[0] if quick else sizes.rows[1], "exact"))
+        yield f"ticks-{op}", _part(print_ticks, bench, Call("sd", op, sizes.rows[: 1 if quick else 2][-1], "exact"))
     for vae in ("small", "sd"):
         yield f"fast-path-{vae}", _part(print_fast_path, bench, vae, sizes.fast_path)
     yield "pictures", _part(tiled_pictures.write, bench.peer)
