@@ -137,6 +137,7 @@ def test_it_is_sent_as_the_user_has_pictures_sent_but_never_lossy(
 ) -> None:
     settings = replace(settings, transfer=transfer)
     assert asker.run(settings, **op) == "remote"
+    assert "jpg" not in chaos.queries[0]
     if not op:
         assert ("image_format=png" in chaos.queries[0]) is (transfer in ("png", "jpg"))
     change(asker.vae, "encoder" if op else "decoder")
