@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from remote_vae.tiled.shelf import Room
+from remote_vae.tiled.store import Room
 
 STORE = "store"
 

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    from remote_vae.families import load_families
+    from remote_vae.vae.families import load_families
 
     parser.add_argument("--vae", required=True, help="diffusers folder, .safetensors file or Hugging Face id")
     parser.add_argument("--family", help=f"needed for a .safetensors file: {', '.join(load_families())}")

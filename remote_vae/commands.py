@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from remote_vae import rescue
+from remote_vae.call import Op, Outcome, Remote, Spare, VaeCall
 from remote_vae.errors import InvalidRequest, RemoteVaeError, RouteFailed, SettingsError
-from remote_vae.families import Family, find_family
 from remote_vae.remote.route import RemoteRoute, endpoint_for
-from remote_vae.routes import Op, Outcome, Remote, Spare, VaeCall
 from remote_vae.settings import Settings
+from remote_vae.vae.families import Family, find_family
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 from remote_vae.wire.pixels import image_to_pixels, to_uint8
 
@@ -114,9 +114,9 @@ def _decode_there(latents: torch.Tensor, family: Family, settings: Settings) -> 
 
 
 def _decode_here(rescued: rescue.Rescued, source: str) -> torch.Tensor:
+    from remote_vae.local.ladder import exact_ways, first_that_fits
+    from remote_vae.local.own import own_tiling
     from remote_vae.server.models import load_vae
-    from remote_vae.tiled.ladder import exact_ways, first_that_fits
-    from remote_vae.tiled.spares import own_tiling
 
     loaded = load_vae(source, family=rescued.family.key if rescued.family.is_known else None)
     if loaded.family.latent_channels != rescued.latents.shape[1]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from remote_vae.errors import InvalidRequest
-from remote_vae.families import Family, load_families
+from remote_vae.vae.families import Family, load_families
 
 FORMAT = "remote-vae-latents-1"
 _TENSOR = "latents"

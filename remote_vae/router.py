@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from remote_vae import rescue
+from remote_vae.call import Outcome, Route, T, VaeCall
 from remote_vae.errors import OutOfMemory, RouteFailed, VaeCallFailed
 from remote_vae.history import History, Record
-from remote_vae.local import LocalRoute
-from remote_vae.memory import forget_frames
+from remote_vae.local.route import TiledRoute, wants_bfloat16
+from remote_vae.local.whole import LocalRoute
 from remote_vae.remote.another_vae import VaeCheck
 from remote_vae.remote.client import shown
 from remote_vae.remote.route import RemoteRoute, endpoint_for
 from remote_vae.remote.sample import Samples
-from remote_vae.routes import Outcome, Route, T, VaeCall
 from remote_vae.settings import Settings
-from remote_vae.tiled import TiledRoute, decode, encode
-from remote_vae.tiled.route import wants_bfloat16
+from remote_vae.tiled import decode, encode
+from remote_vae.tiled.memory import forget_frames
 
 log = logging.getLogger("remote_vae")
 

@@ -1,16 +1,51 @@
-"""The options, read once from ``settings/options.toml``, and the one frozen ``Settings`` that everything works from."""
+"""The data files of ``settings/``, and the options: read once from ``options.toml`` into one frozen ``Settings``."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Union
 from urllib.parse import urlsplit
 
-from remote_vae.datafiles import read_toml
 from remote_vae.errors import SettingsError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def settings_folder() -> Path:
+    """The folder that holds options.toml and families.toml.
+
+    Raises:
+        FileNotFoundError: the installation is incomplete.
+    """
+    for folder in (_PACKAGE / "_settings", _PACKAGE.parent / "settings"):
+        if (folder / "options.toml").is_file():
+            return folder
+    raise FileNotFoundError(f"settings/options.toml is missing beside {_PACKAGE}: reinstall Remote VAE")
+
+
+@cache
+def read_toml(name: str) -> dict[str, Any]:
+    """Read one file of ``settings/`` once; the caller must not change what it gets."""
+    with (settings_folder() / name).open("rb") as file:
+        data: dict[str, Any] = _toml_reader().load(file)
+    return data
+
+
+def _toml_reader() -> ModuleType:
+    # tomllib came with Python 3.11. install.py adds tomli on 3.10; pip's own copy serves where it could not (no network).
+    for module in ("tomllib", "tomli", "pip._vendor.tomli"):
+        try:
+            return importlib.import_module(module)
+        except ImportError:
+            continue
+    raise ImportError("Remote VAE needs the package tomli on Python 3.10: pip install tomli")
+
 
 Value = Union[bool, float, str]
 

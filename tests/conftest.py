@@ -12,14 +12,14 @@ import torch
 import uvicorn
 from diffusers import AutoencoderKL
 
-from remote_vae import datafiles
 from remote_vae.server.app import create_app
 from remote_vae.server.engine import Engine, Limits
 from remote_vae.server.models import LoadedVae, load_vae
+from remote_vae.settings import settings_folder
 from tests.chaos import Chaos
 from tests.pretend_gpu import Card, pretended
 
-DEMO_VAE = datafiles.settings_folder().parent / "assets" / "demo_vae"
+DEMO_VAE = settings_folder().parent / "assets" / "demo_vae"
 
 
 def pytest_collection_finish() -> None:

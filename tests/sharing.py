@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from remote_vae.families import find_family
-from remote_vae.served import ServedVae
+from remote_vae.vae.at_work import ServedVae
+from remote_vae.vae.families import find_family
 from tests.hosts.a1111_standin import LdmVae
 
 

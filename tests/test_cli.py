@@ -13,10 +13,10 @@ from diffusers.models.autoencoders.vae import Decoder
 from PIL import Image
 
 from remote_vae.cli import main
-from remote_vae.families import find_family, recognise
 from remote_vae.rescue import load_latents, save_latents
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import load_options
+from remote_vae.vae.families import find_family, recognise
 from remote_vae.wire.pixels import image_to_pixels, to_uint8
 from tests.chaos import Chaos
 from tests.conftest import DEMO_VAE, ServerThread

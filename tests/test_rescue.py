@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from remote_vae.errors import InvalidRequest
-from remote_vae.families import find_family, recognise
 from remote_vae.rescue import load_latents, save_latents
+from remote_vae.vae.families import find_family, recognise
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

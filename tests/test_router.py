@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from remote_vae.call import Spare, VaeCall
 from remote_vae.errors import VaeCallFailed
-from remote_vae.families import Family, find_family
 from remote_vae.history import History
-from remote_vae.memory import is_out_of_memory
+from remote_vae.local import ladder, route
 from remote_vae.rescue import load_latents
 from remote_vae.router import Router
-from remote_vae.routes import Spare, VaeCall
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings
-from remote_vae.tiled import ladder, route
+from remote_vae.tiled.memory import is_out_of_memory
+from remote_vae.vae.families import Family, find_family
 from remote_vae.wire import DecodeAnswer
 from tests.chaos import Chaos
 from tests.layouts import kl_with_extra_parameter

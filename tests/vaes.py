@@ -5,8 +5,9 @@ from __future__ import annotations
 import diffusers
 import torch
 
-from remote_vae.families import ROUNDINGS, find_family, fingerprint
 from remote_vae.server.models import LoadedVae
+from remote_vae.vae.families import find_family
+from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
 
 
 def small_kl(family: str, **changes: object) -> diffusers.AutoencoderKL:

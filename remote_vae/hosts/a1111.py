@@ -15,17 +15,17 @@ from typing import Any, Optional
 
 import torch
 
+from remote_vae.call import Op, Remote, Spare, VaeCall
 from remote_vae.errors import RouteFailed
-from remote_vae.families import Family, find_family, recognise
-from remote_vae.hosts.ldm import Kind, kind_of
-from remote_vae.hosts.webui import ThreadState, WebUi
+from remote_vae.hosts.a1111_kinds import Kind, kind_of
+from remote_vae.hosts.base import ThreadState, WebUi
 from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
-from remote_vae.identity import Identity
+from remote_vae.local.own import on_cpu
 from remote_vae.router import wants_remote
-from remote_vae.routes import Op, Remote, Spare, VaeCall
-from remote_vae.served import ServedVae
 from remote_vae.settings import Settings
-from remote_vae.tiled.spares import on_cpu
+from remote_vae.vae.at_work import ServedVae
+from remote_vae.vae.families import Family, find_family, recognise
+from remote_vae.vae.fingerprint import Identity
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
 log = logging.getLogger("remote_vae")

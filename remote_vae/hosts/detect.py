@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 
 from remote_vae.hosts import a1111, forge, sdnext
-from remote_vae.hosts.webui import WebUi
+from remote_vae.hosts.base import WebUi
 
 log = logging.getLogger("remote_vae")
 

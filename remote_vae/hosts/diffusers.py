@@ -12,14 +12,14 @@ from typing import Any, Union
 
 import torch
 
+from remote_vae.call import Op, Remote, Spare, VaeCall
 from remote_vae.errors import UnsupportedLayout
-from remote_vae.families import Family, recognise_config
 from remote_vae.history import History
-from remote_vae.identity import Identity
+from remote_vae.local.own import on_cpu, own_tiling
 from remote_vae.router import Router
-from remote_vae.routes import Op, Remote, Spare, VaeCall
 from remote_vae.settings import Settings
-from remote_vae.tiled.spares import on_cpu, own_tiling
+from remote_vae.vae.families import Family, recognise_config
+from remote_vae.vae.fingerprint import Identity
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
 _OPS: tuple[Op, ...] = ("decode", "encode")

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from remote_vae.call import Op, Remote, Spare, VaeCall
 from remote_vae.errors import OutOfMemory
-from remote_vae.families import Family, recognise
-from remote_vae.hosts.webui import WebUi
+from remote_vae.hosts.base import WebUi
 from remote_vae.hosts.wrapping import is_ours, is_wrapped, mark
-from remote_vae.identity import Identity
-from remote_vae.routes import Op, Remote, Spare, VaeCall
-from remote_vae.served import ServedVae
+from remote_vae.vae.at_work import ServedVae
+from remote_vae.vae.families import Family, recognise
+from remote_vae.vae.fingerprint import Identity
 from remote_vae.wire import DecodeAnswer
 
 _WRAPPERS: dict[Op, str] = {"decode": "model_vae_decode_wrapper", "encode": "model_vae_encode_wrapper"}

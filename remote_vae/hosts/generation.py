@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import torch
 
+from remote_vae.call import Remote, VaeCall
 from remote_vae.history import Record
-from remote_vae.routes import Remote, VaeCall
 from remote_vae.settings import Settings
 from remote_vae.wire import EncodeAnswer
 
@@ -166,3 +166,9 @@ def _digest(picture: torch.Tensor) -> bytes:
     digest = hashlib.blake2b(f"{values.dtype} {list(values.shape)}".encode())
     digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+def rising(*flags: Callable[[], bool]) -> Callable[[], bool]:
+    """A function that is True once any of ``flags`` is True that was False when ``rising`` was called."""
+    watched = [flag for flag in flags if not flag()]
+    return lambda: any(flag() for flag in watched)

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from remote_vae.families import Family, recognise_config
+from remote_vae.call import Op, VaeCall
+from remote_vae.hosts.base import ThreadState, WebUi
 from remote_vae.hosts.diffusers import takes, vae_call
-from remote_vae.hosts.webui import ThreadState, WebUi
-from remote_vae.identity import Identity
-from remote_vae.routes import Op, VaeCall
-from remote_vae.served import ServedVae
+from remote_vae.vae.at_work import ServedVae
+from remote_vae.vae.families import Family, recognise_config
+from remote_vae.vae.fingerprint import Identity
 
 # What SD.Next calls the VAE that comes with the model.
 _OWN_VAE = ("Automatic", "Default", "None", "")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 
+from remote_vae.call import Op, T, VaeCall
 from remote_vae.errors import AnotherVae, NotOffered
-from remote_vae.families import Family, load_families
-from remote_vae.identity import Identity
 from remote_vae.remote.client import shown
 from remote_vae.remote.http import Deadlines
 from remote_vae.remote.info import Infos, info_url
 from remote_vae.remote.sample import Ask, Samples
-from remote_vae.routes import Op, T, VaeCall
 from remote_vae.settings import Settings, load_options
+from remote_vae.vae.families import Family, load_families
+from remote_vae.vae.fingerprint import Identity
 from remote_vae.wire import THIS_PROCESS, Info
 
 log = logging.getLogger("remote_vae")

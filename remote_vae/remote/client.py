@@ -8,8 +8,8 @@ from functools import partial
 from urllib.parse import urlsplit, urlunsplit
 
 from remote_vae import wire
-from remote_vae.auth import auth_headers
 from remote_vae.remote.http import Deadlines, HttpClient, Reply
+from remote_vae.tokens import auth_headers
 
 DEFAULT_DEADLINES = Deadlines(connect=10.0, first_byte=120.0, total=300.0)
 

@@ -29,7 +29,6 @@ import certifi
 import numpy as np
 import requests.utils
 
-from remote_vae.auth import is_loopback
 from remote_vae.errors import (
     CallCancelled,
     DeadlineExceeded,
@@ -40,6 +39,7 @@ from remote_vae.errors import (
 )
 from remote_vae.remote.http1 import Answer, Size, request_head
 from remote_vae.settings import Settings
+from remote_vae.tokens import is_loopback
 from remote_vae.wire import Expected, HttpRequest, error_detail
 from remote_vae.wire.answers import ERROR_LIMIT
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from remote_vae.call import Op, Outcome, Remote, T, VaeCall
 from remote_vae.errors import (
     CallCancelled,
     DeadlineExceeded,
@@ -24,15 +25,14 @@ from remote_vae.errors import (
     OutOfMemory,
     RouteFailed,
 )
-from remote_vae.families import Family, public_max_pixels
-from remote_vae.memory import free_memory, is_out_of_memory
 from remote_vae.remote.another_vae import VaeCheck
 from remote_vae.remote.breaker import Breakers, Gate
 from remote_vae.remote.client import EndpointClient, client_for, shown
 from remote_vae.remote.functions import in_parallel, one_by_one
 from remote_vae.remote.http import Deadlines, Reply
-from remote_vae.routes import Op, Outcome, Remote, T, VaeCall
 from remote_vae.settings import Settings
+from remote_vae.tiled.memory import free_memory, is_out_of_memory
+from remote_vae.vae.families import Family, public_max_pixels
 from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeAnswer, EncodeRequest, Output
 from remote_vae.wire.pixels import to_uint8
 from remote_vae.wire.tensors import DTYPES

@@ -16,8 +16,8 @@ from typing import Any, Optional, Protocol
 import torch
 
 from remote_vae.errors import CallCancelled, EndpointError, MalformedAnswer, RouteFailed
-from remote_vae.identity import ByLook, Identity
 from remote_vae.remote.http import POLL_SECONDS
+from remote_vae.vae.fingerprint import ByLook, Identity
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
 log = logging.getLogger("remote_vae")

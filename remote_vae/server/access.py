@@ -9,7 +9,7 @@ from typing import Optional
 
 from fastapi import Request
 
-from remote_vae.auth import TOKEN_VARIABLE, is_loopback
+from remote_vae.tokens import TOKEN_VARIABLE, is_loopback
 from remote_vae.wire import HttpAnswer, error_answer
 
 # The refusal of a request, or None.

@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from remote_vae.call import Op, Spare
 from remote_vae.errors import InvalidRequest, RemoteVaeError
-from remote_vae.families import Family, find_family
-from remote_vae.memory import free_memory, is_out_of_memory
-from remote_vae.routes import Op, Spare
-from remote_vae.served import ServedVae
+from remote_vae.local.ladder import exact_ways, first_that_fits, whole_fits
+from remote_vae.local.own import own_tiling
 from remote_vae.server.models import LoadedVae, describe
-from remote_vae.tiled.ladder import exact_ways, first_that_fits, whole_fits
-from remote_vae.tiled.spares import own_tiling
+from remote_vae.tiled.memory import free_memory, is_out_of_memory
+from remote_vae.vae.at_work import ServedVae
+from remote_vae.vae.families import Family, find_family
 from remote_vae.wire import (
     DecodeRequest,
     EncodeRequest,

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from remote_vae.errors import SettingsError, UnsupportedLayout
-from remote_vae.families import ROUNDINGS, Family, find_family, fingerprint, recognise_config
+from remote_vae.vae.families import Family, find_family, recognise_config
+from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
 from remote_vae.wire import FINGERPRINT_KEYS
 from remote_vae.wire.tensors import DTYPES
 

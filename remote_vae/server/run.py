@@ -6,11 +6,11 @@ import logging
 import os
 import socket
 
-from remote_vae.auth import TOKEN_VARIABLE, is_loopback
 from remote_vae.errors import SettingsError
 from remote_vae.server.app import create_app
 from remote_vae.server.engine import Engine, Limits
 from remote_vae.server.models import load_vae
+from remote_vae.tokens import TOKEN_VARIABLE, is_loopback
 
 log = logging.getLogger("remote_vae")
 

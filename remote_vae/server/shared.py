@@ -13,14 +13,14 @@ import torch
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from remote_vae.call import Op, Spare
 from remote_vae.errors import RemoteVaeError
-from remote_vae.identity import Identity
-from remote_vae.routes import Op, Spare
-from remote_vae.served import Provider, ServedVae
+from remote_vae.local.ladder import exact_ways, first_that_fits
 from remote_vae.server.access import by_token_or_loopback
 from remote_vae.server.app import create_app
 from remote_vae.server.engine import ClientGone, IsGone, Limits, NoModel, VaeEngine, brought
-from remote_vae.tiled.ladder import exact_ways, first_that_fits
+from remote_vae.vae.at_work import Provider, ServedVae
+from remote_vae.vae.fingerprint import Identity
 from remote_vae.wire import FINGERPRINT_KEYS, THIS_PROCESS
 
 log = logging.getLogger("remote_vae")

@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from remote_vae.tiled.exact import decode, encode
-from remote_vae.tiled.route import TiledRoute
 
-__all__ = ["TiledRoute", "decode", "encode"]
+__all__ = ["decode", "encode"]

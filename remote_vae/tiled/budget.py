@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from remote_vae.errors import OutOfMemory
-from remote_vae.memory import item_bytes
+from remote_vae.tiled.memory import item_bytes
 from remote_vae.tiled.plan import Attention, Conv, Plan, Residual
 
 # What is alive beside the shelves, in strips and in rows of the widest convolution: the strip that is read, normalised, in its

@@ -16,12 +16,12 @@ from typing import Any, Union
 import torch
 
 from remote_vae.errors import InvalidRequest
-from remote_vae.memory import free_pinned_memory, item_bytes
 from remote_vae.tiled.budget import plan_budget
 from remote_vae.tiled.executor import NotFinite, Rows, Run, build, never, no_progress
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
+from remote_vae.tiled.memory import free_pinned_memory, item_bytes
 from remote_vae.tiled.plan import Plan
-from remote_vae.tiled.shelf import Room
+from remote_vae.tiled.store import Room
 from remote_vae.tiled.weights import bring_in
 
 log = logging.getLogger("remote_vae")

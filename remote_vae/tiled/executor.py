@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn.functional import batch_norm, conv2d, interpolate, linear
 
 from remote_vae.errors import CallCancelled
-from remote_vae.memory import item_bytes
 from remote_vae.tiled.attention import attend
+from remote_vae.tiled.memory import item_bytes
 from remote_vae.tiled.moments import Moments
 from remote_vae.tiled.plan import Attention, Conv, Norm, Plan, Pointwise, Residual, Step, Upsample, silu
-from remote_vae.tiled.shelf import Room, Shelf, Taker
+from remote_vae.tiled.store import Room, Shelf, Taker
 from remote_vae.tiled.weights import borrowed
 
 # A level is small when it has so many times fewer positions than the largest.

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from remote_vae.hosts import a1111, forge, sdnext
-from remote_vae.hosts.webui import WebUi
+from remote_vae.hosts.base import WebUi
 from tests.chaos import Chaos
 from tests.hosts import a1111_standin, forge_standin, sdnext_standin
 from tests.hosts.script_standin import Script, ScriptRunner

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from remote_vae.hosts.a1111 import adapter
-from remote_vae.tiled import ladder, route
+from remote_vae.local import ladder, route
 from tests.hosts import a1111_standin as standin
 from tests.hosts.a1111_standin import FirstStage, Host, LdmModel, Sd3Model, SgmModel, sampled
 from tests.layouts import ldm_vae

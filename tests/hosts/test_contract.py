@@ -21,9 +21,9 @@ from diffusers import AutoencoderKL
 from remote_vae.errors import VaeCallFailed
 from remote_vae.hosts import detect
 from remote_vae.hosts.generation import MODES
+from remote_vae.local import ladder
 from remote_vae.rescue import load_latents
 from remote_vae.server.models import LoadedVae
-from remote_vae.tiled import ladder
 from tests.conftest import ServerThread
 from tests.hosts import forge_models, forge_standin, sdnext_standin
 from tests.hosts.contract import OWN, TITLE, UIS, WAYS, Endpoint, Made, Ui, hooks_in, levels_apart, make, same, source, without

@@ -17,8 +17,8 @@ from PIL import Image
 
 import remote_vae
 from remote_vae.errors import SettingsError, UnsupportedLayout, VaeCallFailed
+from remote_vae.local import ladder
 from remote_vae.rescue import load_latents
-from remote_vae.tiled import ladder
 from remote_vae.wire.pixels import to_uint8
 from tests.chaos import Chaos
 from tests.conftest import ServerThread

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from remote_vae.families import find_family
+from remote_vae.call import VaeCall
 from remote_vae.history import Record
 from remote_vae.hosts.generation import CELL, FOLLOW, INFOTEXT, REQUEST, Generation, Request
-from remote_vae.routes import VaeCall
 from remote_vae.settings import Settings
+from remote_vae.vae.families import find_family
 from remote_vae.wire import EncodeAnswer
 
 REMOTE = Record("decode", "remote", "u8", "http://studio:7870/decode", 1, 64, 64, 1, 1, 1.0, "", 0.0)

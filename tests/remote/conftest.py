@@ -9,15 +9,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from remote_vae.families import Family
-from remote_vae.identity import Identity
+from remote_vae.call import VaeCall
 from remote_vae.remote.another_vae import VaeCheck
 from remote_vae.remote.info import Infos
 from remote_vae.remote.route import RemoteRoute
 from remote_vae.router import Router
-from remote_vae.routes import VaeCall
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings
+from remote_vae.vae.families import Family
+from remote_vae.vae.fingerprint import Identity
 from tests.chaos import Chaos
 
 

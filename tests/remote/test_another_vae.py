@@ -12,11 +12,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from remote_vae.errors import AnotherVae, CallCancelled, DeadlineExceeded, EndpointUnreachable, NotOffered, RouteFailed
-from remote_vae.families import find_family
-from remote_vae.identity import Identity
 from remote_vae.remote.another_vae import VaeCheck
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings
+from remote_vae.vae.families import find_family
+from remote_vae.vae.fingerprint import Identity
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
 from tests.remote.conftest import Caller

@@ -16,8 +16,8 @@ from PIL import Image
 
 import remote_vae
 from remote_vae.errors import EndpointError, InvalidRequest
-from remote_vae.families import find_family
 from remote_vae.server.models import LoadedVae
+from remote_vae.vae.families import find_family
 from remote_vae.wire import pack_latents
 from tests.chaos import Chaos
 from tests.conftest import ServerThread

@@ -12,11 +12,11 @@ import torch
 
 from remote_vae import tiled
 from remote_vae.errors import AnotherVae, CallCancelled, DeadlineExceeded
-from remote_vae.families import find_family
-from remote_vae.identity import Identity
 from remote_vae.remote.client import DEFAULT_DEADLINES, never
 from remote_vae.remote.sample import KEPT_SECONDS, UNKNOWN_SECONDS, Samples, picture
 from remote_vae.settings import Settings
+from remote_vae.vae.families import find_family
+from remote_vae.vae.fingerprint import Identity
 from remote_vae.wire import DecodeAnswer, Output
 from tests.chaos import Chaos
 from tests.remote.conftest import Caller, Clock

@@ -19,11 +19,11 @@ import requests
 import torch
 from PIL import Image
 
-from remote_vae.families import fingerprint
+from remote_vae.local import ladder
 from remote_vae.server import engine
 from remote_vae.server.engine import Limits
 from remote_vae.server.models import LoadedVae
-from remote_vae.tiled import ladder
+from remote_vae.vae.fingerprint import fingerprint
 from remote_vae.wire.pixels import image_to_pixels, to_uint8
 from tests.conftest import ServerThread
 from tests.nearness import no_room_for_the_whole, out_of_memory, psnr

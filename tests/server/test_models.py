@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from remote_vae.errors import SettingsError
-from remote_vae.families import fingerprint
 from remote_vae.server.models import LoadedVae, describe, load_vae
+from remote_vae.vae.fingerprint import fingerprint
 from tests.conftest import DEMO_VAE
 from tests.vaes import small_kl
 

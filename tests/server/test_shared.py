@@ -12,10 +12,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from remote_vae.errors import RemoteVaeError
-from remote_vae.families import fingerprint
 from remote_vae.server import engine as engine_module
 from remote_vae.server.engine import ClientGone, Limits, NoModel
 from remote_vae.server.shared import SharedEngine, create_shared_app
+from remote_vae.vae.fingerprint import fingerprint
 from remote_vae.wire import DecodeRequest, EncodeRequest, HttpAnswer, Output
 from tests.hosts.a1111_standin import LdmVae
 from tests.nearness import no_room_for_the_whole, out_of_memory, psnr, psnr_of_moments

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remote_vae.errors import MalformedAnswer
-from remote_vae.families import ROUNDINGS
+from remote_vae.vae.fingerprint import ROUNDINGS
 from remote_vae.wire import FINGERPRINT_KEYS, Info, expect_info
 
 

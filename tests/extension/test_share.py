@@ -17,14 +17,14 @@ from diffusers import AutoencoderKL
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.gzip import GZipMiddleware
 
+from remote_vae.call import Op, Remote, VaeCall
 from remote_vae.errors import EndpointError, NotOffered
-from remote_vae.families import find_family, fingerprint
-from remote_vae.identity import Identity
+from remote_vae.extension.share import mount
 from remote_vae.remote import another_vae
 from remote_vae.remote.route import RemoteRoute
-from remote_vae.routes import Op, Remote, VaeCall
 from remote_vae.settings import Settings
-from remote_vae.webui.share import mount
+from remote_vae.vae.families import find_family
+from remote_vae.vae.fingerprint import Identity, fingerprint
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 from tests.hosts.a1111_standin import LdmVae
 from tests.sharing import QueueLock, Sharing

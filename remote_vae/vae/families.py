@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -10,21 +9,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
-
-from remote_vae.datafiles import read_toml
 from remote_vae.errors import SettingsError
+from remote_vae.settings import read_toml
 
 CUSTOM = "custom"
-
-# What a fingerprint can be made of: the weights rounded to these dtypes, one after the other. Two that hold the same VAE in
-# different dtypes agree in one of them: float32 and float16 copies in the first, float32 and bfloat16 copies in the second, and
-# a float32 copy with a bfloat16 one that was made of a float16 one in the third.
-ROUNDINGS: Mapping[str, tuple[torch.dtype, ...]] = {
-    "float16": (torch.float16,),
-    "bfloat16": (torch.bfloat16,),
-    "float16_bfloat16": (torch.float16, torch.bfloat16),
-}
 
 # As UIs list VAE files.
 _FILE_ENDINGS = re.compile(r"\.(safetensors|sft|ckpt|pth?|bin)$")
@@ -132,30 +120,3 @@ def recognise_config(config: Mapping[str, Any]) -> Family | None:
         downscale=downscale,
         video=video,
     )
-
-
-def fingerprint(state: Mapping[str, torch.Tensor], rounding: str = "float16") -> str:
-    """A name for the weights that does not depend on who stores them how.
-
-    Each tensor is rounded, to float16 by default, and hashed with its shape less the axes of length 1, and the hashes are
-    hashed in sorted order. So the same VAE gives the same text in float32 and float16, with diffusers' names and ldm's, with
-    linear attention and with 1x1 convolutions.
-
-    Args:
-        state: the weights, on any device; they come to the CPU one by one.
-        rounding: a key of ``ROUNDINGS``.
-
-    Returns:
-        16 hexadecimal digits (64 bit).
-    """
-    digests = []
-    for tensor in state.values():
-        values = tensor.detach().to("cpu")
-        for dtype in ROUNDINGS[rounding]:
-            values = values.to(dtype)
-        values = values.contiguous()
-        shape = ",".join(str(size) for size in values.shape if size != 1)
-        digest = hashlib.sha256(shape.encode())
-        digest.update(values.view(-1).view(torch.uint8).numpy().data)
-        digests.append(digest.digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]

@@ -5,15 +5,8 @@ import pytest
 import torch
 
 from remote_vae.errors import SettingsError
-from remote_vae.families import (
-    ROUNDINGS,
-    find_family,
-    fingerprint,
-    load_families,
-    public_max_pixels,
-    recognise,
-    recognise_config,
-)
+from remote_vae.vae.families import find_family, load_families, public_max_pixels, recognise, recognise_config
+from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
 from tests.vaes import small_kl, tiny_video
 
 # facts of the protocol: channels, scaling, shift, model, endpoint names

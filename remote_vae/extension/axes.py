@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from remote_vae.extension.accordion import transfers
 from remote_vae.hosts.generation import CELL, MODES
-from remote_vae.webui.accordion import transfers
 
 log = logging.getLogger("remote_vae")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import weakref
@@ -11,9 +12,16 @@ from typing import Any, Generic, TypeVar, Union
 
 import torch
 
-from remote_vae.families import ROUNDINGS, fingerprint
-
 log = logging.getLogger("remote_vae")
+
+# What a fingerprint can be made of: the weights rounded to these dtypes, one after the other. Two that hold the same VAE in
+# different dtypes agree in one of them: float32 and float16 copies in the first, float32 and bfloat16 copies in the second, and
+# a float32 copy with a bfloat16 one that was made of a float16 one in the third.
+ROUNDINGS: Mapping[str, tuple[torch.dtype, ...]] = {
+    "float16": (torch.float16,),
+    "bfloat16": (torch.bfloat16,),
+    "float16_bfloat16": (torch.float16, torch.bfloat16),
+}
 
 # A look at the weights: so many tensors, spread over encoder and decoder, and so many values of each.
 _LOOK_TENSORS = 16
@@ -153,3 +161,30 @@ def _look(vae: Any) -> _Look:
             weight = weight[0]
         values.append(weight.reshape(-1)[:_LOOK_VALUES].to("cpu").to(torch.float32).numpy().tobytes())
     return (*(weight.dtype for weight in weights), *values)
+
+
+def fingerprint(state: Mapping[str, torch.Tensor], rounding: str = "float16") -> str:
+    """A name for the weights that does not depend on who stores them how.
+
+    Each tensor is rounded, to float16 by default, and hashed with its shape less the axes of length 1, and the hashes are
+    hashed in sorted order. So the same VAE gives the same text in float32 and float16, with diffusers' names and ldm's, with
+    linear attention and with 1x1 convolutions.
+
+    Args:
+        state: the weights, on any device; they come to the CPU one by one.
+        rounding: a key of ``ROUNDINGS``.
+
+    Returns:
+        16 hexadecimal digits (64 bit).
+    """
+    digests = []
+    for tensor in state.values():
+        values = tensor.detach().to("cpu")
+        for dtype in ROUNDINGS[rounding]:
+            values = values.to(dtype)
+        values = values.contiguous()
+        shape = ",".join(str(size) for size in values.shape if size != 1)
+        digest = hashlib.sha256(shape.encode())
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
+        digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]

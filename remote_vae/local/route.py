@@ -8,11 +8,10 @@ from functools import partial
 
 import torch
 
-from remote_vae.memory import free_memory, is_out_of_memory
-from remote_vae.routes import Outcome, Spare, T, VaeCall
+from remote_vae.call import Outcome, Spare, T, VaeCall
+from remote_vae.local.ladder import exact_ways, first_that_fits, whole_fits
 from remote_vae.settings import Settings
-from remote_vae.tiled.ladder import exact_ways, first_that_fits, whole_fits
-from remote_vae.tiled.processor import is_fast_at_bfloat16
+from remote_vae.tiled.memory import free_memory, is_fast_at_bfloat16, is_out_of_memory
 from remote_vae.tiled.weights import bring_in
 
 log = logging.getLogger("remote_vae")

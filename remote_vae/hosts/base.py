@@ -20,14 +20,13 @@ from typing import Any, ClassVar, Optional
 
 import torch
 
+from remote_vae.call import T, VaeCall
 from remote_vae.history import History
-from remote_vae.hosts.edges import rising
-from remote_vae.hosts.generation import Generation
+from remote_vae.hosts.generation import Generation, rising
 from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.router import Router
-from remote_vae.routes import T, VaeCall
-from remote_vae.served import ServedVae
 from remote_vae.settings import Settings, load_options
+from remote_vae.vae.at_work import ServedVae
 
 log = logging.getLogger("remote_vae")
 

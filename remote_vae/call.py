@@ -12,10 +12,10 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, Union
 
 import torch
 
-from remote_vae.families import Family
 from remote_vae.history import Record
-from remote_vae.identity import Identity
 from remote_vae.settings import Settings
+from remote_vae.vae.families import Family
+from remote_vae.vae.fingerprint import Identity
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
 T = TypeVar("T")

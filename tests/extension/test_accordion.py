@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from remote_vae.extension.accordion import pasted_mode, pasted_transfer, request_of, transfers
 from remote_vae.hosts.generation import FOLLOW, MODES, Request
-from remote_vae.webui.accordion import pasted_mode, pasted_transfer, request_of, transfers
 
 HAPPENED = "decode remote studio (raw), encode local (503)"
 

@@ -7,8 +7,8 @@ import os
 from contextlib import AbstractContextManager
 from typing import Any
 
-from remote_vae.auth import TOKEN_VARIABLE
-from remote_vae.served import Provider
+from remote_vae.tokens import TOKEN_VARIABLE
+from remote_vae.vae.at_work import Provider
 
 log = logging.getLogger("remote_vae")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from remote_vae.memory import tensor_bytes
+from remote_vae.tiled.memory import tensor_bytes
 
 log = logging.getLogger("remote_vae")
 

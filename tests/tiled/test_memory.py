@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from remote_vae import memory
-from remote_vae.memory import available_memory
+from remote_vae.tiled import memory
+from remote_vae.tiled.memory import available_memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

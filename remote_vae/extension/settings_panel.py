@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from remote_vae.hosts.webui import PREFIX
+from remote_vae.hosts.base import PREFIX
 from remote_vae.settings import Option, load_options
 
 SECTION = ("remote_vae", "Remote VAE")

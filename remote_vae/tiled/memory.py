@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -98,3 +99,11 @@ def free_pinned_memory() -> None:
     empty = getattr(torch._C, "_host_emptyCache", None)  # noqa: SLF001
     if empty is not None:
         empty()
+
+
+@cache
+def is_fast_at_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 (AMX, AVX512-BF16). Without them it is slower than float32."""
+    # Their names have no public form; torch before 2.4 does not tell at all.
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(test() for test in tests if test is not None)

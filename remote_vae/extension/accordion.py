@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from remote_vae.hosts.base import WebUi
 from remote_vae.hosts.generation import FOLLOW, INFOTEXT, MODES, REQUEST, Request
-from remote_vae.hosts.webui import WebUi
 from remote_vae.settings import load_options
 
 log = logging.getLogger("remote_vae")

@@ -11,9 +11,8 @@ import diffusers
 import pytest
 import torch
 
-from remote_vae import identity
-from remote_vae.families import ROUNDINGS, fingerprint
-from remote_vae.identity import Identity
+from remote_vae.vae import fingerprint as identity
+from remote_vae.vae.fingerprint import ROUNDINGS, Identity, fingerprint
 from tests.layouts import forge_vae, ldm_vae, sgm_vae
 from tests.server.test_models import to_ldm
 from tests.vaes import small_kl

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from remote_vae.auth import auth_headers, is_loopback
+from remote_vae.tokens import auth_headers, is_loopback
 
 PUBLIC = "https://abc.us-east-1.aws.endpoints.huggingface.cloud/"
 

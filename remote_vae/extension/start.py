@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 
+from remote_vae.extension.accordion import script_class
+from remote_vae.extension.axes import add_axes, remove_axes
+from remote_vae.extension.settings_panel import add_options
+from remote_vae.extension.share import mount
 from remote_vae.hosts.detect import detect
-from remote_vae.webui.accordion import script_class
-from remote_vae.webui.plot_axes import add_axes, remove_axes
-from remote_vae.webui.settings_panel import add_options
-from remote_vae.webui.share import mount
 
 log = logging.getLogger("remote_vae")
 

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from diffusers import AutoencoderKL
 
-from remote_vae.datafiles import read_toml
+from remote_vae.extension import axes, settings_panel
 from remote_vae.hosts.a1111 import adapter
-from remote_vae.settings import Settings
-from remote_vae.webui import plot_axes, settings_panel
+from remote_vae.settings import Settings, read_toml
 from tests.hosts import a1111_standin as standin
 from tests.hosts.a1111_standin import Host, LdmModel
 from tests.hosts.script_standin import paste
@@ -47,8 +46,8 @@ def test_the_start_registers_each_callback_once(host: Host) -> None:
     assert callbacks == {
         "ui_settings": [settings_panel.add_options],
         "model_loaded": [adapter.hook],
-        "script_unloaded": [adapter.uninstall, plot_axes.remove_axes],
-        "before_ui": [plot_axes.add_axes],
+        "script_unloaded": [adapter.uninstall, axes.remove_axes],
+        "before_ui": [axes.add_axes],
     }
 
 

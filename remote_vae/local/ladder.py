@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from remote_vae.call import Op, Spare, T
 from remote_vae.errors import OutOfMemory, RouteFailed, UnsupportedLayout
-from remote_vae.memory import available_memory, forget_frames, free_memory, is_out_of_memory
-from remote_vae.routes import Op, Spare, T
 from remote_vae.tiled.budget import whole_bytes
 from remote_vae.tiled.exact import decode, encode
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
+from remote_vae.tiled.memory import available_memory, forget_frames, free_memory, is_out_of_memory
 
 log = logging.getLogger("remote_vae")
 

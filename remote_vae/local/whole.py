@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from remote_vae.call import Outcome, T, VaeCall
 from remote_vae.errors import OutOfMemory
-from remote_vae.memory import is_out_of_memory
-from remote_vae.routes import Outcome, T, VaeCall
 from remote_vae.settings import Settings
+from remote_vae.tiled.memory import is_out_of_memory
 
 
 class LocalRoute:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from remote_vae.families import Family
+from remote_vae.vae.families import Family
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
