@@ -30,7 +30,7 @@ from skimage import data
 
 from remote_vae import remote_decode
 from remote_vae.remote.client import client_for
-from remote_vae.wire import DecodeRequest, HttpAnswer, HttpRequest, Output, Scaling, decode_answer
+from remote_vae.wire import DecodeRequest, HttpRequest, HttpResponse, Output, Scaling, decode_response
 from remote_vae.wire.pixels import image_from_bytes, image_to_pixels
 
 BAR = 1.3
@@ -47,7 +47,7 @@ _FORMS = {"u8": Output.UINT8, "fp16": Output.TENSOR, "png": Output.PNG, "jpg": O
 
 
 @contextmanager
-def canned_server(answers: dict[str, HttpAnswer]) -> Iterator[int]:
+def canned_server(answers: dict[str, HttpResponse]) -> Iterator[int]:
     """A server in a child process that gives the answer named by the first part of the path; yields its port."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -61,7 +61,7 @@ def canned_server(answers: dict[str, HttpAnswer]) -> Iterator[int]:
         process.join()
 
 
-def whole_answer(answer: HttpAnswer) -> bytes:
+def whole_answer(answer: HttpResponse) -> bytes:
     """The answer as it goes over the wire, head and body."""
     body = bytes(answer.body)
     lines = ["HTTP/1.1 200 OK", *(f"{name}: {value}" for name, value in answer.headers.items())]
@@ -105,7 +105,7 @@ def _take_request(connection: socket.socket) -> str:
 class Floor:
     """The same bytes through a bare socket: latents in, the whole answer out as a tensor of its own (uint8, head and body)."""
 
-    def __init__(self, port: int, name: str, latents: torch.Tensor, request: HttpRequest, answer: HttpAnswer) -> None:
+    def __init__(self, port: int, name: str, latents: torch.Tensor, request: HttpRequest, answer: HttpResponse) -> None:
         self._latents = latents
         target = request.url(f"/{name}")
         lines = [f"POST {target} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Accept-Encoding: identity"]
@@ -155,7 +155,7 @@ class Way:
             self.ratios.append(self.measure() / bare)
 
 
-def _ways(port: int, latents: torch.Tensor, answers: dict[str, HttpAnswer]) -> list[Way]:
+def _ways(port: int, latents: torch.Tensor, answers: dict[str, HttpResponse]) -> list[Way]:
     ways = []
     for name, output in _FORMS.items():
         url = f"http://127.0.0.1:{port}/{name}"
@@ -216,7 +216,7 @@ def photo_pixels(side: int) -> torch.Tensor:
     return image_to_pixels(photo)
 
 
-def _check(ways: list[Way], answers: dict[str, HttpAnswer]) -> None:
+def _check(ways: list[Way], answers: dict[str, HttpResponse]) -> None:
     """A way that is fast and wrong counts for nothing."""
     bodies = {name: bytes(answer.body) for name, answer in answers.items()}
     for way in ways:
@@ -246,7 +246,9 @@ def _print_table(ways: list[Way]) -> None:
 def main(rounds: int = ROUNDS) -> None:
     latents = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1)).to(torch.float16)
     pixels = photo_pixels(SIDE).to(torch.float16)
-    answers = {name: decode_answer(DecodeRequest(latents, output, Scaling(SCALING)), pixels) for name, output in _FORMS.items()}
+    answers = {
+        name: decode_response(DecodeRequest(latents, output, Scaling(SCALING)), pixels) for name, output in _FORMS.items()
+    }
     with canned_server(answers) as port:
         ways = _ways(port, latents, answers)
         _check(ways, answers)

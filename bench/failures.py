@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL
 
 from bench.client_overhead import canned_server, photo_pixels
 from remote_vae import Handle, Settings, attach
-from remote_vae.wire import DecodeRequest, HttpAnswer, Output, decode_answer
+from remote_vae.wire import DecodeRequest, HttpResponse, Output, decode_response
 from tests.chaos import Chaos
 
 DEMO_VAE = Path(__file__).resolve().parent.parent / "assets" / "demo_vae"
@@ -132,11 +132,11 @@ def _ms(function: Callable[[], Any]) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def _canned_answers() -> dict[str, HttpAnswer]:
+def _canned_answers() -> dict[str, HttpResponse]:
     request = DecodeRequest(torch.zeros(1, 4, SIDE // 8, SIDE // 8), Output.TENSOR)
     return {
-        "decode": decode_answer(request, photo_pixels(SIDE)),
-        "info": HttpAnswer(200, {"Content-Type": "application/json"}, b"{}"),
+        "decode": decode_response(request, photo_pixels(SIDE)),
+        "info": HttpResponse(200, {"Content-Type": "application/json"}, b"{}"),
     }
 
 

@@ -40,8 +40,7 @@ from remote_vae.errors import (
 from remote_vae.remote.http1 import Answer, Size, request_head
 from remote_vae.settings import Settings
 from remote_vae.tokens import is_loopback
-from remote_vae.wire import Expected, HttpRequest, error_detail
-from remote_vae.wire.answers import ERROR_LIMIT
+from remote_vae.wire import ERROR_LIMIT, Expected, HttpRequest, error_detail
 
 A = TypeVar("A")
 _Connection = Union[http.client.HTTPConnection, http.client.HTTPSConnection]

@@ -10,10 +10,10 @@ from typing import Optional
 from fastapi import Request
 
 from remote_vae.tokens import TOKEN_VARIABLE, is_loopback
-from remote_vae.wire import HttpAnswer, error_answer
+from remote_vae.wire import HttpResponse, error_response
 
 # The refusal of a request, or None.
-Access = Callable[[Request], Optional[HttpAnswer]]
+Access = Callable[[Request], Optional[HttpResponse]]
 
 # What reverse proxies and tunnels add. Behind one on this machine, everyone comes from loopback.
 _FORWARDED = ("forwarded", "via", "x-forwarded", "x-real-ip", "cf-connecting-ip", "true-client-ip")
@@ -22,7 +22,7 @@ _FORWARDED = ("forwarded", "via", "x-forwarded", "x-real-ip", "cf-connecting-ip"
 def by_token(token: str) -> Access:
     """The server's rule: with a ``token``, those who have it; without one, everyone who reaches the port."""
 
-    def refusal(request: Request) -> HttpAnswer | None:
+    def refusal(request: Request) -> HttpResponse | None:
         return None if not token or _has_token(request, token) else _unauthorised()
 
     return refusal
@@ -34,7 +34,7 @@ def by_token_or_loopback(token: str) -> Access:
     A page in a browser on this machine is no such program, whichever site it is from.
     """
 
-    def refusal(request: Request) -> HttpAnswer | None:
+    def refusal(request: Request) -> HttpResponse | None:
         if token and _has_token(request, token):
             return None
         if not _comes_from_loopback(request):
@@ -73,9 +73,9 @@ def _names_loopback(request: Request) -> bool:
         return False
 
 
-def _unauthorised() -> HttpAnswer:
-    return error_answer(401, f"a token is needed: set {TOKEN_VARIABLE} to the server's token where you call from")
+def _unauthorised() -> HttpResponse:
+    return error_response(401, f"a token is needed: set {TOKEN_VARIABLE} to the server's token where you call from")
 
 
-def _forbidden(why: str) -> HttpAnswer:
-    return error_answer(403, why)
+def _forbidden(why: str) -> HttpResponse:
+    return error_response(403, why)

@@ -14,7 +14,7 @@ from remote_vae.errors import InvalidRequest, OutOfMemory, RemoteVaeError, Setti
 from remote_vae.server.access import Access, by_token
 from remote_vae.server.engine import Busy, ClientGone, IsGone, NoModel, VaeEngine
 from remote_vae.version import __version__
-from remote_vae.wire import DecodeRequest, EncodeRequest, HttpAnswer, error_answer, tensor_head
+from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse, error_response, tensor_head
 
 log = logging.getLogger("remote_vae")
 
@@ -64,25 +64,25 @@ class _Endpoints:
     async def encode(self, request: Request) -> Response:
         return await self._answer(request, self._encode)
 
-    async def _answer(self, request: Request, do: Callable[[Request], Awaitable[HttpAnswer]]) -> Response:
+    async def _answer(self, request: Request, do: Callable[[Request], Awaitable[HttpResponse]]) -> Response:
         refusal = self._refusal(request)
         if refusal is not None:
             return _response(refusal)
         try:
             return _response(await do(request))
         except (InvalidRequest, SettingsError) as error:
-            return _response(error_answer(400, str(error)))
+            return _response(error_response(400, str(error)))
         except RemoteVaeError as error:
-            return _response(error_answer(_STATUS.get(type(error), 500), str(error)))
+            return _response(error_response(_STATUS.get(type(error), 500), str(error)))
         except Exception as error:
             log.exception("the call failed")
-            return _response(error_answer(500, f"{type(error).__name__}: {error}"))
+            return _response(error_response(500, f"{type(error).__name__}: {error}"))
 
-    async def _info(self, _: Request) -> HttpAnswer:
+    async def _info(self, _: Request) -> HttpResponse:
         document = {"server": "remote-vae", "version": __version__, **await self._engine.ask_info()}
-        return HttpAnswer(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
+        return HttpResponse(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
 
-    async def _decode(self, request: Request) -> HttpAnswer:
+    async def _decode(self, request: Request) -> HttpResponse:
         query = request.query_params.multi_items()
         head = tensor_head(query)
         if head is None:
@@ -93,7 +93,7 @@ class _Endpoints:
         decode = DecodeRequest.from_http(query, _headers(request), body)
         return await self._engine.run(lambda is_gone: self._engine.decode(decode, is_gone), _leaving(request))
 
-    async def _encode(self, request: Request) -> HttpAnswer:
+    async def _encode(self, request: Request) -> HttpResponse:
         query = request.query_params.multi_items()
         head = tensor_head(query)
         limits = self._engine.limits
@@ -101,7 +101,7 @@ class _Endpoints:
         limit = head.nbytes if head is not None else limits.max_pixels * _IMAGE_BYTES_PER_PIXEL
         body = await _read_body(request, limit + _SLACK)
 
-        def work(is_gone: IsGone) -> HttpAnswer:
+        def work(is_gone: IsGone) -> HttpResponse:
             # A PNG is decoded in the engine's thread, as a large one would hold up every other request.
             encode = EncodeRequest.from_http(query, body, max_pixels=limits.max_pixels)
             return self._engine.encode(encode, is_gone)
@@ -136,10 +136,10 @@ def _whole(text: str | None) -> int | None:
     return int(text) if text and text.isascii() and text.isdigit() and len(text) <= 6 else None
 
 
-def _response(answer: HttpAnswer) -> Response:
+def _response(answer: HttpResponse) -> Response:
     return Response(bytes(answer.body), status_code=answer.status, headers=dict(answer.headers))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     status, detail = getattr(error, "status_code", 500), getattr(error, "detail", str(error))
-    return _response(error_answer(status, f"{detail}: {request.method} {request.url.path}"))
+    return _response(error_response(status, f"{detail}: {request.method} {request.url.path}"))

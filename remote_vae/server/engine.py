@@ -26,11 +26,11 @@ from remote_vae.vae.families import Family, find_family
 from remote_vae.wire import (
     DecodeRequest,
     EncodeRequest,
-    HttpAnswer,
+    HttpResponse,
     TensorHead,
-    decode_answer,
+    decode_response,
     decode_size,
-    encode_answer,
+    encode_response,
 )
 
 log = logging.getLogger("remote_vae")
@@ -184,7 +184,7 @@ class VaeEngine(ABC):
 
     # --- what runs in the engine's thread ------------------------------------------------------------------------------
 
-    def decode(self, request: DecodeRequest, is_gone: IsGone = never) -> HttpAnswer:
+    def decode(self, request: DecodeRequest, is_gone: IsGone = never) -> HttpResponse:
         """Decode, and make the answer's bytes.
 
         Raises:
@@ -195,7 +195,7 @@ class VaeEngine(ABC):
             # The answer comes in the dtype that was asked in: a half-precision client wants half the bytes.
             dtype = request.latents.dtype if request.latents.is_floating_point() else pixels.dtype
             pixels = pixels.to("cpu", dtype)
-        return decode_answer(request, pixels)
+        return decode_response(request, pixels)
 
     def _decoded(self, vae: ServedVae, request: DecodeRequest) -> torch.Tensor:
         family = vae.family
@@ -208,7 +208,7 @@ class VaeEngine(ABC):
         z = request.scaling.unscale(latents.to(vae.device, vae.dtype), family.scaling_factor, family.shift_factor)
         return self._guarded(vae, "decode", z)
 
-    def encode(self, request: EncodeRequest, is_gone: IsGone = never) -> HttpAnswer:
+    def encode(self, request: EncodeRequest, is_gone: IsGone = never) -> HttpResponse:
         """Encode, and make the answer's bytes. Without a posterior wanted, the answer is its mode. Raises as ``decode``."""
         pixels = request.pixels()
         with self._turn(is_gone) as vae, vae.calling():
@@ -217,7 +217,7 @@ class VaeEngine(ABC):
             # Latents come in the dtype that was asked in; a posterior as the VAE made it, as only our own client asks for it.
             wants_dtype = isinstance(request.image, torch.Tensor) and request.image.is_floating_point() and not is_posterior
             latents = latents.to("cpu", pixels.dtype if wants_dtype else latents.dtype)
-        return encode_answer(latents, is_posterior=is_posterior)
+        return encode_response(latents, is_posterior=is_posterior)
 
     def _encoded(self, vae: ServedVae, request: EncodeRequest, pixels: torch.Tensor) -> torch.Tensor:
         family = vae.family

@@ -1,36 +1,25 @@
 """The wire: the only place that knows the bytes of the protocol. Client and server both stand on it.
 
-``requests`` has the two requests in both directions, ``answers`` their answers, ``tensors`` and ``pixels`` what they carry,
-``info`` what a server says of itself.
+One file a message: ``decode`` and ``encode`` have request and answer together, in both directions, ``info`` what a server says
+of itself, ``errors`` what it says when it cannot answer. ``message`` and ``query`` have what those share, ``tensors`` and
+``pixels`` what they carry.
+
+What is sent is an ``HttpRequest`` or an ``HttpResponse``, which are bytes; what it says is a ``DecodeRequest``, a
+``DecodeAnswer`` and so on, which are valid or cannot be made.
 """
 
 from __future__ import annotations
 
-from remote_vae.wire.answers import (
-    DecodeAnswer,
-    EncodeAnswer,
-    Expected,
-    HttpAnswer,
-    decode_answer,
-    encode_answer,
-    error_answer,
-    error_detail,
-    expect_decode,
-    expect_encode,
-)
+from remote_vae.wire.decode import DecodeAnswer, DecodeRequest, Output, decode_response, decode_size, expect_decode
+from remote_vae.wire.encode import EncodeAnswer, EncodeRequest, encode_response, expect_encode
+from remote_vae.wire.errors import ERROR_LIMIT, error_detail, error_response
 from remote_vae.wire.info import FINGERPRINT_KEYS, THIS_PROCESS, Info, expect_info
-from remote_vae.wire.requests import (
-    DecodeRequest,
-    EncodeRequest,
-    HttpRequest,
-    Output,
-    Scaling,
-    decode_size,
-    tensor_head,
-)
+from remote_vae.wire.message import Expected, HttpRequest, HttpResponse
+from remote_vae.wire.query import Scaling, tensor_head
 from remote_vae.wire.tensors import TensorHead, pack_latents, unpack_latents
 
 __all__ = [
+    "ERROR_LIMIT",
     "FINGERPRINT_KEYS",
     "THIS_PROCESS",
     "DecodeAnswer",
@@ -38,17 +27,17 @@ __all__ = [
     "EncodeAnswer",
     "EncodeRequest",
     "Expected",
-    "HttpAnswer",
     "HttpRequest",
+    "HttpResponse",
     "Info",
     "Output",
     "Scaling",
     "TensorHead",
-    "decode_answer",
+    "decode_response",
     "decode_size",
-    "encode_answer",
-    "error_answer",
+    "encode_response",
     "error_detail",
+    "error_response",
     "expect_decode",
     "expect_encode",
     "expect_info",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from remote_vae.errors import MalformedAnswer
-from remote_vae.wire.answers import Expected
+from remote_vae.wire.message import Expected
 
 INFO_LIMIT = 64 * 1024
 # By this a UI that shares its VAE knows itself behind the address that it was given as its endpoint.

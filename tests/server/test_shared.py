@@ -16,7 +16,7 @@ from remote_vae.server import engine as engine_module
 from remote_vae.server.engine import ClientGone, Limits, NoModel
 from remote_vae.server.shared import SharedEngine, create_shared_app
 from remote_vae.vae.fingerprint import fingerprint
-from remote_vae.wire import DecodeRequest, EncodeRequest, HttpAnswer, Output
+from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse, Output
 from tests.hosts.a1111_standin import LdmVae
 from tests.nearness import no_room_for_the_whole, out_of_memory, psnr, psnr_of_moments
 from tests.sharing import QueueLock, Sharing, asked
@@ -35,7 +35,7 @@ def raw(latents: torch.Tensor) -> DecodeRequest:
     return DecodeRequest(latents, Output.TENSOR)
 
 
-def tensor(answer: HttpAnswer, like: torch.Tensor) -> torch.Tensor:
+def tensor(answer: HttpResponse, like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(bytearray(answer.body), dtype=like.dtype).reshape(like.shape)
 
 

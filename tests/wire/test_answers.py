@@ -14,12 +14,12 @@ from remote_vae.wire import (
     DecodeAnswer,
     DecodeRequest,
     EncodeRequest,
-    HttpAnswer,
+    HttpResponse,
     Output,
-    decode_answer,
-    encode_answer,
-    error_answer,
+    decode_response,
+    encode_response,
     error_detail,
+    error_response,
     expect_decode,
     expect_encode,
 )
@@ -33,7 +33,7 @@ def lower(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.lower(): value for name, value in headers.items()}
 
 
-def believed(request: DecodeRequest, answer: HttpAnswer) -> DecodeAnswer:
+def believed(request: DecodeRequest, answer: HttpResponse) -> DecodeAnswer:
     """The answer as a client takes it: head first, then exactly the bytes it may have."""
     expected = expect_decode(request, lower(answer.headers))
     body = np.frombuffer(bytes(answer.body), dtype=np.uint8)
@@ -50,31 +50,31 @@ def tensor_head(shape: object, dtype: str = "float32", label: str = "tensor/bina
 def test_a_tensor_answer_comes_back_bit_equal(dtype: torch.dtype) -> None:
     pixels = PIXELS.to(dtype)
     request = DecodeRequest(LATENTS)
-    assert torch.equal(believed(request, decode_answer(request, pixels)).tensor, pixels)
+    assert torch.equal(believed(request, decode_response(request, pixels)).tensor, pixels)
 
 
 def test_uint8_comes_back_as_the_levels_of_the_picture() -> None:
     request = DecodeRequest(LATENTS, Output.UINT8)
-    answer = believed(request, decode_answer(request, PIXELS))
+    answer = believed(request, decode_response(request, PIXELS))
     assert torch.equal(answer.tensor, to_uint8(PIXELS))
     assert torch.equal(to_uint8(answer.pixels("cpu", torch.float32)), to_uint8(PIXELS))
 
 
 def test_uint8_is_rounded_down_for_a_host_that_truncates() -> None:
     request = DecodeRequest(LATENTS, Output.UINT8, truncate=True)
-    assert torch.equal(believed(request, decode_answer(request, PIXELS)).tensor, to_uint8(PIXELS, truncate=True))
+    assert torch.equal(believed(request, decode_response(request, PIXELS)).tensor, to_uint8(PIXELS, truncate=True))
 
 
 def test_unit_tensors_are_clamped_to_0_and_1() -> None:
     request = DecodeRequest(LATENTS, Output.UNIT)
-    tensor = believed(request, decode_answer(request, PIXELS)).tensor
+    tensor = believed(request, decode_response(request, PIXELS)).tensor
     assert torch.equal(tensor, (PIXELS / 2 + 0.5).clamp(0, 1))
 
 
 @pytest.mark.parametrize(("output", "name", "worst"), [(Output.PNG, "png", 0), (Output.JPG, "jpeg", 4)])
 def test_a_picture_file_comes_back_as_a_picture(output: Output, name: str, worst: int) -> None:
     request = DecodeRequest(LATENTS, output)
-    answer = believed(request, decode_answer(request, PIXELS))
+    answer = believed(request, decode_response(request, PIXELS))
     assert isinstance(answer.payload, Image.Image)
     assert answer.payload.format == name
     off = to_uint8(answer.pixels("cpu", torch.float32)).int() - to_uint8(PIXELS).int()
@@ -83,7 +83,7 @@ def test_a_picture_file_comes_back_as_a_picture(output: Output, name: str, worst
 
 def test_legacy_base64_answers_come_back_bit_equal() -> None:
     request = DecodeRequest(LATENTS, base64_answer=True)
-    answer = decode_answer(request, PIXELS)
+    answer = decode_response(request, PIXELS)
     assert json.loads(bytes(answer.body))["parameters"] == {"shape": [1, 3, 32, 48], "dtype": "float32"}
     assert torch.equal(believed(request, answer).tensor, PIXELS)
 
@@ -95,12 +95,12 @@ def test_legacy_base64_answers_come_back_bit_equal() -> None:
 def test_video_comes_in_the_shape_of_the_protocol(output: Output, shape: tuple[int, ...]) -> None:
     request = DecodeRequest(torch.zeros(1, 16, 2, 4, 6), output)
     frames = PIXELS.unsqueeze(2).expand(1, 3, 5, 32, 48)
-    assert believed(request, decode_answer(request, frames)).tensor.shape == shape
+    assert believed(request, decode_response(request, frames)).tensor.shape == shape
 
 
 def test_an_mp4_answer_is_the_bytes_of_the_file() -> None:
     request = DecodeRequest(torch.zeros(1, 16, 2, 4, 6), Output.MP4)
-    answer = decode_answer(request, PIXELS.unsqueeze(2).expand(1, 3, 5, 32, 48))
+    answer = decode_response(request, PIXELS.unsqueeze(2).expand(1, 3, 5, 32, 48))
     assert believed(request, answer).payload == bytes(answer.body)
 
 
@@ -153,13 +153,13 @@ def test_values_that_no_vae_gives_cannot_become_a_tensor(value: float, place: in
     pixels.view(-1)[place] = value
     request = DecodeRequest(LATENTS)
     with pytest.raises(MalformedAnswer, match="no VAE"):
-        believed(request, decode_answer(request, pixels))
+        believed(request, decode_response(request, pixels))
 
 
 def test_a_picture_of_another_size_is_refused() -> None:
     request = DecodeRequest(LATENTS, Output.PNG)
     with pytest.raises(MalformedAnswer, match="picture of 32 x 64"):
-        believed(request, decode_answer(request, torch.zeros(1, 3, 32, 64)))
+        believed(request, decode_response(request, torch.zeros(1, 3, 32, 64)))
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"\x89PNG\r\n\x1a\n garbage"])
@@ -181,7 +181,7 @@ def test_a_base64_answer_that_is_none_is_refused(body: bytes) -> None:
 @pytest.mark.parametrize("posterior", [False, True])
 def test_latents_and_posteriors_come_back_bit_equal(posterior: bool) -> None:
     latents = torch.randn(2, 8, 4, 6)
-    answer = encode_answer(latents, is_posterior=posterior)
+    answer = encode_response(latents, is_posterior=posterior)
     expected = expect_encode(EncodeRequest(torch.zeros(2, 3, 32, 48), posterior=True), lower(answer.headers))
     got = expected.finish(np.frombuffer(bytes(answer.body), np.uint8))
     assert torch.equal(got.latents, latents)
@@ -233,6 +233,6 @@ def test_an_error_body_becomes_one_short_line(body: bytes, text: str) -> None:
 
 
 def test_every_error_is_the_protocols_json() -> None:
-    answer = error_answer(400, 'a "bad" shape')
+    answer = error_response(400, 'a "bad" shape')
     assert json.load(io.BytesIO(bytes(answer.body))) == {"error": 'a "bad" shape'}
     assert answer.headers["Content-Type"] == "application/json"
