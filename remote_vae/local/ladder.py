@@ -11,7 +11,7 @@ import torch
 
 from remote_vae.call import Op, Spare, T
 from remote_vae.errors import OutOfMemory, RouteFailed, UnsupportedLayout
-from remote_vae.tiled.budget import whole_bytes
+from remote_vae.local.estimate import whole_bytes
 from remote_vae.tiled.exact import decode, encode
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from remote_vae.tiled.memory import available_memory, forget_frames, free_memory, is_out_of_memory

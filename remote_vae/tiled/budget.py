@@ -8,7 +8,7 @@ import torch
 
 from remote_vae.errors import OutOfMemory
 from remote_vae.tiled.memory import item_bytes
-from remote_vae.tiled.plan import Attention, Conv, Plan, Residual
+from remote_vae.tiled.plan import Attention, Conv, Plan
 
 # What is alive beside the shelves, in strips and in rows of the widest convolution: the strip that is read, normalised, in its
 # window, convolved, and the shortcut's; in the attention also queries and their mixture. Measured by bench/tiled.py.
@@ -67,17 +67,3 @@ def plan_budget(
             reason="out of memory",
         )
     return Budget(strip, room)
-
-
-def whole_bytes(plan: Plan, picture: torch.Size, dtype: torch.dtype) -> int:
-    """What the whole VAE takes at its peak for ``picture`` ``[B, C, H, W]``.
-
-    That is in the largest residual block: what went in, and the first convolution's result, normalised, activated, and the
-    second's.
-    """
-    peak = 0
-    for step, made, rows, columns in plan.sizes(*picture[2:]):
-        if isinstance(step, Residual):
-            entered = next(part.module.in_channels for part in step.main if isinstance(part, Conv))
-            peak = max(peak, (entered + 4 * made) * rows * columns)
-    return picture[0] * peak * item_bytes(dtype)

@@ -87,7 +87,7 @@ def decode(
         CallCancelled: ``cancelled`` said so.
     """
     limits = Limits(max_bytes, store_device, device, dtype)
-    return _run(vae, decoder_plan(vae), latents, limits, progress, cancelled)
+    return run(decoder_plan(vae), vae, latents, limits, progress=progress, cancelled=cancelled)
 
 
 def encode(
@@ -113,23 +113,25 @@ def encode(
         none: its latents ``[B, C, h, w]``. Raises as ``decode`` does.
     """
     limits = Limits(max_bytes, store_device, device, dtype)
-    return _run(vae, encoder_plan(vae), pixels, limits, progress, cancelled)
+    return run(encoder_plan(vae), vae, pixels, limits, progress=progress, cancelled=cancelled)
 
 
-def _run(
-    vae: Any,
+def run(
     plan: Plan,
+    vae: Any,
     batch: torch.Tensor,
     limits: Limits,
-    progress: Callable[[float], None] | None,
-    cancelled: Callable[[], bool] | None,
+    *,
+    progress: Callable[[float], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
+    """``decode`` or ``encode`` by a plan that ``layouts.decoder_plan`` or ``encoder_plan`` has made of ``vae`` before."""
     if batch.ndim != 4 or 0 in batch.shape:
         raise InvalidRequest(f"the tiled VAE takes [B, C, H, W], not {list(batch.shape)}")
     device = torch.device(limits.device or batch.device)
     given = _autocast_dtype(device.type) or _own_dtype(plan, batch)
 
-    def run(dtype: torch.dtype) -> torch.Tensor:
+    def attempt(dtype: torch.dtype) -> torch.Tensor:
         result = None
         for index, picture in enumerate(torch.split(batch, 1)):
             report = _share(progress, index, batch.shape[0])
@@ -156,12 +158,12 @@ def _run(
             bring_in(vae)
         result = None
         try:
-            result = run(limits.dtype or given)
+            result = attempt(limits.dtype or given)
         except NotFinite as error:
             log.warning("NaN (%s): once more in float32", error)
         # Not within the except clause, which keeps the strips of the failed attempt alive.
         if result is None:
-            result = run(torch.float32)
+            result = attempt(torch.float32)
     return result.to(batch.device, given)
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from remote_vae.call import Op, Spare
 from remote_vae.errors import OutOfMemory, UnsupportedLayout
 from remote_vae.local import ladder
+from remote_vae.local.estimate import whole_bytes
 from remote_vae.local.ladder import exact_ways, first_that_fits, whole_fits
-from remote_vae.tiled.budget import whole_bytes
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from tests.layouts import kl_with_extra_parameter, plain_kl
 from tests.nearness import psnr
