@@ -17,7 +17,7 @@ import torch
 
 from remote_vae.errors import CallCancelled, EndpointError, MalformedAnswer, RouteFailed
 from remote_vae.remote.http import POLL_SECONDS
-from remote_vae.vae.fingerprint import ByLook, Identity
+from remote_vae.vae.fingerprint import ByWeights, Identity
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
 log = logging.getLogger("remote_vae")
@@ -96,7 +96,7 @@ class Samples:
         self._encode = encode
         self._decode = decode
         self._clock = clock
-        self._known = ByLook(_Known)
+        self._known = ByWeights(_Known)
 
     def compare(self, identity: Identity, op: str, url: str, ask: Ask, cancelled: Cancelled) -> bool | None:
         """Whether the endpoint at ``url`` has the VAE of ``identity``; None where that cannot be told.
@@ -151,7 +151,7 @@ class Samples:
         try:
             if known.sample is None:
                 sample = self._made(vae, cancelled)
-                self._known.still(vae, known)
+                self._known.ensure_unchanged(vae, known)
                 known.sample = sample
             return known.sample
         finally:

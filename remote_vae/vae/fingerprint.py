@@ -1,4 +1,4 @@
-"""Which VAE it is: a name for the weights that a host has loaded, to compare with what an endpoint says of its own."""
+"""Which VAE a torch module is: a fingerprint of its weights, to compare with what an endpoint says of its own."""
 
 from __future__ import annotations
 
@@ -23,144 +23,14 @@ ROUNDINGS: Mapping[str, tuple[torch.dtype, ...]] = {
     "float16_bfloat16": (torch.float16, torch.bfloat16),
 }
 
-# A look at the weights: so many tensors, spread over encoder and decoder, and so many values of each.
-_LOOK_TENSORS = 16
-_LOOK_VALUES = 4
+# An excerpt of the weights: so many tensors, spread over encoder and decoder, and so many values of each.
+_EXCERPT_TENSORS = 16
+_EXCERPT_VALUES = 4
 # A VAE that is now in float32 and now in float16, as in diffusers' SDXL pipelines, is known in both.
-_KEPT_LOOKS = 12
+_KEPT_EXCERPTS = 12
 
-_Look = tuple[Union[torch.dtype, bytes], ...]
+Excerpt = tuple[Union[torch.dtype, bytes], ...]
 V = TypeVar("V")
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The VAE of a call. May be used from many threads; a new one for the same VAE costs nothing.
-
-    Attributes:
-        vae: the torch module, of any project, on any device.
-        picked: name of the VAE file that the user picked in the UI; "" for the model's own.
-    """
-
-    vae: Any
-    picked: str = ""
-
-    def fingerprint(self) -> tuple[str, str] | None:
-        """The rounding that suits the VAE's dtype, and its fingerprint in that; None where the weights cannot be read."""
-        try:
-            dtypes = {weight.dtype for weight in _weights(self.vae)}
-            rounding = "bfloat16" if dtypes == {torch.bfloat16} else "float16"
-            return rounding, _fingerprint(self.vae, rounding)
-        except Exception as error:  # whatever a host keeps there, the call goes on without
-            log.debug("no fingerprint of %s: %s", type(self.vae).__name__, error)
-            return None
-
-    def look(self) -> object:
-        """What changes with the weights, at the price of a few bytes; None where they cannot be read."""
-        try:
-            return _look(self.vae)
-        except Exception:  # as above
-            return None
-
-    def matches(self, theirs: Mapping[str, str]) -> bool | None:
-        """Whether ``theirs``, fingerprints by rounding, are of this VAE; None where that cannot be told.
-
-        One that agrees is enough, whatever the roundings: see ``families.ROUNDINGS``.
-        """
-        own = self.fingerprint() if theirs else None
-        if own is None:
-            return None
-        rounding, name = own
-        if name in theirs.values():
-            return True
-        if any(self._in(theirs.values(), other) for other in ROUNDINGS if other != rounding):
-            return True
-        return False if rounding in theirs else None
-
-    def _in(self, theirs: Collection[str], rounding: str) -> bool:
-        try:
-            return _fingerprint(self.vae, rounding) in theirs
-        except Exception:  # as above
-            return False
-
-
-class ByLook(Generic[V]):
-    """What is known of each VAE of the process while its weights are what they are. Keeps no VAE alive. For many threads.
-
-    Args:
-        make: gives what is known at first.
-    """
-
-    def __init__(self, make: Callable[[], V]) -> None:
-        self._make = make
-        self._lock = threading.Lock()
-        self._by_vae: weakref.WeakKeyDictionary[Any, dict[_Look, V]] = weakref.WeakKeyDictionary()
-
-    def of(self, vae: Any) -> V:
-        """The same object until the host loads other weights into ``vae`` or converts them.
-
-        Raises:
-            ValueError: the weights cannot be read.
-        """
-        look = _look(vae)
-        with self._lock:
-            by_look = self._by_vae.setdefault(vae, {})
-            if look not in by_look:
-                while len(by_look) >= _KEPT_LOOKS:
-                    del by_look[next(iter(by_look))]
-                by_look[look] = self._make()
-            return by_look[look]
-
-    def still(self, vae: Any, known: V) -> None:
-        """What was just found out of ``vae`` is of ``known``. Raises ValueError: the weights were changed meanwhile."""
-        if self.of(vae) is not known:
-            raise ValueError("its weights are being changed")
-
-    def all(self) -> list[V]:
-        """Of every VAE and look."""
-        with self._lock:
-            return [known for by_look in self._by_vae.values() for known in by_look.values()]
-
-
-@dataclass
-class _Names:
-    """The fingerprints of one VAE by rounding."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    by_rounding: dict[str, str] = field(default_factory=dict)
-
-
-_names = ByLook(_Names)
-
-
-def _fingerprint(vae: Any, rounding: str) -> str:
-    """From memory where it is known. Raises ValueError."""
-    names = _names.of(vae)
-    with names.lock:
-        if rounding not in names.by_rounding:
-            name = fingerprint(vae.state_dict(), rounding)
-            _names.still(vae, names)
-            names.by_rounding[rounding] = name
-        return names.by_rounding[rounding]
-
-
-def _weights(vae: Any) -> list[torch.Tensor]:
-    """The parameters of ``vae``. Raises ValueError where there are none, or where offloading has left only their shapes."""
-    weights = [parameter.detach() for parameter in vae.parameters()]
-    if not weights or any(weight.is_meta for weight in weights):
-        raise ValueError("its weights are not here")
-    return weights
-
-
-def _look(vae: Any) -> _Look:
-    """What changes with the weights and with their dtype, and not with their device. Reads a few bytes."""
-    weights = _weights(vae)
-    values = []
-    for weight in weights[:: max(1, len(weights) // _LOOK_TENSORS)]:
-        while weight.ndim > 1:
-            weight = weight[0]
-        values.append(weight.reshape(-1)[:_LOOK_VALUES].to("cpu").to(torch.float32).numpy().tobytes())
-    return (*(weight.dtype for weight in weights), *values)
 
 
 def fingerprint(state: Mapping[str, torch.Tensor], rounding: str = "float16") -> str:
@@ -188,3 +58,162 @@ def fingerprint(state: Mapping[str, torch.Tensor], rounding: str = "float16") ->
         digest.update(values.view(-1).view(torch.uint8).numpy().data)
         digests.append(digest.digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+
+
+def fingerprint_of(module: Any) -> tuple[str, str] | None:
+    """The rounding that suits the dtype of ``module``, and its fingerprint in that; None where its weights cannot be read.
+
+    The weights are hashed once: see ``ByWeights``.
+    """
+    try:
+        dtypes = {weight.dtype for weight in _weights(module).values() if weight.is_floating_point()}
+        rounding = "bfloat16" if dtypes == {torch.bfloat16} else "float16"
+        return rounding, _remembered(module, rounding)
+    except Exception as error:  # whatever a host keeps there, the call goes on without
+        log.debug("no fingerprint of %s: %s", type(module).__name__, error)
+        return None
+
+
+def matches(module: Any, theirs: Mapping[str, str]) -> bool | None:
+    """Whether ``theirs``, fingerprints by rounding, are of the weights of ``module``; None where that cannot be told.
+
+    One that agrees is enough, whatever the roundings: see ``ROUNDINGS``.
+    """
+    own = fingerprint_of(module) if theirs else None
+    if own is None:
+        return None
+    rounding, name = own
+    if name in theirs.values():
+        return True
+    if any(_is_among(module, theirs.values(), other) for other in ROUNDINGS if other != rounding):
+        return True
+    return False if rounding in theirs else None
+
+
+def excerpt(module: Any) -> Excerpt | None:
+    """A few bytes of the weights: others when the host loads other weights or converts them. None: they cannot be read."""
+    try:
+        return _excerpt(module)
+    except Exception:  # as above
+        return None
+
+
+class ByWeights(Generic[V]):
+    """What is known of each VAE of the process while its weights are what they are. Keeps no VAE alive. For many threads.
+
+    Args:
+        make: gives what is known at first.
+    """
+
+    def __init__(self, make: Callable[[], V]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._by_module: weakref.WeakKeyDictionary[Any, dict[Excerpt, V]] = weakref.WeakKeyDictionary()
+
+    def of(self, module: Any) -> V:
+        """The same object until the host loads other weights into ``module`` or converts them.
+
+        Raises:
+            ValueError: the weights cannot be read.
+        """
+        found = _excerpt(module)
+        with self._lock:
+            by_excerpt = self._by_module.setdefault(module, {})
+            if found not in by_excerpt:
+                while len(by_excerpt) >= _KEPT_EXCERPTS:
+                    del by_excerpt[next(iter(by_excerpt))]
+                by_excerpt[found] = self._make()
+            return by_excerpt[found]
+
+    def ensure_unchanged(self, module: Any, known: V) -> None:
+        """What was just found out of ``module`` is of ``known``. Raises ValueError: the weights were changed meanwhile."""
+        if self.of(module) is not known:
+            raise ValueError("its weights are being changed")
+
+    def all(self) -> list[V]:
+        """Of every VAE and all its weights."""
+        with self._lock:
+            return [known for by_excerpt in self._by_module.values() for known in by_excerpt.values()]
+
+
+@dataclass
+class _Fingerprints:
+    """Those of one VAE by rounding."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    by_rounding: dict[str, str] = field(default_factory=dict)
+
+
+_fingerprints = ByWeights(_Fingerprints)
+
+
+def _remembered(module: Any, rounding: str) -> str:
+    """From memory where it is known. Raises ValueError."""
+    known = _fingerprints.of(module)
+    with known.lock:
+        if rounding not in known.by_rounding:
+            name = fingerprint(_weights(module), rounding)
+            _fingerprints.ensure_unchanged(module, known)
+            known.by_rounding[rounding] = name
+        return known.by_rounding[rounding]
+
+
+def _is_among(module: Any, theirs: Collection[str], rounding: str) -> bool:
+    try:
+        return _remembered(module, rounding) in theirs
+    except Exception:  # as above
+        return False
+
+
+def _weights(module: Any) -> dict[str, torch.Tensor]:
+    """The state dict of ``module``, with the weights that accelerate has put away.
+
+    Raises:
+        ValueError: there are none, or only their shapes are here.
+    """
+    weights: dict[str, torch.Tensor] = {
+        name: _put_away(module, name) if tensor.is_meta else tensor for name, tensor in module.state_dict().items()
+    }
+    if not weights:
+        raise ValueError("it has no weights")
+    return weights
+
+
+def _put_away(module: Any, name: str) -> torch.Tensor:
+    """One weight that accelerate's sequential offload brings in only while its layer runs. Raises ValueError."""
+    layer, _, weight = name.rpartition(".")
+    hook = getattr(module.get_submodule(layer), "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        found = getattr(part, "weights_map", None)
+        if found is not None:
+            tensor: torch.Tensor = found[weight]
+            return tensor
+    raise ValueError("its weights are not here")
+
+
+def _excerpt(module: Any) -> Excerpt:
+    """What changes with the weights and with their dtype, and not with their device. Reads a few bytes."""
+    weights = list(_weights(module).values())
+    values = []
+    for weight in weights[:: max(1, len(weights) // _EXCERPT_TENSORS)]:
+        while weight.ndim > 1:
+            weight = weight[0]
+        values.append(weight.detach().reshape(-1)[:_EXCERPT_VALUES].to("cpu").to(torch.float32).numpy().tobytes())
+    return (*(weight.dtype for weight in weights), *values)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """For callers that still have one; it goes with the last of them."""
+
+    vae: Any
+    picked: str = ""
+
+    def fingerprint(self) -> tuple[str, str] | None:
+        return fingerprint_of(self.vae)
+
+    def look(self) -> object:
+        return excerpt(self.vae)
+
+    def matches(self, theirs: Mapping[str, str]) -> bool | None:
+        return matches(self.vae, theirs)

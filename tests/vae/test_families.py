@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import diffusers
 import pytest
-import torch
 
 from remote_vae.errors import SettingsError
 from remote_vae.vae.families import find_family, load_families, public_max_pixels, recognise, recognise_config
-from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
 from tests.vaes import small_kl, tiny_video
 
 # facts of the protocol: channels, scaling, shift, model, endpoint names
@@ -67,29 +65,6 @@ def test_what_has_no_scaling_is_not_recognised() -> None:
     assert recognise_config(diffusers.DDIMScheduler().config) is None
 
 
-def test_the_fingerprint_does_not_depend_on_dtype_names_or_order() -> None:
-    state = small_kl("sd1").half().state_dict()
-    name = fingerprint(state)
-    assert fingerprint({key: value.float() for key, value in state.items()}) == name
-    assert fingerprint({f"first_stage_model.{key}": value for key, value in reversed(state.items())}) == name
-    # ldm stores the attention's linear layers as 1 x 1 convolutions
-    convolutions = {
-        key: value[:, :, None, None] if ".to_" in key and value.ndim == 2 else value for key, value in state.items()
-    }
-    assert convolutions.keys() == state.keys()
-    assert fingerprint(convolutions) == name
-
-
-@pytest.mark.parametrize("rounding", ["float16", "bfloat16", "float16_bfloat16"])
-def test_a_fingerprint_is_that_of_the_rounded_weights(rounding: str) -> None:
-    state = small_kl("sd1").state_dict()
-    rounded = dict(state)
-    for name in rounding.split("_"):
-        rounded = {key: value.to(getattr(torch, name)) for key, value in rounded.items()}
-    assert fingerprint(rounded, rounding) == fingerprint(state, rounding)
-    assert len({fingerprint(state, other) for other in ROUNDINGS}) == len(ROUNDINGS)
-
-
 def test_the_files_of_a_family_are_names_in_lower_case_without_ending() -> None:
     for family in load_families().values():
         for file in family.files:
@@ -97,12 +72,3 @@ def test_the_files_of_a_family_are_names_in_lower_case_without_ending() -> None:
             assert family.is_standard_file(file)
             assert family.is_standard_file(f"VAE/{file}.safetensors")
             assert not family.is_standard_file(f"my-{file}.safetensors")
-
-
-def test_the_fingerprint_tells_two_vaes_apart() -> None:
-    state = small_kl("sd1").state_dict()
-    other = {key: value.clone() for key, value in state.items()}
-    weight = other["decoder.conv_out.weight"]
-    weight.view(-1)[0] += 0.5
-    assert fingerprint(other) != fingerprint(state)
-    assert fingerprint({"a": torch.ones(2, 3)}) != fingerprint({"a": torch.ones(3, 2)})

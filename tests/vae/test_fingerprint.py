@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import diffusers
 import pytest
 import torch
 
-from remote_vae.vae import fingerprint as identity
-from remote_vae.vae.fingerprint import ROUNDINGS, Identity, fingerprint
+from remote_vae.vae import fingerprint as module
+from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint, fingerprint_of, matches
 from tests.layouts import forge_vae, ldm_vae, sgm_vae
 from tests.server.test_models import to_ldm
 from tests.vaes import small_kl
@@ -51,8 +52,40 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(rounding)
         return fingerprint(state, rounding)
 
-    monkeypatch.setattr(identity, "fingerprint", noting)
+    monkeypatch.setattr(module, "fingerprint", noting)
     return seen
+
+
+def test_the_fingerprint_does_not_depend_on_dtype_names_or_order() -> None:
+    state = small_kl("sd1").half().state_dict()
+    name = fingerprint(state)
+    assert fingerprint({key: value.float() for key, value in state.items()}) == name
+    assert fingerprint({f"first_stage_model.{key}": value for key, value in reversed(state.items())}) == name
+    # ldm stores the attention's linear layers as 1 x 1 convolutions
+    convolutions = {
+        key: value[:, :, None, None] if ".to_" in key and value.ndim == 2 else value for key, value in state.items()
+    }
+    assert convolutions.keys() == state.keys()
+    assert fingerprint(convolutions) == name
+
+
+@pytest.mark.parametrize("rounding", ["float16", "bfloat16", "float16_bfloat16"])
+def test_a_fingerprint_is_that_of_the_rounded_weights(rounding: str) -> None:
+    state = small_kl("sd1").state_dict()
+    rounded = dict(state)
+    for name in rounding.split("_"):
+        rounded = {key: value.to(getattr(torch, name)) for key, value in rounded.items()}
+    assert fingerprint(rounded, rounding) == fingerprint(state, rounding)
+    assert len({fingerprint(state, other) for other in ROUNDINGS}) == len(ROUNDINGS)
+
+
+def test_the_fingerprint_tells_two_vaes_apart() -> None:
+    state = small_kl("sd1").state_dict()
+    other = {key: value.clone() for key, value in state.items()}
+    weight = other["decoder.conv_out.weight"]
+    weight.view(-1)[0] += 0.5
+    assert fingerprint(other) != fingerprint(state)
+    assert fingerprint({"a": torch.ones(2, 3)}) != fingerprint({"a": torch.ones(3, 2)})
 
 
 @pytest.mark.parametrize("file", [F32, F16, BF16], ids=str)
@@ -62,10 +95,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ids=lambda dtypes: " then ".join(str(dtype)[6:] for dtype in dtypes),
 )
 def test_the_same_vae_is_recognised_whatever_the_dtypes_of_both_sides(host: tuple[torch.dtype, ...], file: torch.dtype) -> None:
-    matches = Identity(small(*host)).matches(said_by_a_server(small(file)))
-    # Where one side has passed through float16 and the other through bfloat16 alone, each has lost what the other has kept.
-    lost = (host[0] == F16 and file == BF16) or (host[0] == BF16 and file == F16)
-    assert matches is not lost
+    # Where one side has passed through float16 and the other through bfloat16 alone, each has dropped what the other has kept.
+    is_known = (host[0], file) not in ((F16, BF16), (BF16, F16))
+    assert matches(small(*host), said_by_a_server(small(file))) is is_known
 
 
 @pytest.mark.parametrize("file", [F32, F16, BF16], ids=str)
@@ -73,7 +105,7 @@ def test_the_same_vae_is_recognised_whatever_the_dtypes_of_both_sides(host: tupl
 def test_another_vae_is_told_apart_whatever_the_dtypes(host: torch.dtype, file: torch.dtype) -> None:
     other = small()
     other.load_state_dict(changed(other))
-    assert Identity(small(host)).matches(said_by_a_server(other.to(file))) is False
+    assert matches(small(host), said_by_a_server(other.to(file))) is False
 
 
 @pytest.mark.parametrize("make", [ldm_vae, sgm_vae, forge_vae])
@@ -81,28 +113,27 @@ def test_the_vae_of_every_host_is_recognised_by_its_weights_alone(make: Callable
     diffusers_vae = small()
     host = make(channels=WIDTHS)
     host.load_state_dict(to_ldm(diffusers_vae.state_dict(), 4))
-    assert Identity(host.half()).matches(said_by_a_server(diffusers_vae)) is True
+    assert matches(host.half(), said_by_a_server(diffusers_vae)) is True
 
 
 def test_the_rounding_is_that_of_the_weights(loaded: Any) -> None:
-    assert Identity(small()).fingerprint() == ("float16", fingerprint(small().state_dict()))
-    assert Identity(small(BF16)).fingerprint() == ("bfloat16", fingerprint(small().state_dict(), "bfloat16"))
+    assert fingerprint_of(small()) == ("float16", fingerprint(small().state_dict()))
+    assert fingerprint_of(small(BF16)) == ("bfloat16", fingerprint(small().state_dict(), "bfloat16"))
     half = small(BF16)
     half.decoder.to(F32)
-    assert Identity(half).fingerprint() == ("float16", fingerprint(half.state_dict()))
+    assert fingerprint_of(half) == ("float16", fingerprint(half.state_dict()))
 
 
 def test_with_a_server_that_names_another_rounding_only_a_difference_cannot_be_told() -> None:
     older = {"float16": said_by_a_server(small())["float16"]}
-    assert Identity(small(F16)).matches(older) is True
-    assert Identity(small(BF16)).matches(older) is None
-    assert Identity(small()).matches({}) is None
+    assert matches(small(F16), older) is True
+    assert matches(small(BF16), older) is None
+    assert matches(small(), {}) is None
 
 
-def test_the_weights_are_hashed_once_for_every_identity_of_a_vae(hashed: list[str]) -> None:
+def test_the_weights_are_hashed_once(hashed: list[str]) -> None:
     vae = small()
-    names = {Identity(vae, picked).fingerprint() for picked in ("", "", "a.safetensors")}
-    assert len(names) == 1
+    assert fingerprint_of(vae) == fingerprint_of(vae)
     assert hashed == ["float16"]
 
 
@@ -110,33 +141,33 @@ def test_the_weights_are_hashed_once_for_every_identity_of_a_vae(hashed: list[st
 def test_other_weights_in_the_same_module_are_noticed(dtype: torch.dtype, hashed: list[str]) -> None:
     vae = small(dtype)
     before = said_by_a_server(vae)
-    assert Identity(vae).matches(before) is True
+    assert matches(vae, before) is True
     state = {name: value.clone() for name, value in vae.state_dict().items()}
     vae.load_state_dict(changed(vae))
-    assert Identity(vae).matches(before) is False
+    assert matches(vae, before) is False
     hashed.clear()
     vae.load_state_dict(state)
-    assert Identity(vae).matches(before) is True
+    assert matches(vae, before) is True
     assert not hashed
 
 
 def test_a_conversion_is_noticed_and_going_back_and_forth_is_not_paid_again(hashed: list[str]) -> None:
     vae = small(F16)
-    half = Identity(vae).fingerprint()
-    assert Identity(vae.to(BF16)).fingerprint() != half
+    half = fingerprint_of(vae)
+    assert fingerprint_of(vae.to(BF16)) != half
     for dtype in (F32, BF16) * 20:
-        Identity(vae.to(dtype)).fingerprint()
+        fingerprint_of(vae.to(dtype))
     # Once more for the way from bfloat16 back to float32, whose values are others than those of float16.
     assert len(hashed) == 3
 
 
 def test_a_move_to_another_device_is_not_paid(hashed: list[str]) -> None:
     vae = small()
-    Identity(vae).fingerprint()
+    fingerprint_of(vae)
     for parameter in vae.parameters():
         parameter.data = parameter.data.clone()
     vae.to(memory_format=torch.channels_last)
-    Identity(vae).fingerprint()
+    fingerprint_of(vae)
     assert hashed == ["float16"]
 
 
@@ -144,15 +175,15 @@ def test_a_move_to_another_device_is_not_paid(hashed: list[str]) -> None:
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 def test_a_vae_on_a_gpu_is_that_on_the_cpu(dtype: torch.dtype, hashed: list[str]) -> None:
     vae = small(dtype)
-    name = Identity(vae).fingerprint()
-    assert Identity(vae.cuda()).fingerprint() == name
+    name = fingerprint_of(vae)
+    assert fingerprint_of(vae.cuda()) == name
     assert len(hashed) == 1
-    assert Identity(small().cuda().to(dtype)).fingerprint() == name
+    assert fingerprint_of(small().cuda().to(dtype)) == name
 
 
 def test_no_vae_is_kept_alive() -> None:
     vae = small()
-    Identity(vae).fingerprint()
+    fingerprint_of(vae)
     ref = weakref.ref(vae)
     del vae
     gc.collect()
@@ -167,28 +198,36 @@ class Unreadable(torch.nn.Linear):
 @pytest.mark.parametrize("make", [lambda: small().to("meta"), lambda: Unreadable(2, 2), lambda: torch.nn.Identity(), object])
 def test_weights_that_cannot_be_read_have_no_fingerprint(make: Callable[[], Any]) -> None:
     vae = make()
-    assert Identity(vae).fingerprint() is None
-    assert Identity(vae).matches(said_by_a_server(small())) is None
+    assert fingerprint_of(vae) is None
+    assert matches(vae, said_by_a_server(small())) is None
+
+
+def test_weights_that_accelerate_brings_in_layer_by_layer_are_read_where_it_keeps_them() -> None:
+    vae = small(F16)
+    name = fingerprint_of(vae)
+    accelerate.cpu_offload(vae, torch.device("cpu"))
+    assert all(weight.is_meta for weight in vae.parameters())
+    assert fingerprint_of(vae) == name
 
 
 def test_one_weight_on_the_meta_device_is_enough_to_know_nothing() -> None:
     vae = small()
     vae.decoder.conv_out.to("meta")
-    assert Identity(vae).fingerprint() is None
+    assert fingerprint_of(vae) is None
 
 
 def test_many_threads_pay_once(hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     vae = small()
-    noting = identity.fingerprint
+    noting = module.fingerprint
 
     def slowly(state: Any, rounding: str = "float16") -> str:
         # Long enough for the other threads to come by.
         time.sleep(0.1)
         return noting(state, rounding)
 
-    monkeypatch.setattr(identity, "fingerprint", slowly)
+    monkeypatch.setattr(module, "fingerprint", slowly)
     names: list[object] = []
-    threads = [threading.Thread(target=lambda: names.append(Identity(vae).fingerprint())) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: names.append(fingerprint_of(vae))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -207,7 +246,7 @@ def test_weights_that_change_while_they_are_hashed_have_no_name(monkeypatch: pyt
         return name
 
     with monkeypatch.context() as patch:
-        patch.setattr(identity, "fingerprint", while_loading)
-        assert Identity(vae).fingerprint() is None
+        patch.setattr(module, "fingerprint", while_loading)
+        assert fingerprint_of(vae) is None
     vae.load_state_dict(small().state_dict())
-    assert Identity(vae).fingerprint() == ("float16", before)
+    assert fingerprint_of(vae) == ("float16", before)
