@@ -13,7 +13,9 @@ from remote_vae.settings import Option, Settings, load_options
 from remote_vae.version import __version__
 
 # Of the panel's options, those that make no sense in a command that does one call and ends.
-_PANEL_ONLY = frozenset({"enabled", "decode", "encode", "when_vae_differs", "cooldown", "rescue_folder", "share"})
+_PANEL_ONLY = frozenset(
+    {"enabled", "decode", "encode", "when_vae_differs", "cooldown", "rescue_folder", "share", "name_endpoint"}
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -51,10 +52,14 @@ Value = Union[bool, float, str]
 
 _URL_KEYS = frozenset({"endpoint", "decode_endpoint", "encode_endpoint"})
 
+# Of a value that is not what it should be, so much is shown.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
 
 @dataclass(frozen=True)
 class Option:
-    """One entry of options.toml."""
+    """One entry of options.toml; see there."""
 
     key: str
     default: Value
@@ -65,6 +70,7 @@ class Option:
     min: float | None = None
     max: float | None = None
     unit: str = ""
+    restricted: bool = False
 
     def parse(self, value: object) -> Value:
         """Check ``value`` and bring it to the option's type.
@@ -80,6 +86,31 @@ class Option:
             return self._parse_number(value)
         return self._parse_text(value)
 
+    def forgive(self, value: object) -> tuple[Value, str]:
+        """The nearest value that can be used: a number out of bounds becomes the bound, anything else the default.
+
+        Returns:
+            The value, and what was wrong for the user to read, "" if nothing was. Never raises.
+        """
+        try:
+            return self.parse(value), ""
+        except SettingsError as error:
+            problem = str(error).removeprefix(f"{self.key}: ")
+        except Exception as error:  # whatever a host's file holds
+            problem = f"cannot be used ({type(error).__name__})"
+        nearest = self._nearest(value)
+        shown = _shown(nearest) if nearest != self.default or nearest == "" else f"{_shown(nearest)}, the default"
+        return nearest, f"{self.label}: {problem}; using {shown}"
+
+    def _nearest(self, value: object) -> Value:
+        if self.min is None or self.max is None or isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            return self.default
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            return self.default
+        return self.default if math.isnan(number) else min(max(number, self.min), self.max)
+
     def _parse_bool(self, value: object) -> bool:
         if isinstance(value, bool):
             return value
@@ -94,7 +125,7 @@ class Option:
             if isinstance(value, bool) or not isinstance(value, (int, float, str)):
                 raise ValueError
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise self._error(value, "must be a number") from None
         if not math.isfinite(number):
             raise self._error(value, "must be a finite number")
@@ -103,7 +134,7 @@ class Option:
         return number
 
     def _parse_text(self, value: object) -> str:
-        if value is None:
+        if value is None and not self.choices:
             return ""
         if not isinstance(value, str):
             raise self._error(value, "must be text")
@@ -133,7 +164,17 @@ class Option:
         return candidate
 
     def _error(self, value: object, what: str) -> SettingsError:
-        return SettingsError(f"{self.key}: {what}, not {value!r}")
+        try:
+            shown = _SHORT.repr(value)
+        except Exception:  # a number of more digits than Python prints
+            shown = f"this {type(value).__name__}"
+        return SettingsError(f"{self.key}: {what}, not {shown}")
+
+
+def _shown(value: Value) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else value or "nothing"
 
 
 @lru_cache(maxsize=1)
@@ -155,6 +196,9 @@ def _option(key: str) -> Any:
 class Settings:
     """All options, checked. Fields, defaults and bounds are those of ``settings/options.toml``; times are seconds.
 
+    Attributes:
+        problems: what ``forgiving`` found, by the option's key, for the user to read.
+
     Raises:
         SettingsError: a value cannot be used.
     """
@@ -175,6 +219,8 @@ class Settings:
     cpu_bfloat16: bool = _option("cpu_bfloat16")
     rescue_folder: str = _option("rescue_folder")
     share: bool = _option("share")
+    name_endpoint: bool = _option("name_endpoint")
+    problems: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for option in load_options().values():
@@ -187,25 +233,40 @@ class Settings:
         Raises:
             SettingsError: an unknown key, or a value that cannot be used.
         """
-        unknown = sorted(set(values) - {item.name for item in fields(cls)})
+        unknown = sorted(set(values) - set(load_options()))
         if unknown:
             raise SettingsError(f"unknown option {', '.join(unknown)}; known are {', '.join(load_options())}")
         return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks every value
 
     @classmethod
     def forgiving(cls, values: Mapping[str, object]) -> tuple[Settings, list[str]]:
-        """Settings from a host's options, which anyone can write to: what cannot be used becomes the default.
+        """Settings from a host's options, which anyone can write anything to; see ``Option.forgive``. Never raises.
 
         Returns:
-            The settings, and one message for each value that was replaced.
+            The settings, and one message for each value that was replaced and for an endpoint that is missing.
         """
-        good: dict[str, Value] = {}
-        problems = []
+        settings, problems = cls(), {}
         for key, option in load_options().items():
-            if key not in values:
-                continue
-            try:
-                good[key] = option.parse(values[key])
-            except SettingsError as error:
-                problems.append(f"{error}; using the default {option.default!r}")
-        return cls(**good), problems  # type: ignore[arg-type]  # parsed just above
+            if key in values:
+                value, problem = option.forgive(values[key])
+                object.__setattr__(settings, key, value)
+                if problem:
+                    problems[key] = problem
+        object.__setattr__(settings, "problems", problems)
+        if settings.enabled and settings.no_endpoint("decode") == "no endpoint is set":
+            problems["enabled"] = (
+                "Endpoint: none is set, so everything is done on this machine; enter the address of your Remote VAE server"
+            )
+        return settings, list(problems.values())
+
+    def no_endpoint(self, op: str) -> str:
+        """Why the user has no endpoint for ``op`` ("decode" or "encode"), in a few words.
+
+        "" where there is one, where the public ones may be used, or where one is set for the other kind of call only.
+        """
+        own = f"{op}_endpoint"
+        if self.endpoint or getattr(self, own) or self.public_endpoints:
+            return ""
+        if {"endpoint", own} & set(self.problems):
+            return "the endpoint cannot be used"
+        return "" if self.decode_endpoint or self.encode_endpoint else "no endpoint is set"

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.autoencoders.vae import Decoder
 from PIL import Image
 
-from remote_vae.cli import main
+from remote_vae.cli import _PANEL_ONLY, main
 from remote_vae.rescue import load_latents, save_latents
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import load_options
@@ -135,7 +135,7 @@ def test_the_options_of_the_panel_are_flags(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["check", "--help"])
     text = capsys.readouterr().out
-    for key in set(load_options()) - {"enabled", "decode", "encode", "when_vae_differs", "cooldown", "rescue_folder", "share"}:
+    for key in set(load_options()) - _PANEL_ONLY:
         assert "--" + key.replace("_", "-") in text
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import get_type_hints
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from remote_vae.errors import SettingsError
 from remote_vae.settings import Settings, load_options
@@ -11,7 +14,7 @@ from remote_vae.settings import Settings, load_options
 
 def test_settings_and_options_toml_name_the_same_options_with_the_same_types() -> None:
     hints = get_type_hints(Settings)
-    assert [field.name for field in fields(Settings)] == list(load_options())
+    assert [field.name for field in fields(Settings)] == [*load_options(), "problems"]
     assert {key: hints[key] for key in load_options()} == {key: type(option.default) for key, option in load_options().items()}
 
 
@@ -85,9 +88,101 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
         Settings.from_mapping({"endpont": "x"})
 
 
-def test_a_hosts_nonsense_becomes_the_default_and_the_rest_stays() -> None:
-    settings, problems = Settings.forgiving({"transfer": "gif", "endpoint": "host:1", "something": "else"})
-    assert settings == Settings(endpoint="http://host:1")
-    assert len(problems) == 1
-    assert "transfer" in problems[0]
-    assert "u8" in problems[0]
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["", "on", "1e999", "http://[", "a b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from([*load_options(), "something else"]), ANYTHING))
+def test_whatever_a_host_has_stored_gives_settings_that_can_be_used(stored: dict[str, object]) -> None:
+    settings, problems = Settings.forgiving(stored)
+    assert replace(settings) == settings
+    for key, option in load_options().items():
+        value = getattr(settings, key)
+        assert type(value) is type(option.default)
+        assert option.parse(value) == value
+        if key in stored and key not in settings.problems:
+            assert option.parse(stored[key]) == value
+    assert problems == list(settings.problems.values())
+
+
+def nested(levels: int) -> object:
+    value: object = 0
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+HUGE = {"an int": 10**400, "an int of more digits than are printed": 10**5000, "a nest": nested(5000), "a text": " x " * 10**6}
+
+
+@pytest.mark.parametrize("what", HUGE)
+@pytest.mark.parametrize("key", load_options())
+def test_what_is_too_large_to_be_printed_is_one_short_line(key: str, what: str) -> None:
+    if key == "rescue_folder" and what == "a text":
+        return
+    _, [problem] = Settings.forgiving({key: HUGE[what]})
+    assert problem.startswith(load_options()[key].label)
+    assert len(problem) < 250
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "used", "words"),
+    [
+        ("transfer", "gif", "u8", "Transfer: must be one of raw, u8, png, jpg, not 'gif'; using u8, the default"),
+        ("transfer", None, "u8", "not None; using u8"),
+        ("enabled", None, False, "Use the remote VAE: must be true or false, not None; using off, the default"),
+        ("connect_timeout", -3, 0.1, "must be from 0.1 to 60, not -3; using 0.1"),
+        ("connect_timeout", "1e9", 60.0, "using 60"),
+        ("connect_timeout", float("inf"), 60.0, "using 60"),
+        ("connect_timeout", "abc", 3.0, "Longest wait for a connection: must be a number, not 'abc'; using 3, the default"),
+        ("connect_timeout", None, 3.0, "using 3, the default"),
+        ("endpoint", "ftp://host", "", "using nothing"),
+        ("rescue_folder", 7, "", "Folder for rescued latents: must be text, not 7; using nothing"),
+    ],
+)
+def test_a_bad_value_is_the_nearest_good_one_and_is_named(key: str, value: object, used: object, words: str) -> None:
+    settings, [problem] = Settings.forgiving({key: value})
+    assert getattr(settings, key) == used
+    assert words in problem
+    assert settings.problems == {key: problem}
+
+
+@pytest.mark.parametrize(
+    ("stored", "decode", "encode"),
+    [
+        ({}, "no endpoint is set", "no endpoint is set"),
+        ({"endpoint": None}, "no endpoint is set", "no endpoint is set"),
+        ({"endpoint": "ftp://host"}, "the endpoint cannot be used", "the endpoint cannot be used"),
+        ({"endpoint": "host"}, "", ""),
+        ({"decode_endpoint": "host"}, "", ""),
+        ({"decode_endpoint": "host", "endpoint": "a b"}, "", "the endpoint cannot be used"),
+        ({"decode_endpoint": "a b", "encode_endpoint": "host"}, "the endpoint cannot be used", ""),
+        ({"public_endpoints": True}, "", ""),
+    ],
+)
+def test_why_there_is_no_endpoint_is_known(stored: dict[str, object], decode: str, encode: str) -> None:
+    settings, _ = Settings.forgiving(stored)
+    assert (settings.no_endpoint("decode"), settings.no_endpoint("encode")) == (decode, encode)
+
+
+def test_switched_on_without_an_endpoint_the_user_is_told_so() -> None:
+    _, [problem] = Settings.forgiving({"enabled": True})
+    assert "Endpoint: none is set" in problem
+    for stored in ({}, {"enabled": True, "endpoint": "host"}, {"enabled": True, "public_endpoints": True}):
+        assert Settings.forgiving(stored)[1] == []
+    # That one is not missing.
+    _, [problem] = Settings.forgiving({"enabled": True, "endpoint": "ftp://host"})
+    assert "ftp://host" in problem
+
+
+def test_what_says_where_pictures_and_tokens_go_is_not_for_the_hosts_api() -> None:
+    restricted = {key for key, option in load_options().items() if option.restricted}
+    assert restricted == {"endpoint", "decode_endpoint", "encode_endpoint", "public_endpoints", "rescue_folder", "share"}

@@ -7,7 +7,7 @@ import sys
 
 from remote_vae.extension.accordion import script_class
 from remote_vae.extension.axes import add_axes, remove_axes
-from remote_vae.extension.settings_panel import add_options
+from remote_vae.extension.settings_panel import add_options, restrict_options
 from remote_vae.extension.share import mount
 from remote_vae.hosts.detect import detect
 
@@ -27,6 +27,7 @@ def load() -> type | None:
     from modules import script_callbacks
     from modules.call_queue import queue_lock
 
+    restrict_options()
     script_callbacks.on_ui_settings(add_options)
     script_callbacks.on_model_loaded(adapter.hook)
     script_callbacks.on_script_unloaded(adapter.uninstall)
@@ -38,10 +39,14 @@ def load() -> type | None:
 
 
 class _Named(logging.Filter):
-    """Puts the extension's name before its lines, whoever prints them: SD.Next gives every logger its own handlers."""
+    """Puts the extension's name before its lines, whoever prints them: SD.Next gives every logger its own handlers.
+
+    The text is made here: one of SD.Next's handlers writes it into the record's ``msg`` and leaves its ``args``, at which the
+    handlers after it fail.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg = f"Remote VAE: {record.msg}"
+        record.msg, record.args = f"Remote VAE: {record.getMessage()}", None
         return True
 
 

@@ -85,11 +85,31 @@ def test_a_vae_call_is_one_line_in_the_console_after_reload_ui_too(
     host.load_extension()
     host.reload_ui()
     host.load(LdmModel(vae))
-    host.set_options(enabled=True)
+    host.set_options(enabled=True, public_endpoints=True, decode=False)
     host.txt2img()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("Remote VAE: decode 48x32: local")
+
+
+def test_a_line_is_not_lost_where_a_handler_before_writes_its_text_into_the_record(host: Host) -> None:
+    """As SD.Next's does, which comes first after its first errors.display()."""
+
+    class Overwrites(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            record.msg = record.getMessage()
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    lines: list[str] = []
+    host.load_extension()
+    log = logging.getLogger("remote_vae")
+    log.handlers = [Overwrites(), Keeps()]
+    log.warning("%s was 100%% of %d", "this", 3)
+    log.warning("50 % of it")
+    assert lines == ["Remote VAE: this was 100% of 3", "Remote VAE: 50 % of it"]
 
 
 @pytest.mark.parametrize("console", [None, io.TextIOWrapper(io.BytesIO(), "cp1252"), "closed"])
@@ -127,7 +147,7 @@ def test_the_panel_has_every_option_of_the_file_once_in_its_order(host: Host) ->
 
 
 @pytest.mark.parametrize("key", OPTIONS)
-def test_an_option_has_its_component_default_bounds_and_words(host: Host, key: str) -> None:
+def test_an_option_has_its_component_default_and_words(host: Host, key: str) -> None:
     host.load_extension()
     host.script_callbacks.ui_settings_callback()
     info, entry = host.opts.data_labels[f"remotevae_{key}"], OPTIONS[key]
@@ -137,7 +157,8 @@ def test_an_option_has_its_component_default_bounds_and_words(host: Host, key: s
     elif "choices" in entry:
         component, arguments = standin.Radio, {"choices": entry["choices"]}
     elif isinstance(default, float):
-        component, arguments = standin.Number, {"minimum": entry["min"], "maximum": entry["max"]}
+        # Bounds would make the host refuse all its settings.
+        component, arguments = standin.Number, {}
     else:
         component, arguments = standin.Textbox, {"max_lines": 1}
     assert info.component is component
@@ -149,6 +170,72 @@ def test_an_option_has_its_component_default_bounds_and_words(host: Host, key: s
     assert entry["help"] in info.comment_after
     # As the host makes it.
     info.component(label=info.label, value=info.default, **info.component_args)
+
+
+@pytest.mark.parametrize(
+    ("key", "stored", "mended"),
+    [
+        ("cooldown", -3, 0.0),
+        ("cooldown", "abc", 30.0),
+        ("cooldown", None, 30.0),
+        ("cooldown", 7, 7.0),
+        ("transfer", None, "u8"),
+        ("enabled", [], False),
+        ("rescue_folder", {}, ""),
+    ],
+)
+def test_what_breaks_the_hosts_page_is_not_kept_and_is_named(host: Host, key: str, stored: Any, mended: Any) -> None:
+    """Stored by Apply or a POST of options, and in a config file from before the start."""
+    host.load_extension()
+    host.create_ui()
+    name = f"remotevae_{key}"
+    host.opts.data[name] = "something else"
+    assert host.opts.set(name, stored)
+    assert host.opts.data[name] == mended
+    assert type(host.opts.data[name]) is type(mended)
+    shown = sys.modules["gradio"].shown
+    assert [OPTIONS[key]["label"] in line for line in shown] == ([] if stored == 7 else [True])
+    host.opts.data[name] = stored
+    host.reload_ui()
+    assert host.opts.data[name] == mended
+
+
+def test_an_endpoint_that_cannot_be_used_is_said_in_the_panel_and_stays_to_be_corrected(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.load_extension()
+    host.create_ui()
+    host.opts.set("remotevae_endpoint", "ftp://<b>studio")
+    assert host.opts.remotevae_endpoint == "ftp://<b>studio"
+    [shown] = sys.modules["gradio"].shown
+    assert shown.startswith("Remote VAE: Endpoint: must be an address such as")
+    assert shown in capsys.readouterr().out.replace("Settings: ", "")
+    beside = host.opts.data_labels["remotevae_endpoint"].comment_after
+    assert OPTIONS["endpoint"]["help"] in beside
+    assert "not &#x27;ftp://&lt;b&gt;studio&#x27;" in beside
+    host.opts.set("remotevae_endpoint", "studio:7870")
+    assert "must be" not in host.opts.data_labels["remotevae_endpoint"].comment_after
+
+
+def test_switched_on_without_an_endpoint_the_panel_says_so(host: Host) -> None:
+    host.load_extension()
+    host.create_ui()
+    host.opts.set("remotevae_enabled", True)
+    assert "Endpoint: none is set" in host.opts.data_labels["remotevae_enabled"].comment_after
+
+
+@pytest.mark.parametrize(
+    "key", ["endpoint", "decode_endpoint", "encode_endpoint", "public_endpoints", "rescue_folder", "share"]
+)
+def test_the_api_cannot_say_where_pictures_and_tokens_go_and_the_panel_can(host: Host, key: str) -> None:
+    host.load_extension()
+    host.create_ui()
+    name = f"remotevae_{key}"
+    value = True if isinstance(OPTIONS[key]["default"], bool) else "http://evil.example"
+    assert not host.opts.set(name, value, is_api=True)
+    assert host.opts.data[name] == OPTIONS[key]["default"]
+    assert host.opts.set(name, value)
+    assert host.opts.data[name] == value
 
 
 def test_what_the_user_has_set_outlives_the_start(host: Host) -> None:

@@ -110,7 +110,9 @@ def paste(runner: ScriptRunner, params: dict[str, str]) -> dict[str, Any]:
 
 def gradio() -> ModuleType:
     kinds = (Accordion, Checkbox, Dropdown, Number, Radio, Row, Textbox)
-    return make_module("gradio", update=Update, **{kind.__name__: kind for kind in kinds})
+    # Over the page, by what it says.
+    shown: list[str] = []
+    return make_module("gradio", update=Update, Warning=shown.append, shown=shown, **{kind.__name__: kind for kind in kinds})
 
 
 # --- scripts -----------------------------------------------------------------------------------------------------------

@@ -104,6 +104,31 @@ class Options:
     def add_option(self, key: str, info: OptionInfo) -> None:
         self.data_labels[key] = info
 
+    def set(self, key: str, value: Any, force: bool = False) -> bool:
+        info = self.data_labels[key]
+        if self.data.get(key, info.default) == value and not force:
+            return False
+        setattr(self, key, value)
+        if info.onchange is not None:
+            info.onchange()
+        return True
+
+
+class SdnextOptionInfo(OptionInfo):
+    """It takes whatever it does not know, and makes nothing of it."""
+
+    def __init__(
+        self,
+        default: Any = None,
+        label: str = "",
+        component: Any = None,
+        component_args: Any = None,
+        onchange: Any = None,
+        section: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(default, label, component, component_args, onchange, section)
+
 
 class State:
     """Every step of a generation begins a job of its own, and with it Interrupt, Skip and ``textinfo`` are forgotten."""

@@ -27,13 +27,12 @@ from torch.nn import functional
 
 from tests.hosts.script_standin import AxisOption, HostModule, Script, ScriptRunner, Scripts, make_module, xyz_module
 from tests.hosts.sdnext_parts import FluxPipeline as FluxPipeline
-from tests.hosts.sdnext_parts import ModelData, Options, State, with_vae
+from tests.hosts.sdnext_parts import ModelData, Options, SdnextOptionInfo, State, with_vae
 from tests.hosts.sdnext_parts import PipelineHolder as PipelineHolder
 from tests.hosts.sdnext_parts import StableDiffusionPipeline as StableDiffusionPipeline
 from tests.hosts.sdnext_parts import StableDiffusionXLPipeline as StableDiffusionXLPipeline
 from tests.hosts.sdnext_parts import calls_of as calls_of
 from tests.hosts.webui_standin import (
-    OptionInfo,
     Pictures,
     Processed,
     Request,
@@ -355,7 +354,8 @@ class Host(WebuiHost):
         self.modeldata = make_module("modules.modeldata", model_data=ModelData(), ModelData=ModelData)
         self.shared = Shared("modules.shared")
         self.shared.host = self
-        vars(self.shared).update(opts=self.opts, state=self.state, OptionInfo=OptionInfo, device=cpu)
+        vars(self.shared).update(opts=self.opts, state=self.state, OptionInfo=SdnextOptionInfo, device=cpu)
+        self.shared.restricted_opts = {"outdir_samples"}
         self.sd_models = make_module(
             "modules.sd_models",
             model_data=self.modeldata.model_data,
@@ -410,6 +410,8 @@ class Host(WebuiHost):
         return self.scripts.scripts_control if self.control_tab else runner
 
     def fill_in(self, request: Request) -> None:
+        for key in self.shared.restricted_opts & set(request.override_settings):
+            del request.override_settings[key]
         for title, args in self.alwayson.items():
             request.per_script_args[request.scripts.find(title).title()] = args
 

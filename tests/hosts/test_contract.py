@@ -24,6 +24,7 @@ from remote_vae.hosts.generation import MODES
 from remote_vae.local import ladder
 from remote_vae.rescue import load_latents
 from remote_vae.server.models import LoadedVae
+from remote_vae.settings import Settings
 from tests.conftest import ServerThread
 from tests.hosts import forge_models, forge_standin, sdnext_standin
 from tests.hosts.contract import OWN, TITLE, UIS, WAYS, Endpoint, Made, Ui, hooks_in, levels_apart, make, same, source, without
@@ -531,8 +532,8 @@ def test_nonsense_and_too_few_or_too_many_arguments_follow_the_settings(ui: Ui, 
 
 def test_settings_overridden_in_a_request_count_for_it_alone(ui: Ui, endpoint: Endpoint) -> None:
     ui.host.create_ui()
-    ui.turn_on("", enabled=False)
-    ui.host.override_settings = {"remotevae_enabled": True, "remotevae_endpoint": endpoint.url}
+    ui.turn_on(endpoint.url, enabled=False)
+    ui.host.override_settings = {"remotevae_enabled": True}
     ui.host.txt2img()
     assert endpoint.requests == ["/decode"]
     assert f"{TITLE}: decode remote" in ui.host.infotexts[0]
@@ -540,6 +541,27 @@ def test_settings_overridden_in_a_request_count_for_it_alone(ui: Ui, endpoint: E
     ui.host.txt2img()
     assert endpoint.requests == ["/decode"]
     assert TITLE not in ui.host.infotexts[0]
+
+
+def test_where_pictures_and_tokens_go_is_not_for_a_request_to_say(ui: Ui, endpoint: Endpoint, tmp_path: Path) -> None:
+    ui.host.create_ui()
+    ui.turn_on("")
+    ui.host.override_settings = {
+        "remotevae_endpoint": endpoint.url,
+        "remotevae_decode_endpoint": endpoint.url,
+        "remotevae_public_endpoints": True,
+        "remotevae_rescue_folder": str(tmp_path),
+        "remotevae_share": True,
+    }
+    inner = ui.host.processing.process_images_inner
+    during: list[Settings] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ui.host.processing, "process_images_inner", lambda p: during.append(ui.adapter.own_settings()) or inner(p)
+        )
+        ui.host.txt2img()
+    assert endpoint.requests == []
+    assert during == [Settings(enabled=True, transfer="raw", cooldown=0.0)]
 
 
 def test_where_our_script_is_left_out_the_settings_count(

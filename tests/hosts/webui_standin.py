@@ -29,11 +29,20 @@ Pictures = list[np.ndarray]
 
 
 class OptionInfo:
+    """A1111's, and Forge's."""
+
     def __init__(
-        self, default: Any = None, label: str = "", component: Any = None, component_args: Any = None, section: Any = None
+        self,
+        default: Any = None,
+        label: str = "",
+        component: Any = None,
+        component_args: Any = None,
+        onchange: Callable[[], Any] | None = None,
+        section: Any = None,
+        restrict_api: bool = False,
     ) -> None:
         self.default, self.label, self.component, self.section = default, label, component, section
-        self.component_args = component_args
+        self.component_args, self.onchange, self.restrict_api = component_args, onchange, restrict_api
         self.comment_after = ""
 
     def info(self, text: str) -> OptionInfo:
@@ -57,7 +66,12 @@ class Options:
             return False
         if key not in self.data and key not in self.data_labels:
             raise KeyError(key)
+        info = self.data_labels.get(key)
+        if info is not None and is_api and info.restrict_api:
+            return False
         self.data[key] = value
+        if info is not None and run_callbacks and info.onchange is not None:
+            info.onchange()
         return True
 
     def __getattr__(self, name: str) -> Any:
