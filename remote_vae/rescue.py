@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +20,7 @@ from remote_vae.errors import InvalidRequest
 from remote_vae.vae.families import Family, load_families
 
 FORMAT = "remote-vae-latents-1"
+FOLDER = "remote-vae-rescue"
 _TENSOR = "latents"
 
 
@@ -25,33 +32,64 @@ class Rescued:
     family: Family
 
 
-def default_folder() -> Path:
-    """Where latents go when neither the user nor the host says."""
-    return Path.home() / "remote-vae-rescue"
+def save(latents: torch.Tensor, family: Family, folders: Iterable[str | Path], why: str) -> Path:
+    """Write raw ``latents`` to a new .safetensors file in the first place that takes it; ``load_latents`` reads it.
 
+    Args:
+        folders: where to, best first; "~" is the home. Then come a folder in the home, in the working folder and in the
+            temporary folder.
+        why: what went wrong, kept in the file.
 
-def save_latents(latents: torch.Tensor, family: Family, folder: Path, why: str) -> Path:
-    """Write raw ``latents`` to a new .safetensors file in ``folder``; ``remote-vae decode FILE`` reads it.
+    Returns:
+        The file, with its whole path.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: no place took it; the message has each with its reason.
     """
-    from safetensors.torch import save_file
+    data = _serialised(latents, family, why)
+    problems = []
+    for place in _places(folders):
+        try:
+            return _written(data, place().absolute())
+        except (OSError, RuntimeError, ValueError) as error:  # also no home, a null byte in a path
+            where = getattr(error, "filename", None)
+            problems.append(f"{where}: {getattr(error, 'strerror', error)}" if where else str(error))
+    raise OSError("; ".join(dict.fromkeys(problems)))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = _free_name(folder)
-    metadata = {
-        "format": FORMAT,
-        "family": family.key,
-        "factors": json.dumps([family.latent_channels, family.downscale, family.scaling_factor, family.shift_factor]),
-        "why": why[:500],
-    }
-    save_file({_TENSOR: latents.detach().to("cpu").contiguous()}, str(path), metadata=metadata)
-    return path
+
+def write(latents: torch.Tensor, family: Family, path: Path, why: str) -> None:
+    """Write raw ``latents`` to ``path``, which is replaced if it is there, and left as it was if that fails.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    replace(path, lambda part: part.write_bytes(_serialised(latents, family, why)))
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file beside ``path``, and put it in its place when it is whole.
+
+    Raises:
+        OSError: that failed, and nothing was left behind.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part{path.suffix}")
+    try:
+        write(part)
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def command(path: Path) -> str:
+    """What decodes the file ``path`` when it is typed into a terminal of this machine, wherever that stands."""
+    words = [sys.executable or "python", str(Path(__file__).resolve().parent), "decode", str(path)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def load_latents(path: Path) -> Rescued:
-    """Read a file of ``save_latents``.
+    """Read a file of ``save`` or ``write``.
 
     Raises:
         InvalidRequest: it is not such a file.
@@ -74,13 +112,62 @@ def load_latents(path: Path) -> Rescued:
     return Rescued(latents, family)
 
 
-def _free_name(folder: Path) -> Path:
+def _serialised(latents: torch.Tensor, family: Family, why: str) -> bytes:
+    from safetensors.torch import save as to_bytes
+
+    metadata = {
+        "format": FORMAT,
+        "family": family.key,
+        "factors": json.dumps([family.latent_channels, family.downscale, family.scaling_factor, family.shift_factor]),
+        "why": why[:500],
+    }
+    data: bytes = to_bytes({_TENSOR: latents.detach().to("cpu").contiguous()}, metadata=metadata)
+    return data
+
+
+def _places(folders: Iterable[str | Path]) -> Iterator[Callable[[], Path]]:
+    """Each as a function, as some cannot even be named: no HOME, no entry in passwd, a working folder that is gone."""
+    for folder in folders:
+        yield Path(folder).expanduser
+    yield lambda: Path.home() / FOLDER
+    yield lambda: Path.cwd() / FOLDER
+    yield lambda: Path(tempfile.gettempdir()) / FOLDER
+
+
+def _written(data: bytes, folder: Path) -> Path:
+    """A new file in ``folder``, whole or not there at all."""
+    folder.mkdir(parents=True, exist_ok=True)
     stem = time.strftime("latents-%Y%m%d-%H%M%S")
     for number in range(1000):
-        path = folder / (f"{stem}-{number}.safetensors" if number else f"{stem}.safetensors")
+        path = folder / f"{stem}{f'-{number}' if number else ''}.safetensors"
+        part = path.with_suffix(".part")
         try:
-            path.touch(exist_ok=False)
+            # Who has made this one has the name, among all threads and processes.
+            file = part.open("xb")
         except FileExistsError:
             continue
-        return path
+        try:
+            with file:
+                if path.exists():
+                    continue
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(path)
+            return path
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
     raise OSError(f"{folder} already holds a thousand files named {stem}")
+
+
+def default_folder() -> Path:
+    """Until the router passes all places."""
+    return Path.home() / FOLDER
+
+
+def save_latents(latents: torch.Tensor, family: Family, folder: Path, why: str) -> Path:
+    """Until the router passes all places."""
+    return _written(_serialised(latents, family, why), folder)
