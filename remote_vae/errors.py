@@ -22,6 +22,10 @@ class InvalidRequest(RemoteVaeError, ValueError):
     """The arguments do not make a request of the protocol; nothing was sent (client), or HTTP 400 (server)."""
 
 
+class NotFinite(RemoteVaeError):
+    """The VAE's result has NaN or infinite values: the server answers an error, never a picture made of them."""
+
+
 class RouteFailed(RemoteVaeError):
     """One route could not answer the call; the router goes on to the next one.
 
@@ -70,6 +74,10 @@ class MalformedAnswer(RouteFailed):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, reason=f"bad answer: {message}")
+
+
+class OneColour(MalformedAnswer):
+    """A picture of one colour where none is expected. It may be right, so that it is not held against the endpoint."""
 
 
 class OutOfMemory(RouteFailed):

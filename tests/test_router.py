@@ -84,7 +84,7 @@ def test_the_endpoint_is_asked_first_and_the_record_says_what_it_cost(host: Host
         ("503", "503"),
         ("drop", "connection lost"),
         ("hang", "no answer in 0.3 s"),
-        ("200 html", "bad answer: content type text/html"),
+        ("200 html", "bad answer: got a web page"),
         ("short", "bad answer"),
     ],
 )

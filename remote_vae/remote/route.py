@@ -22,6 +22,7 @@ from remote_vae.errors import (
     InvalidRequest,
     MalformedAnswer,
     NotOffered,
+    OneColour,
     OutOfMemory,
     RouteFailed,
 )
@@ -253,7 +254,7 @@ def _check_public_limits(call: VaeCall[T]) -> None:
 
 def _is_about_the_call(error: RouteFailed) -> bool:
     """Whether the endpoint itself is well."""
-    return isinstance(error, NotOffered) or (isinstance(error, EndpointError) and error.status in _REQUEST_ERRORS)
+    return isinstance(error, (NotOffered, OneColour)) or (isinstance(error, EndpointError) and error.status in _REQUEST_ERRORS)
 
 
 def _as_route_failure(error: CallCancelled | InvalidRequest) -> RouteFailed:

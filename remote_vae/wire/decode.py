@@ -6,45 +6,42 @@ The protocol is the one of diffusers' ``remote_utils``; keys of our own (``famil
 from __future__ import annotations
 
 import base64
-import binascii
-import enum
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import NamedTuple, Union
+from functools import partial
+from typing import Union, cast
 
 import numpy as np
 import torch
 from PIL import Image
 
-from remote_vae.errors import InvalidRequest, MalformedAnswer
+from remote_vae.errors import InvalidRequest, MalformedAnswer, NotFinite, OneColour
 from remote_vae.wire import pixels as px
-from remote_vae.wire.errors import ERROR_LIMIT
-from remote_vae.wire.message import (
-    BASE64_TYPE,
+from remote_vae.wire.checks import (
     KNOWN_DOWNSCALES,
     TENSOR_LABELS,
-    TENSOR_TYPE,
-    Expected,
-    HttpRequest,
-    HttpResponse,
     check_float,
     check_label,
     check_values,
     checked_bytes,
     head_headers,
+    is_flat,
+    media_type,
     read_head,
     read_tensor,
 )
-from remote_vae.wire.query import UNSCALED, Query, Scaling, parse_bool, parse_size, tensor_head
+from remote_vae.wire.errors import ERROR_LIMIT, read_json
+from remote_vae.wire.http import BASE64_TYPE, TENSOR_TYPE, Buffer, Expected, HttpRequest, HttpResponse
+from remote_vae.wire.query import UNSCALED, Output, Query, Scaling, parse_bool, parse_size, tensor_head
 from remote_vae.wire.tensors import (
     MAX_SIZE,
     PACK,
-    Buffer,
     TensorHead,
     dtype_name,
     is_packed,
+    is_within,
     tensor_from_bytes,
     tensor_to_bytes,
     unpack_latents,
@@ -55,65 +52,21 @@ Payload = Union[torch.Tensor, Image.Image, bytes]
 # Frames that one latent frame may become (HunyuanVideo and Wan 4, LTX 8).
 MAX_FRAMES_PER_LATENT = 8
 
-# A trained VAE overshoots [-1, 1] by tenths and its raw latents stay under a hundred; far beyond is a broken answer. Random
-# weights, which tests and demos use, reach tens.
+# A trained VAE overshoots [-1, 1] by tenths; far beyond is a broken answer. Random weights, which tests use, reach tens.
 PIXEL_LIMIT = 100.0
 UNIT_LIMIT = 1.01
 
 _IMAGE_BYTES_PER_PIXEL = 8
 _MP4_BYTES_PER_PIXEL = 4
 _SLACK = 1 << 20
-# Of the head of an answer, what says what its body is; what is longer than so many characters is not worth remembering.
-_HEADERS = ("content-type", "content-encoding", "shape", "dtype")
-_USUAL_HEAD = 300
 
 _IMAGE_LABELS = frozenset({"", "image/png", "image/jpeg", "application/octet-stream"})
 _MP4_LABELS = frozenset({"", "text/plain", "video/mp4", "application/octet-stream"})
 _JSON_LABELS = frozenset({"", "application/json", BASE64_TYPE, "text/plain"})
 
-
-class Output(enum.Enum):
-    """What a decode answers with."""
-
-    TENSOR = "tensor"  # float [B, 3, H, W] in [-1, 1]; video [B, 3, F, H, W]
-    UINT8 = "uint8"  # uint8 [B, H, W, 3]; video [F, H, W, 3]
-    UNIT = "unit"  # float [B or F, 3, H, W] in [0, 1]
-    JPG = "jpg"  # one JPEG file
-    PNG = "png"  # one PNG file
-    MP4 = "mp4"  # one MP4 file
-
-    @property
-    def is_tensor(self) -> bool:
-        """Whether the answer is raw values with shape and dtype headers."""
-        return self in (Output.TENSOR, Output.UINT8, Output.UNIT)
-
-    @property
-    def is_image(self) -> bool:
-        """Whether the answer is one picture file."""
-        return self in (Output.JPG, Output.PNG)
-
-
-class Asked(NamedTuple):
-    """A decode request without its values: what its answer is judged by. The attributes are those of ``DecodeRequest``."""
-
-    output: Output
-    shape: tuple[int, ...]
-    height: int | None
-    width: int | None
-    base64_answer: bool
-
-    @property
-    def is_video(self) -> bool:
-        return len(self.shape) == 5
-
-    @property
-    def is_packed(self) -> bool:
-        return is_packed(self.shape, self.height, self.width)
-
-    @property
-    def batch(self) -> int:
-        """Number of pictures (or videos)."""
-        return 1 if len(self.shape) == 3 and not self.is_packed else self.shape[0]
+# The one long text in the JSON of a legacy body, and what may stand around it.
+_BASE64_INPUTS = re.compile(rb'"inputs"\s*:\s*"([A-Za-z0-9+/=]*)"')
+_BASE64_REST_LIMIT = 4096
 
 
 @dataclass(frozen=True)
@@ -129,7 +82,6 @@ class DecodeRequest:
         family: tells our own server which VAE the latents are for.
         truncate: asks our own server for 8-bit levels rounded down, for a host that does so itself; others round to nearest.
         base64_body, base64_answer: the legacy transport.
-        asked: all of it but the values, made from the above.
 
     Raises:
         InvalidRequest: the parts do not make a request.
@@ -144,23 +96,46 @@ class DecodeRequest:
     truncate: bool = False
     base64_body: bool = False
     base64_answer: bool = False
-    asked: Asked = field(init=False, repr=False, compare=False)
     _bytes: memoryview = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_bytes", checked_bytes(self.latents, "latents", (3, 4, 5)))
-        asked = Asked(self.output, tuple(self.latents.shape), self.height, self.width, self.base64_answer)
-        _check_asked(asked)
-        object.__setattr__(self, "asked", asked)
+        self._check_size()
+        self._check_output()
+
+    def _check_size(self) -> None:
+        if self.latents.ndim == 3 and not (self.height and self.width):
+            raise InvalidRequest("`height` and `width` required for packed latents.")
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size is not None and not 0 < size <= MAX_SIZE:
+                raise InvalidRequest(f"{name}: got {size}, expected 1 to {MAX_SIZE} pixels")
+
+    def _check_output(self) -> None:
+        shape, output = list(self.latents.shape), self.output
+        if output.is_image and (self.batch > 1 or self.is_video):
+            raise InvalidRequest(
+                f"latents {shape} make more than one picture, and a {output.value} answer holds one: "
+                "send them one by one, or ask for output_type pt"
+            )
+        if output is Output.MP4 and not self.is_video:
+            raise InvalidRequest(f"latents for mp4: got shape {shape}, expected video latents [B, C, F, h, w]")
+        if self.is_video and self.batch > 1 and output is not Output.TENSOR:
+            raise InvalidRequest("several videos can only be answered as output_type pt without partial_postprocess")
+        if self.base64_answer and not output.is_tensor:
+            raise InvalidRequest("a base64 answer must be a tensor: use output_type pt")
 
     @property
     def is_video(self) -> bool:
-        return self.asked.is_video
+        return self.latents.ndim == 5
+
+    @property
+    def is_packed(self) -> bool:
+        return is_packed(tuple(self.latents.shape), self.height, self.width)
 
     @property
     def batch(self) -> int:
         """Number of pictures (or videos)."""
-        return self.asked.batch
+        return 1 if self.latents.ndim == 3 and not self.is_packed else self.latents.shape[0]
 
     def unpacked(self, channels: int, downscale: int) -> torch.Tensor:
         """The latents as the VAE takes them, ``[B, C, h, w]`` or ``[B, C, F, h, w]``.
@@ -177,24 +152,22 @@ class DecodeRequest:
         return self.latents.unsqueeze(0)
 
     def to_http(self) -> HttpRequest:
-        query = _decode_query(
-            self.output,
-            tuple(self.latents.shape),
-            self.latents.dtype,
-            self.scaling,
-            self.height or 0,
-            self.width or 0,
-            self.family or "",
-            truncate=self.truncate,
-        )
+        query = [*self.output.query, *(("shape", str(size)) for size in self.latents.shape)]
+        query += [("dtype", dtype_name(self.latents.dtype)), *self.scaling.to_query()]
+        if self.height and self.width:
+            query += [("height", str(self.height)), ("width", str(self.width))]
+        if self.family:
+            query.append(("family", self.family))
+        if self.truncate:
+            query.append(("truncate", "True"))
         body: bytes | memoryview = self._bytes
         if self.base64_body:
             body = json.dumps({"inputs": base64.b64encode(body).decode("ascii")}).encode()
         headers = {
             "Content-Type": BASE64_TYPE if self.base64_body else TENSOR_TYPE,
-            "Accept": BASE64_TYPE if self.base64_answer else _FORMS[self.output][1],
+            "Accept": BASE64_TYPE if self.base64_answer else self.output.accept,
         }
-        return HttpRequest(query, headers, body)
+        return HttpRequest(tuple(query), headers, body)
 
     @classmethod
     def from_http(cls, query: Query, headers: Mapping[str, str], body: Buffer) -> DecodeRequest:
@@ -209,12 +182,15 @@ class DecodeRequest:
         if head is None:
             raise InvalidRequest("the query lacks shape and dtype of the latents")
         accept = headers.get("accept", "").lower()
-        legacy = _media_type(headers) == BASE64_TYPE
+        legacy = media_type(headers) == BASE64_TYPE
         if legacy:
-            body = _read_base64(body)
+            try:
+                body = _read_base64(body)[1]
+            except ValueError:
+                raise InvalidRequest('a tensor/base64 body: expected the JSON {"inputs": "<base64>"}') from None
         return cls(
             latents=read_tensor(body, head),
-            output=_output(values, accept),
+            output=Output.from_http(values, accept),
             scaling=Scaling.from_query(values),
             height=parse_size(values, "height"),
             width=parse_size(values, "width"),
@@ -223,54 +199,6 @@ class DecodeRequest:
             base64_body=legacy,
             base64_answer=BASE64_TYPE in accept,
         )
-
-
-# A user's requests are hardly ever of another form.
-@lru_cache(maxsize=256)
-def _check_asked(asked: Asked) -> None:
-    """Raises InvalidRequest: the parts do not make a request."""
-    output, shape, height, width, base64_answer = asked
-    if len(shape) == 3 and not (height and width):
-        raise InvalidRequest("`height` and `width` required for packed latents.")
-    for name, size in (("height", height), ("width", width)):
-        if size is not None and not 0 < size <= MAX_SIZE:
-            raise InvalidRequest(f"{name} must be from 1 to {MAX_SIZE} pixels, not {size}")
-    if output.is_image and (asked.batch > 1 or asked.is_video):
-        raise InvalidRequest(
-            f"latents {list(shape)} make more than one picture, and a {output.value} answer holds one: "
-            "send them one by one, or ask for output_type pt"
-        )
-    if output is Output.MP4 and not asked.is_video:
-        raise InvalidRequest(f"mp4 needs video latents [B, C, F, h, w], not {list(shape)}")
-    if asked.is_video and asked.batch > 1 and output is not Output.TENSOR:
-        raise InvalidRequest("several videos can only be answered as output_type pt without partial_postprocess")
-    if base64_answer and not output.is_tensor:
-        raise InvalidRequest("a base64 answer must be a tensor: use output_type pt")
-
-
-@lru_cache(maxsize=256)
-def _decode_query(
-    output: Output,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    scaling: Scaling,
-    height: int,
-    width: int,
-    family: str,
-    *,
-    truncate: bool,
-) -> tuple[tuple[str, str], ...]:
-    query = list(_FORMS[output][0])
-    query += [("shape", str(size)) for size in shape]
-    query.append(("dtype", dtype_name(dtype)))
-    query += scaling.to_query()
-    if height and width:
-        query += [("height", str(height)), ("width", str(width))]
-    if family:
-        query.append(("family", family))
-    if truncate:
-        query.append(("truncate", "True"))
-    return tuple(query)
 
 
 @dataclass(frozen=True)
@@ -330,53 +258,11 @@ def decode_size(
         return 1, 1, shape[1] * downscale, shape[2] * downscale
     if len(shape) == 3:
         raise InvalidRequest(
-            f"3-D latents {list(shape)} are neither packed for {height} x {width} pixels nor [{channels}, h, w]"
+            f"latents: got shape {list(shape)}, neither packed for {height} x {width} pixels nor [{channels}, h, w]"
         )
     if len(shape) not in (4, 5) or shape[1] != channels:
-        raise InvalidRequest(f"this VAE decodes latents with {channels} channels, not {list(shape)}")
+        raise InvalidRequest(f"latents: got shape {list(shape)}, expected {channels} channels as this VAE has")
     return shape[0], shape[2] if len(shape) == 5 else 1, shape[-2] * downscale, shape[-1] * downscale
-
-
-# Query and Accept of each form of answer. UNIT is what diffusers sends for output_type "pil" with a processor.
-_FORMS: dict[Output, tuple[tuple[tuple[str, str], ...], str]] = {
-    Output.TENSOR: ((("output_type", "pt"), ("partial_postprocess", "False")), TENSOR_TYPE),
-    Output.UINT8: ((("output_type", "pt"), ("partial_postprocess", "True")), TENSOR_TYPE),
-    Output.UNIT: ((("output_type", "pil"), ("partial_postprocess", "False")), TENSOR_TYPE),
-    Output.JPG: ((("output_type", "pil"), ("image_format", "jpg"), ("partial_postprocess", "False")), "image/jpeg"),
-    Output.PNG: ((("output_type", "pil"), ("image_format", "png"), ("partial_postprocess", "False")), "image/png"),
-    Output.MP4: ((("output_type", "mp4"), ("partial_postprocess", "False")), "text/plain"),
-}
-
-
-def _output(values: Mapping[str, str], accept: str) -> Output:
-    output_type = values.get("output_type") or ("pil" if "image/" in accept else "pt")
-    if output_type == "mp4":
-        return Output.MP4
-    if output_type == "pt":
-        return Output.UINT8 if parse_bool(values.get("partial_postprocess")) else Output.TENSOR
-    if output_type != "pil":
-        raise InvalidRequest(f"output_type must be pil, pt or mp4, not {output_type!r}")
-    if "image/png" in accept:
-        return Output.PNG
-    if "image/jpeg" in accept:
-        return Output.JPG
-    if "tensor/" in accept:
-        return Output.UNIT
-    image_format = values.get("image_format", "jpg")
-    if image_format not in ("png", "jpg", "jpeg"):
-        raise InvalidRequest(f"image_format must be png or jpg, not {image_format!r}")
-    return Output.PNG if image_format == "png" else Output.JPG
-
-
-def _read_base64(body: Buffer) -> bytes:
-    try:
-        return base64.b64decode(json.loads(bytes(body))["inputs"], validate=True)
-    except (ValueError, KeyError, TypeError, binascii.Error):
-        raise InvalidRequest('a tensor/base64 body must be the JSON {"inputs": "<base64>"}') from None
-
-
-def _media_type(headers: Mapping[str, str]) -> str:
-    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 # --- the server's side -------------------------------------------------------------------------------------------------
@@ -386,8 +272,11 @@ def decode_response(request: DecodeRequest, pixels: torch.Tensor) -> HttpRespons
     """The answer to ``request``; ``pixels`` are ``[B, 3, H, W]`` or ``[B, 3, F, H, W]`` in [-1, 1].
 
     Raises:
+        NotFinite: NaN or infinite pixels, which would be a black picture.
         InvalidRequest: this machine cannot make that form (mp4 without its encoder).
     """
+    if not is_within(pixels):
+        raise NotFinite("the VAE gave NaN or infinite pixels for these latents")
     if request.output is Output.TENSOR:
         return _tensor_response(request, pixels)
     frames = pixels[0].movedim(1, 0) if request.is_video else pixels
@@ -420,103 +309,166 @@ def expect_decode(request: DecodeRequest, headers: Mapping[str, str]) -> Expecte
     Raises:
         MalformedAnswer: it is not the answer to this request.
     """
-    parts = tuple(map(headers.get, _HEADERS))
-    if sum(len(part) for part in parts if part) > _USUAL_HEAD:
-        return _expected.__wrapped__(request.asked, *parts)
-    return _expected(request.asked, *parts)
-
-
-# The answers to a user's calls are hardly ever of another form.
-@lru_cache(maxsize=256)
-def _expected(
-    asked: Asked, label: str | None, encoding: str | None, shape: str | None, dtype: str | None
-) -> Expected[DecodeAnswer]:
-    output = asked.output
-    if output.is_image:
-        check_label(label, encoding, _IMAGE_LABELS)
-        return Expected(lambda body: _finish_image(asked, body), _max_pixels(asked) * _IMAGE_BYTES_PER_PIXEL + _SLACK)
-    if output is Output.MP4:
-        check_label(label, encoding, _MP4_LABELS)
-        limit = _max_frames(asked) * _max_pixels(asked) * _MP4_BYTES_PER_PIXEL + _SLACK
-        return Expected(lambda body: DecodeAnswer(output, px.check_mp4(body.data)), limit)
-    if asked.base64_answer:
-        check_label(label, encoding, _JSON_LABELS)
+    finish: Callable[[np.ndarray], Payload]
+    exact = None
+    if request.output.is_image:
+        check_label(headers, _IMAGE_LABELS)
+        finish, limit = partial(_read_image, request), _max_pixels(request) * _IMAGE_BYTES_PER_PIXEL + _SLACK
+    elif request.output is Output.MP4:
+        check_label(headers, _MP4_LABELS)
+        finish, limit = _read_mp4, _max_frames(request) * _max_pixels(request) * _MP4_BYTES_PER_PIXEL + _SLACK
+    elif request.base64_answer:
+        check_label(headers, _JSON_LABELS)
         # float32 for every value, in base64's 4 bytes for 3, and the JSON around it
-        values = asked.batch * 3 * _max_pixels(asked) * (_max_frames(asked) if asked.is_video else 1)
-        return Expected(lambda body: _finish_base64(asked, body), values * 4 * 4 // 3 + ERROR_LIMIT)
-    check_label(label, encoding, TENSOR_LABELS)
-    head = read_head(shape, dtype)
-    _check_decode_head(asked, head)
-    return Expected(lambda body: _finish_decode(output, body, head), head.nbytes, exact=head.nbytes)
+        values = request.batch * 3 * _max_pixels(request) * (_max_frames(request) if request.is_video else 1)
+        finish, limit = partial(_read_base64_answer, request), values * 4 * 4 // 3 + ERROR_LIMIT
+    else:
+        check_label(headers, TENSOR_LABELS)
+        head = read_head(headers.get("shape"), headers.get("dtype"))
+        _check_head(request, head)
+        finish, limit = partial(_read_values, request, head), head.nbytes
+        exact = limit
+
+    def believed(body: np.ndarray) -> DecodeAnswer:
+        answer = DecodeAnswer(request.output, finish(body))
+        _check_colours(request, answer)
+        return answer
+
+    return Expected(believed, limit, exact)
 
 
-def _finish_image(asked: Asked, body: np.ndarray) -> DecodeAnswer:
+def _read_image(request: DecodeRequest, body: np.ndarray) -> Payload:
     try:
-        image = px.image_from_bytes(body.data, max_pixels=_max_pixels(asked))
+        image = px.image_from_bytes(body.data, max_pixels=_max_pixels(request))
     except InvalidRequest as error:
         raise MalformedAnswer(str(error)) from None
-    if not _fits_picture(asked, image.height, image.width):
-        raise MalformedAnswer(f"a picture of {image.height} x {image.width} for {_name(asked)}")
-    return DecodeAnswer(asked.output, image)
+    if not _fits_picture(request, image.height, image.width):
+        raise MalformedAnswer(f"got a picture of {image.height} x {image.width}, expected {_expected_size(request)}")
+    return image
 
 
-def _finish_base64(asked: Asked, body: np.ndarray) -> DecodeAnswer:
+def _read_mp4(body: np.ndarray) -> Payload:
+    return px.check_mp4(body.data)
+
+
+def _read_base64_answer(request: DecodeRequest, body: np.ndarray) -> Payload:
     try:
-        document = json.loads(bytes(body))
-        parameters = document["parameters"]
-        head = read_head(parameters["shape"], parameters["dtype"])
-        data = base64.b64decode(document["inputs"], validate=True)
+        document, data = _read_base64(body.data)
+        parameters = cast("dict[str, object]", document["parameters"])
+        shape, dtype = parameters["shape"], parameters["dtype"]
     except (ValueError, KeyError, TypeError):
-        raise MalformedAnswer("the body is not the JSON of a base64 tensor") from None
-    _check_decode_head(asked, head)
-    return _finish_decode(asked.output, np.frombuffer(data, dtype=np.uint8), head)
+        raise MalformedAnswer("got a body that is not the JSON of a base64 tensor") from None
+    head = read_head(shape, dtype)
+    _check_head(request, head)
+    return _read_values(request, head, np.frombuffer(data, dtype=np.uint8))
 
 
-def _finish_decode(output: Output, body: np.ndarray, head: TensorHead) -> DecodeAnswer:
+def _read_values(request: DecodeRequest, head: TensorHead, body: np.ndarray) -> Payload:
     tensor = tensor_from_bytes(body, head)
-    if output is not Output.UINT8:
-        check_values(tensor, UNIT_LIMIT if output is Output.UNIT else PIXEL_LIMIT)
-    return DecodeAnswer(output, tensor)
+    if request.output is not Output.UINT8:
+        check_values(tensor, UNIT_LIMIT if request.output is Output.UNIT else PIXEL_LIMIT)
+    return tensor
 
 
-def _check_decode_head(asked: Asked, head: TensorHead) -> None:
+def _read_base64(body: Buffer) -> tuple[dict[str, object], bytes]:
+    """A legacy body: the JSON without its long text, and the bytes of that text.
+
+    The text never goes through the parser, so that a body of other JSON takes no more memory than its own.
+
+    Raises:
+        ValueError: something else.
+    """
+    inputs = _BASE64_INPUTS.search(body)
+    if inputs is None or len(body) - len(inputs[1]) > _BASE64_REST_LIMIT:
+        raise ValueError("no base64 text")
+    document = read_json(bytes(body[: inputs.start(1)]) + bytes(body[inputs.end(1) :]))
+    if not isinstance(document, dict) or document.get("inputs") != "":
+        raise ValueError("not a JSON object")
+    return document, base64.b64decode(inputs[1], validate=True)
+
+
+def _check_colours(request: DecodeRequest, answer: DecodeAnswer) -> None:
+    """A picture of one colour is believed of latents that are the same everywhere, and of no others.
+
+    A VAE that computes NaN, and a server that makes levels of it, give a black or white picture for whatever came. So may a
+    right one, for a sky or a sheet of paper: then the picture is made again here, which costs time and no more. Latents do not
+    tell the two apart, as those of a white sheet vary as well.
+
+    Raises:
+        OneColour: not to be believed.
+    """
+    flat = _flat_pictures(request, answer)
+    if not flat.any():
+        return
+    latents = request.latents.detach()
+    if latents.ndim == 3 and not request.is_packed:
+        latents = latents.unsqueeze(0)
+    if bool((flat & ~is_flat(latents, 2 if request.is_packed else 1).cpu()).any()):
+        raise OneColour("got a picture of one colour for latents that vary, as from a VAE that computes NaN")
+
+
+def _flat_pictures(request: DecodeRequest, answer: DecodeAnswer) -> torch.Tensor:
+    """Which pictures (or videos) have one colour, as bool ``[B]``."""
+    if isinstance(answer.payload, bytes):
+        return torch.tensor([False])  # mp4, which nothing here can decode
+    if isinstance(answer.payload, Image.Image):
+        # The sample takes 10 us, all of it at 1024 px 2 ms.
+        sample = np.asarray(answer.payload.resize((32, 32), Image.Resampling.NEAREST))
+        if (sample != sample[0, 0]).any():
+            return torch.tensor([False])
+        return is_flat(torch.from_numpy(np.array(answer.payload)).unsqueeze(0), -1)
+    pixels = answer.tensor
+    if request.is_video and answer.output is not Output.TENSOR:
+        pixels = pixels.unsqueeze(0)
+    return is_flat(pixels, {Output.UINT8: -1, Output.UNIT: -3, Output.TENSOR: 1}[answer.output])
+
+
+def _check_head(request: DecodeRequest, head: TensorHead) -> None:
     shape = head.shape
-    if asked.output is Output.UINT8:
+    if request.output is Output.UINT8:
         if head.dtype != torch.uint8:
-            raise MalformedAnswer(f"{head}, and uint8 was asked for")
+            raise MalformedAnswer(f"got {head}, expected uint8")
         shape = (shape[0], shape[-1], *shape[1:-1])  # [B, H, W, 3] as [B, 3, H, W]
     else:
         check_float(head)
-    if asked.is_video and asked.output is Output.TENSOR:
-        fits = len(shape) == 5 and shape[0] == asked.batch and shape[2] <= _max_frames(asked)
-    elif asked.is_video:
-        fits = len(shape) == 4 and shape[0] <= _max_frames(asked)
+    if request.is_video and request.output is Output.TENSOR:
+        fits = len(shape) == 5 and shape[0] == request.batch and shape[2] <= _max_frames(request)
+    elif request.is_video:
+        fits = len(shape) == 4 and shape[0] <= _max_frames(request)
     else:
-        fits = len(shape) == 4 and shape[0] == asked.batch
-    if not fits or shape[1] != 3 or not _fits_picture(asked, *shape[-2:]):
-        raise MalformedAnswer(f"{head} for {_name(asked)}")
+        fits = len(shape) == 4 and shape[0] == request.batch
+    if not fits or shape[1] != 3 or not _fits_picture(request, *shape[-2:]):
+        raise MalformedAnswer(f"got {head}, expected {request.batch} of {_expected_size(request)}")
 
 
-def _fits_picture(asked: Asked, height: int, width: int) -> bool:
-    if asked.is_packed:
-        # 16 pixels a token: 1208 px are answered with 1200 (protocol.md's observation of the hosted endpoint).
-        cell = 8 * PACK
-        return (height, width) == ((asked.height or 0) // cell * cell, (asked.width or 0) // cell * cell)
-    rows, columns = asked.shape[-2:]
+def _fits_picture(request: DecodeRequest, height: int, width: int) -> bool:
+    if request.is_packed:
+        return (height, width) == _packed_size(request)
+    rows, columns = request.latents.shape[-2:]
     scale, rest = divmod(height, rows)
     return scale in KNOWN_DOWNSCALES and not rest and width == columns * scale
 
 
-def _max_pixels(asked: Asked) -> int:
-    if asked.is_packed:
-        return (asked.height or 0) * (asked.width or 0)
-    rows, columns = asked.shape[-2:]
+def _packed_size(request: DecodeRequest) -> tuple[int, int]:
+    # 16 pixels a token: 1208 px are answered with 1200 (protocol.md's observation of the hosted endpoint).
+    cell = 8 * PACK
+    return (request.height or 0) // cell * cell, (request.width or 0) // cell * cell
+
+
+def _expected_size(request: DecodeRequest) -> str:
+    """The pixels that may come, for messages."""
+    if request.is_packed:
+        return " x ".join(map(str, _packed_size(request)))
+    rows, columns = request.latents.shape[-2:]
+    return " or ".join(f"{rows * scale} x {columns * scale}" for scale in KNOWN_DOWNSCALES) + " pixels"
+
+
+def _max_pixels(request: DecodeRequest) -> int:
+    if request.is_packed:
+        return (request.height or 0) * (request.width or 0)
+    rows, columns = request.latents.shape[-2:]
     return rows * columns * max(KNOWN_DOWNSCALES) ** 2
 
 
-def _max_frames(asked: Asked) -> int:
-    return asked.shape[2] * MAX_FRAMES_PER_LATENT
-
-
-def _name(asked: Asked) -> str:
-    return f"latents {list(asked.shape)}"
+def _max_frames(request: DecodeRequest) -> int:
+    return request.latents.shape[2] * MAX_FRAMES_PER_LATENT

@@ -13,25 +13,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from remote_vae.errors import InvalidRequest, MalformedAnswer
+from remote_vae.errors import InvalidRequest, MalformedAnswer, NotFinite
 from remote_vae.wire import pixels as px
-from remote_vae.wire.message import (
+from remote_vae.wire.checks import (
     KNOWN_DOWNSCALES,
     TENSOR_LABELS,
-    TENSOR_TYPE,
-    Expected,
-    HttpRequest,
-    HttpResponse,
     check_float,
     check_label,
     check_values,
     checked_bytes,
     head_headers,
+    is_flat,
     read_head,
     read_tensor,
 )
+from remote_vae.wire.http import TENSOR_TYPE, Buffer, Expected, HttpRequest, HttpResponse
 from remote_vae.wire.query import UNSCALED, Query, Scaling, parse_bool, tensor_head
-from remote_vae.wire.tensors import Buffer, dtype_name, tensor_from_bytes, tensor_to_bytes
+from remote_vae.wire.tensors import dtype_name, is_within, tensor_from_bytes, tensor_to_bytes
 
 # What a picture in a request may have where the receiver sets no limit of its own.
 DEFAULT_MAX_PIXELS = 8192 * 8192
@@ -45,8 +43,8 @@ class EncodeRequest:
     """A picture, or a batch of them, to be encoded.
 
     Attributes:
-        image: a PIL image (sent as RGB PNG), or float ``[B, 3, H, W]`` in [-1, 1], any device, any strides. uint8
-            ``[B, 3, H, W]`` stands for levels 0 to 255 and is understood by our own server only.
+        image: a PIL image of any mode (made RGB, and sent as PNG), or float ``[B, 3, H, W]`` in [-1, 1], any device, any
+            strides. uint8 ``[B, 3, H, W]`` stands for levels 0 to 255 and is understood by our own server only.
         scaling: absent means that raw latents are wanted.
         posterior: ask our own server for mean and logvar ``[B, 2 C, h, w]``, unscaled; other servers return a sample.
         family: tells our own server which VAE is wanted.
@@ -65,9 +63,11 @@ class EncodeRequest:
         if isinstance(self.image, torch.Tensor):
             object.__setattr__(self, "_bytes", checked_bytes(self.image, "the image tensor", (4,)))
             if self.image.shape[1] != 3:
-                raise InvalidRequest(f"the image tensor must be [B, 3, H, W], not {list(self.image.shape)}")
-        elif not isinstance(self.image, Image.Image):
-            raise InvalidRequest(f"the image must be a PIL image or a tensor, not {type(self.image).__name__}")
+                raise InvalidRequest(f"the image tensor: got shape {list(self.image.shape)}, expected [B, 3, H, W]")
+        elif isinstance(self.image, Image.Image):
+            object.__setattr__(self, "image", px.to_rgb(self.image))
+        else:
+            raise InvalidRequest(f"the image: got {type(self.image).__name__}, expected a PIL image or a tensor")
         if self.posterior and (self.scaling != UNSCALED):
             raise InvalidRequest("a posterior is never scaled: leave scaling_factor and shift_factor out")
 
@@ -128,7 +128,13 @@ class EncodeAnswer:
 
 
 def encode_response(latents: torch.Tensor, *, is_posterior: bool = False) -> HttpResponse:
-    """The answer to an encode: ``[B, C, h, w]``, or ``[B, 2 C, h, w]`` with the header ``posterior: True``."""
+    """The answer to an encode: ``[B, C, h, w]``, or ``[B, 2 C, h, w]`` with the header ``posterior: True``.
+
+    Raises:
+        NotFinite: NaN or infinite latents.
+    """
+    if not is_within(latents):
+        raise NotFinite("the VAE gave NaN or infinite latents for this picture")
     headers = {"Content-Type": TENSOR_TYPE, **head_headers(latents)}
     if is_posterior:
         headers["posterior"] = "True"
@@ -141,11 +147,11 @@ def expect_encode(request: EncodeRequest, headers: Mapping[str, str]) -> Expecte
     Raises:
         MalformedAnswer: it is not the answer to this request.
     """
-    check_label(headers.get("content-type"), headers.get("content-encoding"), TENSOR_LABELS)
+    check_label(headers, TENSOR_LABELS)
     head = read_head(headers.get("shape"), headers.get("dtype"))
-    is_posterior = headers.get("posterior", "").lower() == "true"
+    is_posterior = headers.get("posterior", "").strip().lower() == "true"
     if is_posterior and not request.posterior:
-        raise MalformedAnswer("a posterior came, and latents were asked for")
+        raise MalformedAnswer("got a posterior, expected latents")
     batch, height, width = request.size
     fits = (
         len(head.shape) == 4
@@ -154,12 +160,26 @@ def expect_encode(request: EncodeRequest, headers: Mapping[str, str]) -> Expecte
         and any(head.shape[2:] == (height // scale, width // scale) for scale in KNOWN_DOWNSCALES)
     )
     if not fits or (is_posterior and head.shape[1] % 2):
-        raise MalformedAnswer(f"{head} is not latents for {batch} picture(s) of {height} x {width}")
+        sizes = " or ".join(f"{height // scale} x {width // scale}" for scale in KNOWN_DOWNSCALES)
+        raise MalformedAnswer(f"got {head}, expected {batch} of latents {sizes}")
     check_float(head)
 
     def finish(body: np.ndarray) -> EncodeAnswer:
         latents = tensor_from_bytes(body, head)
         check_values(latents, LATENT_LIMIT)
+        _check_latents(request, latents.chunk(2, dim=1)[0] if is_posterior else latents)
         return EncodeAnswer(latents, is_posterior)
 
     return Expected(finish, head.nbytes, exact=head.nbytes)
+
+
+def _check_latents(request: EncodeRequest, latents: torch.Tensor) -> None:
+    """Raises MalformedAnswer: latents that are the same everywhere (all zero, say), of a picture that varies."""
+    if latents.shape[2] * latents.shape[3] == 1:
+        return
+    flat = is_flat(latents, 1)
+    if not flat.any():
+        return
+    image = request.image.detach().cpu() if isinstance(request.image, torch.Tensor) else px.image_to_pixels(request.image)
+    if bool((flat & ~is_flat(image, 1)).any()):
+        raise MalformedAnswer("got latents that are the same everywhere for a picture that is not")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from remote_vae.errors import MalformedAnswer
-from remote_vae.wire.message import Expected
+from remote_vae.wire.errors import one_line, read_json
+from remote_vae.wire.http import Expected
 
 INFO_LIMIT = 64 * 1024
 # By this a UI that shares its VAE knows itself behind the address that it was given as its endpoint.
@@ -53,20 +53,19 @@ def expect_info(headers: Mapping[str, str]) -> Expected[Info]:
 
 def _info(body: np.ndarray) -> Info:
     try:
-        entries = json.loads(body.tobytes())
-    except (ValueError, RecursionError) as error:
-        raise MalformedAnswer("not JSON") from error
+        entries = read_json(body.tobytes())
+    except ValueError as error:
+        raise MalformedAnswer("GET /info: got something that is not JSON") from error
     if not isinstance(entries, dict):
-        raise MalformedAnswer("not a JSON object")
+        raise MalformedAnswer("GET /info: got JSON that is not an object")
     fingerprints = {rounding: _text(entries, key) for rounding, key in FINGERPRINT_KEYS.items() if key in entries}
     if not all(map(_FINGERPRINT.fullmatch, fingerprints.values())):
-        raise MalformedAnswer("a fingerprint that is none")
+        raise MalformedAnswer("GET /info: got a fingerprint that is not 8 to 64 hexadecimal digits")
     return Info(_text(entries, "family"), _text(entries, "model"), fingerprints, _text(entries, "process"))
 
 
 def _text(entries: dict[str, Any], key: str) -> str:
     value = entries.get(key, "")
     if not isinstance(value, str):
-        raise MalformedAnswer(f"{key} is not a text")
-    # It may go into a log.
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in value).split())[:_NAME_LIMIT]
+        raise MalformedAnswer(f"GET /info: got {key} that is not a text")
+    return one_line(value, _NAME_LIMIT)

@@ -1,15 +1,19 @@
-"""Pixels in their forms: tensors in [-1, 1], uint8, PNG and JPEG files, MP4."""
+"""Pixels in their forms: tensors in [-1, 1], uint8, pictures of any mode, PNG and JPEG files, MP4."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 from remote_vae.errors import InvalidRequest, MalformedAnswer
-from remote_vae.wire.tensors import Buffer
+from remote_vae.wire import whole_files
+from remote_vae.wire.errors import one_line
+from remote_vae.wire.http import Buffer
 
 # A host turns [-1, 1] into 8 bits either by rounding (diffusers, SD.Next) or by truncation (A1111). A quarter level above
 # the exact value survives both, in float16 as well; half a level would round up.
@@ -19,8 +23,6 @@ JPEG_QUALITY = 95
 # Level 1 is four times faster than PIL's default 6 and 5 to 20 % larger.
 PNG_LEVEL = 1
 MP4_FPS = 24
-
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def to_unit(pixels: torch.Tensor) -> torch.Tensor:
@@ -43,15 +45,54 @@ def from_uint8(levels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torc
 
 
 def image_to_pixels(image: Image.Image) -> torch.Tensor:
-    """A picture to float32 ``[1, 3, H, W]`` in [-1, 1] with the exact values of its levels."""
-    levels = torch.from_numpy(np.array(image.convert("RGB")))
+    """A picture to float32 ``[1, 3, H, W]`` in [-1, 1] with the exact values of its 8-bit levels.
+
+    Raises:
+        InvalidRequest: as ``to_rgb``.
+    """
+    levels = torch.from_numpy(np.array(to_rgb(image)))
     return (levels.permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0).unsqueeze(0)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of a picture of any mode, without what its file said beside the pixels (EXIF tells places, for one).
+
+    16-bit and floating point grey becomes 8-bit grey by its white, where Pillow itself cuts it off at 255. Alpha is dropped.
+
+    Raises:
+        InvalidRequest: its pixels cannot be read.
+    """
+    try:
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = Image.fromarray(_levels(image))
+        rgb = image.convert("RGB")
+    except InvalidRequest:
+        raise
+    except Exception as error:  # a file that is read only now may be damaged in as many ways as Pillow has errors
+        raise InvalidRequest(f"the picture cannot be read: {one_line(str(error))}") from None
+    rgb.info = {}
+    return rgb
+
+
+def _levels(image: Image.Image) -> np.ndarray:
+    """uint8 ``[H, W]`` of a picture of whole numbers or floating point."""
+    values = np.asarray(image, dtype=np.float32)
+    largest = float(values.max(initial=0.0))
+    if not np.isfinite(values).all() or largest > 65535:
+        raise InvalidRequest(f"the picture has values up to {largest:g}, expected grey from 0 to 65535")
+    # A file's whole numbers are 16 bits; what was made in memory may hold 8-bit levels, and floating point 0 to 1 as well.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format) or largest > 255:
+        white = 65535.0
+    else:
+        white = 1.0 if image.mode == "F" and largest <= 1 else 255.0
+    levels: np.ndarray = np.rint(values.clip(0, white) * (255.0 / white)).astype(np.uint8)
+    return levels
 
 
 def image_to_bytes(image: Image.Image, image_format: str) -> bytes:
     """A PNG or JPEG (4:4:4, so that no colour is halved) file of ``image`` as RGB; ``image_format`` is png or jpg."""
     buffer = io.BytesIO()
-    rgb = image.convert("RGB")
+    rgb = to_rgb(image)
     if image_format == "jpg":
         rgb.save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
     else:
@@ -60,28 +101,53 @@ def image_to_bytes(image: Image.Image, image_format: str) -> bytes:
 
 
 def image_from_bytes(data: Buffer, *, max_pixels: int) -> Image.Image:
-    """Open a PNG, JPEG or WebP file as RGB; the size in its header is checked before any pixel is decoded.
+    """Read a PNG or JPEG file as RGB; the size in its header is checked before any pixel is decoded.
 
     Returns:
-        The image; ``format`` is "png", "jpeg" or "webp".
+        The image; ``format`` is "png" or "jpeg".
 
     Raises:
-        InvalidRequest: not such a file, a damaged one, or more than ``max_pixels``.
+        InvalidRequest: not such a file, a cut or damaged one, or more than ``max_pixels``.
     """
+    file = bytes(data)
     try:
-        with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
+        if file.startswith(whole_files.PNG):
+            file, name = whole_files.png_pixels(file), "png"
+        elif file.startswith(whole_files.JPEG):
+            name = "jpeg"
+            whole_files.check_jpeg(file)
+        else:
+            raise InvalidRequest("got a body that is not a PNG or JPEG picture")
+        with Image.open(io.BytesIO(file), formats=(name,)) as image:
             if image.width * image.height > max_pixels:
                 raise InvalidRequest(
-                    f"the picture has {image.width} x {image.height} pixels; at most {max_pixels} pixels are taken"
+                    f"got a picture of {image.width} x {image.height}, expected at most {max_pixels} pixels in all"
                 )
-            name = (image.format or "").lower()
-            rgb: Image.Image = image.convert("RGB")
+            whole_files.load(cast(ImageFile.ImageFile, image))
+            if name == "png":
+                whole_files.check_png_rows(file, image)
+            rgb = to_rgb(image)
     except InvalidRequest:
         raise
-    except Exception as error:  # PIL raises a dozen kinds, down to struct.error and SyntaxError, for a damaged file
-        raise InvalidRequest(f"the body is not a PNG, JPEG or WebP picture ({error})") from None
+    except Exception as error:  # Pillow raises a dozen kinds, down to struct.error and SyntaxError, for a damaged file
+        raise InvalidRequest(f"got a picture that cannot be read: {one_line(str(error))}") from None
     rgb.format = name
     return rgb
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A user's picture file of any kind that Pillow knows, as RGB, upright as its EXIF says; an animation's first frame.
+
+    Raises:
+        InvalidRequest: it cannot be read as a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image) or image
+            upright.format = image.format
+            return to_rgb(upright)
+    except Exception as error:  # as above
+        raise InvalidRequest(f"{path} cannot be read as a picture: {one_line(str(error))}") from None
 
 
 def video_to_mp4(frames: torch.Tensor) -> bytes:
@@ -108,12 +174,14 @@ def video_to_mp4(frames: torch.Tensor) -> bytes:
 
 
 def check_mp4(data: Buffer) -> bytes:
-    """The bytes, if they begin like an MP4 file (ISO 14496-12: the box type ftyp at offset 4).
+    """The bytes, if they are a whole MP4 file.
 
     Raises:
-        MalformedAnswer: they do not.
+        MalformedAnswer: they are not.
     """
     file = bytes(data)
-    if file[4:8] != b"ftyp":
-        raise MalformedAnswer("the body is not an mp4 file")
+    try:
+        whole_files.check_mp4(file)
+    except ValueError as error:
+        raise MalformedAnswer(f"got a body that is no film: {error}") from None
     return file

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
 
 from remote_vae.errors import InvalidRequest, MalformedAnswer
-
-Buffer = Union[bytes, bytearray, memoryview]
+from remote_vae.wire.errors import one_line
+from remote_vae.wire.http import Buffer
 
 DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
@@ -21,6 +20,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "uint8": torch.uint8,
 }
+_ANY_DTYPE = "float16, float32, bfloat16 or uint8"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _NUMPY: dict[torch.dtype, Any] = {
     torch.float16: np.float16,
@@ -28,12 +28,13 @@ _NUMPY: dict[torch.dtype, Any] = {
     torch.bfloat16: np.int16,
     torch.uint8: np.uint8,
 }
-# dtype.itemsize came with torch 2.1; hosts still run older ones.
-_SIZES = {torch.float16: 2, torch.float32: 4, torch.bfloat16: 2, torch.uint8: 1}
 
 # No picture has a longer side; keeps a product of sizes far from absurd before anything is allocated.
 MAX_SIZE = 65536
 MAX_DIMENSIONS = 5
+
+_SHAPE = re.compile(r" *\[[0-9, ]{1,60}\] *")
+_SIZE = re.compile(r" *[0-9]{1,6} *")
 
 # Flux packs 2 x 2 latent cells into one token: [B, (h / 2)(w / 2), 4 C] (diffusers' FluxPipeline._pack_latents).
 PACK = 2
@@ -49,52 +50,38 @@ def dtype_name(dtype: torch.dtype) -> str:
     try:
         return _NAMES[dtype]
     except KeyError:
-        raise InvalidRequest(f"dtype {dtype} cannot be sent; use one of {', '.join(DTYPES)}") from None
+        raise InvalidRequest(f"got dtype {dtype}, expected {_ANY_DTYPE}") from None
+
+
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU in row-major order, free of autograd; copied only where it is not so already."""
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
+        tensor = tensor.detach().to("cpu").contiguous()
+    return tensor
 
 
 def tensor_to_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's values in row-major order, little endian, whatever its strides, device or autograd state.
 
-    Copies only what is not already contiguous on the CPU; the view keeps the values alive.
+    Copies only what ``on_cpu`` copies; the view keeps the values alive.
     """
-    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
-        tensor = tensor.detach().to("cpu").contiguous()
+    tensor = on_cpu(tensor)
     # numpy has no bfloat16.
     values = tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
     return values.data.cast("B")
 
 
-# Bits as whole numbers are in the order of the magnitudes, infinity and NaN last: of values >= 0 as signed numbers, of the
-# others as unsigned ones.
-_BITS: dict[torch.dtype, tuple[Any, Any]] = {
-    torch.float16: (np.int16, np.uint16),
-    torch.bfloat16: (np.int16, np.uint16),
-    torch.float32: (np.int32, np.uint32),
-}
+def is_within(tensor: torch.Tensor, limit: float | None = None) -> bool:
+    """Whether every value is finite and, with ``limit``, of no larger magnitude.
 
-
-def is_within(values: Buffer, dtype: torch.dtype, limit: float | None = None) -> bool:
-    """Whether every value in the bytes is finite and, with ``limit``, of no larger magnitude.
-
-    On the bits: torch.isfinite and torch.aminmax make temporaries of the whole and wake torch's threads, which costs a small
-    call more than its transfer.
+    torch.aminmax hands NaN on and takes one pass: 7 us for latents of 1024 px in float16, 0.25 ms for the picture in float16,
+    0.4 ms in float32. Comparing their bits in numpy takes 4 us, 0.5 ms and 1.0 ms; torch.isfinite 4 ms (torch 2.13, 2 cores).
     """
-    if dtype not in _BITS:
+    if not tensor.is_floating_point():
         return True
-    signed, unsigned = _BITS[dtype]
-    largest, most_negative = _allowed_bits(limit, dtype)
-    return bool(
-        np.maximum.reduce(np.frombuffer(values, dtype=signed), initial=0) <= largest
-        and np.maximum.reduce(np.frombuffer(values, dtype=unsigned), initial=0) <= most_negative
-    )
-
-
-@cache
-def _allowed_bits(limit: float | None, dtype: torch.dtype) -> tuple[int, int]:
-    """The bits of ``limit``, or of the largest finite value (one below infinity's), and those of its negative."""
-    bits = tensor_to_bytes(torch.tensor([float("inf") if limit is None else limit], dtype=dtype))
-    largest = int.from_bytes(bits, "little") - (limit is None)
-    return largest, largest - int(np.iinfo(_BITS[dtype][0]).min)
+    low, high = torch.aminmax(tensor.detach())
+    largest = torch.finfo(tensor.dtype).max if limit is None else limit
+    return -largest <= low.item() and high.item() <= largest
 
 
 def tensor_from_bytes(buffer: Buffer | np.ndarray, head: TensorHead) -> torch.Tensor:
@@ -105,7 +92,7 @@ def tensor_from_bytes(buffer: Buffer | np.ndarray, head: TensorHead) -> torch.Te
     """
     flat = buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, dtype=np.uint8)
     if flat.nbytes != head.nbytes:
-        raise MalformedAnswer(f"{flat.nbytes} bytes for {head}, which needs {head.nbytes}")
+        raise MalformedAnswer(f"got {flat.nbytes} bytes for {head}, expected {head.nbytes}")
     if not flat.flags.writeable:
         flat = flat.copy()
     tensor = torch.from_numpy(flat.view(_NUMPY[head.dtype]).reshape(head.shape))
@@ -121,16 +108,16 @@ class TensorHead:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.shape) <= MAX_DIMENSIONS:
-            raise ValueError(f"shape {list(self.shape)} must have 1 to {MAX_DIMENSIONS} dimensions")
+            raise ValueError(f"got {len(self.shape)} dimensions, expected 1 to {MAX_DIMENSIONS}")
         if any(not 1 <= size <= MAX_SIZE for size in self.shape):
-            raise ValueError(f"shape {list(self.shape)} must have sizes from 1 to {MAX_SIZE}")
+            raise ValueError(f"got shape {[min(size, 10**9) for size in self.shape]}, expected sizes from 1 to {MAX_SIZE}")
         if self.dtype not in _NAMES:
-            raise ValueError(f"unknown dtype {self.dtype}")
+            raise ValueError(f"got dtype {self.dtype}, expected {_ANY_DTYPE}")
 
     @property
     def nbytes(self) -> int:
         """Length of the body in bytes."""
-        return math.prod(self.shape) * _SIZES[self.dtype]
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{_NAMES[self.dtype]} {list(self.shape)}"
@@ -143,24 +130,24 @@ class TensorHead:
             ValueError: it does not describe a tensor of the protocol.
         """
         if isinstance(shape, str):
-            text = shape
-            try:
-                shape = json.loads(text)
-            except ValueError:
-                raise ValueError(f"shape {text[:80]!r} is not a JSON list") from None
+            if not _SHAPE.fullmatch(shape):
+                raise ValueError(f"got shape {one_line(shape, 60)!r}, expected whole numbers such as [1, 4, 64, 64]")
+            shape = shape.strip(" []").split(",")
         if not isinstance(shape, list):
-            raise ValueError(f"shape {shape!r} is not a list")
+            raise ValueError(f"got {type(shape).__name__} as shape, expected a list of whole numbers")
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        return cls(tuple(_parse_size(size) for size in shape), DTYPES[dtype])
+            shown = one_line(dtype, 40) if isinstance(dtype, str) else type(dtype).__name__
+            raise ValueError(f"got dtype {shown!r}, expected {_ANY_DTYPE}")
+        return cls(tuple(map(_parse_size, shape)), DTYPES[dtype])
 
 
 def _parse_size(size: object) -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         return size
-    if isinstance(size, str) and size.isascii() and size.isdigit() and len(size) <= 6:
+    if isinstance(size, str) and _SIZE.fullmatch(size):
         return int(size)
-    raise ValueError(f"size {size!r} in the shape is not a whole number")
+    shown = one_line(size, 20) if isinstance(size, str) else type(size).__name__
+    raise ValueError(f"got {shown!r} in the shape, expected whole numbers")
 
 
 def is_packed(shape: tuple[int, ...], height: int | None, width: int | None, downscale: int = 8) -> bool:
@@ -184,7 +171,7 @@ def pack_latents(latents: torch.Tensor) -> torch.Tensor:
     """
     batch, channels, height, width = latents.shape
     if height % PACK or width % PACK:
-        raise InvalidRequest(f"latents of {height} x {width} cells cannot be packed: both must be even")
+        raise InvalidRequest(f"latents to be packed: got {height} x {width} cells, expected even numbers")
     cells = latents.reshape(batch, channels, height // PACK, PACK, width // PACK, PACK)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PACK * PACK)
 
@@ -199,8 +186,8 @@ def unpack_latents(packed: torch.Tensor, height: int, width: int, downscale: int
     batch, tokens, features = packed.shape
     if tokens != rows * columns or features % (PACK * PACK):
         raise InvalidRequest(
-            f"packed latents {list(packed.shape)} do not fit height {height} and width {width}: "
-            f"expected [B, {rows * columns}, 4 x channels]"
+            f"packed latents for height {height} and width {width}: got shape {list(packed.shape)}, "
+            f"expected [B, {rows * columns}, {PACK * PACK} x channels]"
         )
     cells = packed.reshape(batch, rows, columns, features // (PACK * PACK), PACK, PACK)
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, rows * PACK, columns * PACK)

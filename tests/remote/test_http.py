@@ -290,11 +290,11 @@ def test_a_refusal_that_comes_before_the_body_is_through_is_understood(loaded: L
 
 @pytest.fixture
 def tls() -> Iterator[tuple[str, trustme.CA]]:
-    """A TLS endpoint on loopback with a certificate of an authority of its own; its answer is one level everywhere."""
+    """A TLS endpoint on loopback with a certificate of an authority of its own; its answer is stripes."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
-    body = bytes(64 * 96 * 3)
+    body = bytes(range(256)) * 72
     head = f"Content-Type: tensor/binary\r\nshape: [1, 64, 96, 3]\r\ndtype: uint8\r\nContent-Length: {len(body)}"
 
     class Handler(socketserver.StreamRequestHandler):

@@ -29,7 +29,7 @@ def test_what_is_said_is_read_and_the_rest_is_empty() -> None:
 
 
 def test_a_name_is_one_short_line() -> None:
-    assert read(json.dumps({"model": "a\nb\x1b[31m" + "x" * 500}).encode()).model == "a b [31m" + "x" * 72
+    assert read(json.dumps({"model": "a\nb\x1b[31m" + "x" * 500}).encode()).model == "a b [31m" + "x" * 69 + "..."
 
 
 @pytest.mark.parametrize(
