@@ -245,7 +245,7 @@ def test_what_is_not_a_picture_is_refused(data: bytes) -> None:
 # --- a user's own files
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tiff"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 def test_a_users_picture_stands_upright(name: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter, clockwise
