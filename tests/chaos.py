@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
+from weakref import WeakSet
 
 
 class Chaos:
-    """Listens on a free loopback port.
+    """Listens on the loopback, on a free port unless one is named.
 
     Attributes:
         mode: "pass" (to ``target``), "hang", "503", "400", "404 html", "200 html", "nan", "short", "cut" (dies in mid-body),
@@ -23,7 +26,7 @@ class Chaos:
         infos: path of every GET that came.
     """
 
-    def __init__(self, target: str = "") -> None:
+    def __init__(self, target: str = "", port: int = 0) -> None:
         self.target = target
         self.mode = "pass"
         self.fail_at: int | None = None
@@ -50,7 +53,14 @@ class Chaos:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def get_request(self) -> Any:
+                connection, address = super().get_request()
+                chaos._connections.add(connection)
+                return connection, address
+
+        self._connections: WeakSet[socket.socket] = WeakSet()
+        self._server = Server(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -59,6 +69,10 @@ class Chaos:
         self.released.set()
         self._server.shutdown()
         self._server.server_close()
+        # Else a kept one would be answered from here when another listens at the address.
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def reset(self, mode: str, fail_at: int | None = None) -> None:
         self.mode, self.fail_at = mode, fail_at

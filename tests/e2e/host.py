@@ -21,9 +21,6 @@ EXTENSION: dict[str, object] = {
     "enabled": False,
     "decode": True,
     "encode": True,
-    "endpoint": "",
-    "decode_endpoint": "",
-    "encode_endpoint": "",
     "transfer": "raw",
     "cooldown": 0.0,
     "first_byte_timeout": 20.0,
@@ -105,6 +102,13 @@ class Host:
             self.options({PREFIX + key: value for key, value in {**EXTENSION, **values}.items()})
         except urllib.error.HTTPError as error:
             raise SystemExit(f"{self.name} does not take the extension's options; is it installed? {error}") from None
+
+    def set_endpoint(self, url: str) -> None:
+        """Where the API may not do that, the user of the driver has done it."""
+        self.options({PREFIX + "endpoint": url})
+        found = self.call("/sdapi/v1/options").get(PREFIX + "endpoint", "")
+        if found != url:
+            raise SystemExit(f"{self.name} keeps its endpoint from its API: set Settings, Remote VAE, Endpoint to {url}")
 
     def generate(self, path: str, body: dict[str, Any]) -> Shot:
         started = time.monotonic()

@@ -3,6 +3,7 @@
     python -m tests.e2e.hosts --host http://127.0.0.1:7861 --server http://127.0.0.1:7870 --markdown a1111.md
 
 The server must have the VAE of the host's checkpoint: remote-vae serve --vae CHECKPOINT.safetensors --family sd1.
+AUTOMATIC1111 and Forge keep the endpoint from their API: set it to http://127.0.0.1:7979 in the panel (--port names another).
 Everything is generated with the extension switched off first; every cell is the largest difference to that, in levels of 255.
 Ends with status 1 and a list if a bar is missed.
 
@@ -30,15 +31,13 @@ from tests.e2e.host import EXTENSION, Host, Shot, find_host
 from tests.e2e.report import HANG_DEADLINE, Cell, Report
 from tests.e2e.rows import Names, Row, Rows
 
-REFUSED = "http://127.0.0.1:9"
-
 
 @dataclass(frozen=True)
 class Situation:
     """A column: the extension's options and what the endpoint does.
 
     Attributes:
-        mode: of the ``Chaos`` in between.
+        mode: of the ``Chaos`` in between; "refused": it does not listen.
         fail_at: number of the request that ``mode`` is for, by the row and the requests it made when all was well.
         info: the mode for the endpoint's /info; "mode" for the same.
         interrupt: whether Interrupt is pressed while that request is waited for.
@@ -65,7 +64,7 @@ HANGING: dict[str, object] = {"first_byte_timeout": HANG_DEADLINE, "cooldown": 6
 SITUATIONS = (
     Situation("remote raw", {"transfer": "raw"}),
     Situation("remote u8", {"transfer": "u8"}),
-    Situation("refused", {"endpoint": REFUSED}),
+    Situation("refused", mode="refused"),
     Situation("hangs", HANGING, "hang"),
     Situation("hangs, /info too", HANGING, "hang", info="mode"),
     Situation("503", {"transfer": "png"}, "503", one_of_the_batch),
@@ -100,13 +99,13 @@ class Interrupter(threading.Thread):
 class Driver:
     """Runs rows in situations and keeps what came out in a ``Report``."""
 
-    def __init__(self, host: Host, server: str, rows: list[Row], report: Report) -> None:
-        self._host, self._server = host, server
+    def __init__(self, host: Host, server: str, port: int, rows: list[Row], report: Report) -> None:
+        self._host, self._server, self._port = host, server, port
         self._rows = rows
         self._report = report
         # What each row asks for when all is well.
         self._requests: dict[str, list[str]] = {}
-        self._used: set[str] = set()
+        self._cells = 0
 
     def local(self) -> dict[str, Shot]:
         """Every row by the host alone, in the way it is set up."""
@@ -127,14 +126,18 @@ class Driver:
                 print(f"{situation.name:18}{row.name:34}{cell.text}   {cell.asked}", flush=True)
 
     def _cell(self, row: Row, situation: Situation) -> Cell:
-        chaos = self._endpoint()
+        chaos = Chaos(self._server, self._port)
         try:
             fail_at = situation.fail_at(row, self._requests.get(row.name, []))
             if situation.interrupt and fail_at is not None and fail_at < 0:
                 return Cell(problem="no request to wait for")
             chaos.info = situation.info
             chaos.reset(situation.mode, fail_at)
-            self._host.extension(**{"enabled": True, "endpoint": chaos.url, **situation.options})
+            if situation.mode == "refused":
+                chaos.close()
+            # Changed settings end the pause after an earlier failure.
+            self._cells += 1
+            self._host.extension(**{"enabled": True, **situation.options, "connect_timeout": 3 + self._cells / 1000})
             presser = Interrupter(self._host, chaos, fail_at or 0)
             if situation.interrupt:
                 presser.start()
@@ -150,16 +153,6 @@ class Driver:
         if situation.name == "remote raw":
             self._requests[row.name] = cell.requests
         return cell
-
-    def _endpoint(self) -> Chaos:
-        """At an address that no cell before has had: the pause after an earlier failure is not for it."""
-        doubles = []
-        while (chaos := Chaos(self._server)).url in self._used:
-            doubles.append(chaos)
-        for double in doubles:
-            double.close()
-        self._used.add(chaos.url)
-        return chaos
 
     def _shot(self, row: Row, presser: Interrupter) -> Shot:
         try:
@@ -192,6 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", required=True, help="address of the running host")
     parser.add_argument("--server", default="", help="address of a Remote VAE server with the same VAE")
+    parser.add_argument("--port", type=int, default=7979, help="of the endpoint in between, before the server (7979)")
     parser.add_argument("--vae", default="", help="another VAE, by the host's name; without it no VAE switch")
     parser.add_argument("--checkpoint", default="", help="another checkpoint, by the host's name; without it no model switch")
     parser.add_argument("--reload", default="", help="command that reloads the UI and ends when it is back")
@@ -210,7 +204,7 @@ def main() -> int:
     names = chosen([row.name for row in rows], options.only)
     rows = [row for row in rows if row.name in names]
     report = Report(f"{host.name} {host.version()}", finishes_interrupted=host.finishes_interrupted)
-    driver = Driver(host, options.server, rows, report)
+    driver = Driver(host, options.server, options.port, rows, report)
     if options.save_baseline:
         save_baseline(options.save_baseline, driver.local())
         return 0
@@ -223,6 +217,7 @@ def main() -> int:
     # What each row asks for is known from "remote raw".
     situations = [situation for situation in SITUATIONS if situation.name in (*names, "remote raw")]
     host.extension()
+    host.set_endpoint(f"http://127.0.0.1:{options.port}")
     try:
         report.local, report.again = driver.local(), driver.local()
         for name, shot in report.local.items():
