@@ -61,12 +61,19 @@ class CallCancelled(RouteFailed):
 
 
 class EndpointError(RouteFailed):
-    """The endpoint answered with an HTTP error. ``status`` is the code, ``detail`` what the endpoint said."""
+    """The endpoint answered with an HTTP error.
 
-    def __init__(self, status: int, detail: str, url: str) -> None:
+    Attributes:
+        status: the code.
+        detail: what the endpoint said.
+        retry_after: seconds after which it wants to be asked again; None: it did not say.
+    """
+
+    def __init__(self, status: int, detail: str, url: str, *, retry_after: float | None = None) -> None:
         super().__init__(f"{url} answered {status}: {detail}", reason=f"{status}")
         self.status = status
         self.detail = detail
+        self.retry_after = retry_after
 
 
 class MalformedAnswer(RouteFailed):
@@ -74,6 +81,11 @@ class MalformedAnswer(RouteFailed):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, reason=f"bad answer: {message}")
+
+    def by(self, endpoint: str) -> MalformedAnswer:
+        """The same, its message with the name of who answered so; the record goes out with pictures, and has none."""
+        self.args = (f"{endpoint}: {self.reason}",)
+        return self
 
 
 class OneColour(MalformedAnswer):

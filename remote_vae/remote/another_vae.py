@@ -7,8 +7,7 @@ import threading
 
 from remote_vae.call import Op, T, VaeCall
 from remote_vae.errors import AnotherVae, NotOffered
-from remote_vae.remote.client import shown
-from remote_vae.remote.http import Deadlines
+from remote_vae.remote.client import Deadlines, shown
 from remote_vae.remote.info import Infos, info_url
 from remote_vae.remote.sample import Ask, Samples
 from remote_vae.settings import Settings, load_options

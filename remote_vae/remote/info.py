@@ -8,8 +8,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit, urlunsplit
 
 from remote_vae.errors import EndpointError, MalformedAnswer
-from remote_vae.remote.client import client_for
-from remote_vae.remote.http import Deadlines
+from remote_vae.remote.client import Deadlines, client_for
 from remote_vae.wire import Info
 
 # Seconds; after that, a server that was started anew with another VAE is noticed.

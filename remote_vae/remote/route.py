@@ -28,9 +28,8 @@ from remote_vae.errors import (
 )
 from remote_vae.remote.another_vae import VaeCheck
 from remote_vae.remote.breaker import Breakers, Gate
-from remote_vae.remote.client import EndpointClient, client_for, shown
+from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_for, shown
 from remote_vae.remote.functions import in_parallel, one_by_one
-from remote_vae.remote.http import Deadlines, Reply
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import free_memory, is_out_of_memory
 from remote_vae.vae.families import Family, public_max_pixels

@@ -16,7 +16,7 @@ from typing import Any, Optional, Protocol
 import torch
 
 from remote_vae.errors import CallCancelled, EndpointError, MalformedAnswer, RouteFailed
-from remote_vae.remote.http import POLL_SECONDS
+from remote_vae.remote.client import POLL_SECONDS
 from remote_vae.vae.fingerprint import ByWeights, Identity
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 

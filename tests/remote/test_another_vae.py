@@ -221,7 +221,7 @@ def test_a_hanging_call_costs_one_deadline_however_it_goes_on(caller: Caller, ch
     chaos.reset("hang")
     chaos.info = "pass"
     assert caller.run(settings) == caller.run(settings) == "local"
-    assert (chaos.infos, chaos.requests) == (["/info"], ["/decode"])
+    assert (chaos.infos, chaos.requests) == (["/info", "/health"], ["/decode"])
 
 
 def test_an_interrupt_while_asking_is_no_reason_to_pause(caller: Caller, chaos: Chaos, settings: Settings) -> None:

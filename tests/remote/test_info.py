@@ -8,8 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from remote_vae.errors import CallCancelled, DeadlineExceeded, EndpointUnreachable, RouteFailed
-from remote_vae.remote.client import never
-from remote_vae.remote.http import Deadlines
+from remote_vae.remote.client import Deadlines, never
 from remote_vae.remote.info import Infos, info_url
 from remote_vae.server.models import LoadedVae
 from remote_vae.wire import Info
