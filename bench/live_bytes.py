@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from remote_vae.tiled.store import Room
+from remote_vae.tiled.offload import HostMemory, TemporaryFiles
 
 STORE = "store"
 
@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
     """Use as a context, under ``no_grad``: inference mode shows compound operations whole, and not what they make inside.
 
     Attributes:
-        now, peak: bytes by device ("cpu", "cuda:0"); under "store" those that ``Room.put_away`` made, wherever they are.
+        now, peak: bytes by device ("cpu", "cuda:0"); under "store" strips that the tiled VAE has put away.
     """
 
     def __init__(self) -> None:
@@ -49,31 +49,42 @@ class LiveBytes(TorchDispatchMode):
         label = STORE if self._is_storing else str(storage.device)
         key, size = _key(storage), storage.nbytes()
         self._counted.add(key)
-        self.now[label] += size
-        self.peak[label] = max(self.peak[label], self.now[label])
+        self._change(label, size)
         weakref.finalize(storage, self._remove, key, label, size).atexit = False
 
     def _remove(self, key: int, label: str, size: int) -> None:
         self._counted.discard(key)
-        self.now[label] -= size
+        self._change(label, -size)
+
+    def _change(self, label: str, size: int) -> None:
+        self.now[label] += size
+        self.peak[label] = max(self.peak[label], self.now[label])
 
     @contextmanager
     def storing(self) -> Iterator[None]:
-        """Within, strips that the tiled VAE puts away count as stored and not by their device."""
-        original = Room.put_away
+        """Within, strips that the tiled VAE puts away count as stored: those in files, and copies that stay on the CPU."""
+        put, put_file, drop_file = HostMemory.put, TemporaryFiles.put, TemporaryFiles.drop
 
-        def put_away(room: Room, *args: Any, **kwargs: Any) -> Any:
+        def to_host(place: HostMemory, strip: torch.Tensor) -> Any:
             self._is_storing = True
             try:
-                return original(room, *args, **kwargs)
+                return put(place, strip)
             finally:
                 self._is_storing = False
 
-        Room.put_away = put_away  # type: ignore[method-assign]
+        def to_file(place: TemporaryFiles, strip: torch.Tensor) -> Any:
+            self._change(STORE, strip.nbytes)
+            return put_file(place, strip)
+
+        def from_file(place: TemporaryFiles, stored: Any) -> None:
+            self._change(STORE, -stored.form.nbytes)
+            drop_file(place, stored)
+
+        HostMemory.put, TemporaryFiles.put, TemporaryFiles.drop = to_host, to_file, from_file  # type: ignore[method-assign]
         try:
             yield
         finally:
-            Room.put_away = original  # type: ignore[method-assign]
+            HostMemory.put, TemporaryFiles.put, TemporaryFiles.drop = put, put_file, drop_file  # type: ignore[method-assign]
 
 
 def _key(storage: torch.UntypedStorage) -> int:

@@ -40,7 +40,7 @@ class Call:
         method: "whole", "exact", "diffusers tiling", "multidiffusion" or "multidiffusion fast".
         weights: dtype of the VAE.
         dtype: what the exact method is told to compute in; "" leaves it to the VAE.
-        max_bytes: what the exact method may take, with the host's memory as its store; 0 is as much as it likes.
+        max_bytes: what the exact method may take; 0 is as much as it likes.
         peer: folder of multidiffusion's Tiled VAE.
     """
 
@@ -75,7 +75,6 @@ class Call:
             vae,
             batch.to(vae.dtype),
             max_bytes=self.max_bytes or None,
-            store_device="cpu" if self.max_bytes else None,
             dtype=getattr(torch, self.dtype) if self.dtype else None,
             progress=progress,
         )

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from remote_vae.errors import OutOfMemory
-from remote_vae.tiled.memory import item_bytes
 from remote_vae.tiled.plan import Attention, Conv, Plan
 
-# What is alive beside the shelves, in strips and in rows of the widest convolution: the strip that is read, normalised, in its
-# window, convolved, and the shortcut's; in the attention also queries and their mixture. Measured by bench/tiled.py.
+# What is alive beside the strips that wait, in strips and in rows of the widest convolution: the strip that is read,
+# normalised, in its window, convolved, and the shortcut's; in the attention also queries and their mixture. Measured by bench/tiled.py.
 _STRIPS_AT_WORK = 7
 _ROWS_AT_WORK = 6
 # Half-precision strips are normalised in float32.
@@ -24,11 +23,11 @@ class Budget:
 
     Attributes:
         strip_bytes: how large a strip should be.
-        room: bytes that may wait on the compute device, None: as many as there are.
+        waiting: bytes that may wait on the compute device, None: as many as there are.
     """
 
     strip_bytes: int
-    room: int | None
+    waiting: int | None
 
 
 def plan_budget(
@@ -53,17 +52,17 @@ def plan_budget(
     for step, channels, rows, columns in plan.sizes(height, width):
         if isinstance(step, Attention):
             # Keys and values of the whole picture.
-            fixed = max(fixed, 2 * channels * rows * columns * item_bytes(dtype))
+            fixed = max(fixed, 2 * channels * rows * columns * dtype.itemsize)
         if isinstance(step, Conv):
             row = max(row, max(channels, step.module.in_channels) * columns * _WORK_ITEM)
     fixed += result_bytes + _ROWS_AT_WORK * row
     # A third for work: thinner strips leave more room, but take longer each.
     strip = max(row, min(strip_bytes, (max_bytes - fixed) // (3 * _STRIPS_AT_WORK)))
-    room = max_bytes - fixed - _STRIPS_AT_WORK * strip
-    if room < 0:
+    waiting = max_bytes - fixed - _STRIPS_AT_WORK * strip
+    if waiting < 0:
         needed = fixed + _STRIPS_AT_WORK * row
         raise OutOfMemory(
             f"max_bytes of {max_bytes / 1e6:.0f} MB is too little for this picture: {needed / 1e6:.0f} MB are needed",
             reason="out of memory",
         )
-    return Budget(strip, room)
+    return Budget(strip, waiting)

@@ -19,9 +19,9 @@ from remote_vae.errors import InvalidRequest
 from remote_vae.tiled.budget import plan_budget
 from remote_vae.tiled.executor import NotFinite, Rows, Run, build, never, no_progress
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
-from remote_vae.tiled.memory import free_pinned_memory, item_bytes
+from remote_vae.tiled.memory import free_pinned_memory
 from remote_vae.tiled.plan import Plan
-from remote_vae.tiled.store import Room
+from remote_vae.tiled.store import Store
 from remote_vae.tiled.weights import bring_in
 
 log = logging.getLogger("remote_vae")
@@ -42,9 +42,8 @@ class Limits:
 
     Attributes:
         max_bytes: live bytes on the compute device above what there is at the start, the result included; None: as many as are
-            fastest. Strips get thinner; then they wait on the store device; without one, rows are computed again.
-        store_device: where strips wait that find no room; None: in the host's memory when the compute device is a GPU, and
-            nowhere when it is the CPU.
+            fastest. Strips get thinner; then they wait elsewhere: a GPU's in the host's memory, a processor's in a file in
+            TMPDIR, /var/tmp or the system's temporary folder, the first that is no memory.
         device: where to compute; None: where the input is, and the host is told to bring the VAE there. Else each layer's
             weights are copied there when they are needed.
         dtype: what to compute in; None: the dtype of the VAE's weights, or autocast's. Half precision that gives NaN is done
@@ -52,7 +51,6 @@ class Limits:
     """
 
     max_bytes: int | None = None
-    store_device: Device | None = None
     device: Device | None = None
     dtype: torch.dtype | None = None
 
@@ -62,7 +60,6 @@ def decode(
     latents: torch.Tensor,
     *,
     max_bytes: int | None = None,
-    store_device: Device | None = None,
     progress: Callable[[float], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     device: Device | None = None,
@@ -74,7 +71,7 @@ def decode(
         vae: diffusers' AutoencoderKL or AutoencoderTiny, or a VAE of ldm, sgm or Forge. It is not changed; other threads may
             use it meanwhile, unless accelerate takes its layers away after each use.
         latents: raw (unscaled) ``[B, C, h, w]``, of any size that the VAE itself takes.
-        max_bytes, store_device, device, dtype: see ``Limits``.
+        max_bytes, device, dtype: see ``Limits``.
         progress: called after every strip with the share of the work that is done, up to 1.
         cancelled: asked after every strip; True ends the call.
 
@@ -86,7 +83,7 @@ def decode(
         OutOfMemory: ``max_bytes`` cannot be met; the message says what would do.
         CallCancelled: ``cancelled`` said so.
     """
-    limits = Limits(max_bytes, store_device, device, dtype)
+    limits = Limits(max_bytes, device, dtype)
     return run(decoder_plan(vae), vae, latents, limits, progress=progress, cancelled=cancelled)
 
 
@@ -95,7 +92,6 @@ def encode(
     pixels: torch.Tensor,
     *,
     max_bytes: int | None = None,
-    store_device: Device | None = None,
     progress: Callable[[float], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     device: Device | None = None,
@@ -106,13 +102,13 @@ def encode(
     Args:
         vae: as for ``decode``.
         pixels: ``[B, 3, H, W]`` in [-1, 1], of any size that the VAE itself takes.
-        max_bytes, store_device, progress, cancelled, device, dtype: as for ``decode``.
+        max_bytes, progress, cancelled, device, dtype: as for ``decode``.
 
     Returns:
         Moments ``[B, 2 C, h, w]``: mean and logvar, unscaled, for the caller to make the posterior of. AutoencoderTiny has
         none: its latents ``[B, C, h, w]``. Raises as ``decode`` does.
     """
-    limits = Limits(max_bytes, store_device, device, dtype)
+    limits = Limits(max_bytes, device, dtype)
     return run(encoder_plan(vae), vae, pixels, limits, progress=progress, cancelled=cancelled)
 
 
@@ -140,7 +136,7 @@ def run(
             if result is None:
                 shape = (batch.shape[0], rows.channels, rows.height, rows.width)
                 result = torch.empty(shape, device=device, dtype=dtype)
-            with closing(rows.run.room):
+            with closing(rows.run.store):
                 _copy_rows(rows, result[index : index + 1])
         if result is None:
             raise AssertionError("an empty batch")
@@ -184,7 +180,7 @@ class _Work:
         height, width = picture.shape[2:]
         sizes = list(self.plan.sizes(height, width))
         _, channels, rows, columns = sizes[-1]
-        largest = max(made * high * wide for _, made, high, wide in sizes) * item_bytes(self.dtype)
+        largest = max(made * high * wide for _, made, high, wide in sizes) * self.dtype.itemsize
         half = self.dtype in _HALVES
         budget = plan_budget(
             self.plan,
@@ -193,16 +189,14 @@ class _Work:
             self.dtype,
             strip_bytes=_STRIP_BYTES.get(self.device.type, _GPU_STRIP_BYTES),
             max_bytes=self.limits.max_bytes,
-            result_bytes=self.batch * channels * rows * columns * item_bytes(self.dtype),
+            result_bytes=self.batch * channels * rows * columns * self.dtype.itemsize,
         )
-        # Beside a GPU there is always the host's memory.
-        store = self.limits.store_device or (None if self.device.type == "cpu" else "cpu")
         run = Run(
             device=self.device,
             dtype=self.dtype,
             strip_bytes=budget.strip_bytes,
             strip_flops=_STRIP_FLOPS.get(self.device.type, float("inf")),
-            room=Room(self.device, budget.room, None if store is None else torch.device(store), largest),
+            store=Store(self.device, budget.waiting, largest),
             channels_last=half and self.device.type in ("cpu", "cuda"),
             finite=half,
             progress=self.progress,
@@ -219,7 +213,7 @@ def _unpin(device: torch.device, limits: Limits) -> None:
 
 def _copy_rows(rows: Rows, result: torch.Tensor) -> None:
     at = 0
-    for strip in rows.read(last=True):
+    for strip in rows.read():
         result[:, :, at : at + strip.shape[2]] = strip
         at += strip.shape[2]
         del strip

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
+import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -16,17 +19,6 @@ _OOM_TEXT = re.compile(
     r"|valid cuDNN algorithm|find an engine|OUT_OF_(DEVICE|HOST)_MEMORY|OUT_OF_RESOURCES",
     re.IGNORECASE,
 )
-
-
-# dtype.itemsize and Tensor.nbytes came with torch 2.1; hosts still run older ones.
-def item_bytes(dtype: torch.dtype) -> int:
-    """Bytes of one value."""
-    return torch.empty((), dtype=dtype).element_size()
-
-
-def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of all its values."""
-    return tensor.numel() * tensor.element_size()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -99,6 +91,25 @@ def free_pinned_memory() -> None:
     empty = getattr(torch._C, "_host_emptyCache", None)  # noqa: SLF001
     if empty is not None:
         empty()
+
+
+def trim_heap() -> None:
+    """Give back to the system what the C library keeps of freed memory."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's; others have none, or ways of their own."""
+    try:
+        function = ctypes.CDLL(None).malloc_trim if sys.platform == "linux" else None
+    except (OSError, AttributeError):
+        return None
+    if function is not None:
+        function.argtypes, function.restype = [ctypes.c_size_t], ctypes.c_int
+    return function
 
 
 @cache

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from remote_vae import tiled
 from remote_vae.errors import CallCancelled, InvalidRequest, UnsupportedLayout
-from remote_vae.tiled import exact, store
+from remote_vae.tiled import exact, memory, store
 from tests import layouts
 from tests.nearness import psnr, psnr_of_moments, rmse
 
@@ -109,7 +109,7 @@ def test_on_a_processor_memory_is_given_back_again_and_again(monkeypatch: pytest
     expected = tiled.decode(vae, latents)
     trims = []
     monkeypatch.setattr(store, "_TRIM_EVERY", 100_000)
-    monkeypatch.setattr(store, "_trim", lambda: trims.append(True))
+    monkeypatch.setattr(store, "trim_heap", lambda: trims.append(True))
     assert torch.equal(tiled.decode(vae, latents), expected)
     assert len(trims) > 4
 
@@ -120,7 +120,7 @@ def test_holes_between_what_is_alive_go_back_to_the_system() -> None:
     tensors = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(100)]
     del tensors[::2]
     before = resident_bytes()
-    store._trim()
+    memory.trim_heap()
     assert resident_bytes() < before - (30 << 20)
     assert all(bool((tensor == 1).all()) for tensor in tensors)
 
