@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
@@ -10,7 +11,7 @@ from remote_vae.errors import OutOfMemory
 from remote_vae.tiled.plan import Attention, Conv, Plan
 
 # What is alive beside the strips that wait, in strips and in rows of the widest convolution: the strip that is read,
-# normalised, in its window, convolved, and the shortcut's; in the attention also queries and their mixture. Measured by bench/tiled.py.
+# normalised, in its window, convolved, and the shortcut's; in the attention also queries and their mixture.
 _STRIPS_AT_WORK = 7
 _ROWS_AT_WORK = 6
 # Half-precision strips are normalised in float32.
@@ -62,7 +63,7 @@ def plan_budget(
     if waiting < 0:
         needed = fixed + _STRIPS_AT_WORK * row
         raise OutOfMemory(
-            f"max_bytes of {max_bytes / 1e6:.0f} MB is too little for this picture: {needed / 1e6:.0f} MB are needed",
+            f"max_bytes of {max_bytes // 10**6} MB is too little for this picture: {ceil(needed / 1e6)} MB are needed",
             reason="out of memory",
         )
     return Budget(strip, waiting)

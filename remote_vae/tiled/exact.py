@@ -125,7 +125,9 @@ def run(
     if batch.ndim != 4 or 0 in batch.shape:
         raise InvalidRequest(f"the tiled VAE takes [B, C, H, W], not {list(batch.shape)}")
     device = torch.device(limits.device or batch.device)
-    given = _autocast_dtype(device.type) or _own_dtype(plan, batch)
+    own, autocast = _own_dtype(plan, batch), _autocast_dtype(device.type)
+    # Autocast leaves float64 alone.
+    given = own if autocast is None or own == torch.float64 else autocast
 
     def attempt(dtype: torch.dtype) -> torch.Tensor:
         result = None
@@ -144,8 +146,8 @@ def run(
             raise NotFinite("the last convolution")
         return result
 
-    # Not all devices know autocast, not even to switch it off.
-    plain = torch.autocast(device.type, enabled=False) if _autocast_dtype(device.type) else nullcontext()
+    # Not all devices know autocast, not even that it should be off.
+    plain = nullcontext() if autocast is None else torch.autocast(device.type, enabled=False)
     with torch.no_grad(), plain, ExitStack() as at_the_end:
         # Once for all pictures and both precisions, as pinning takes long.
         at_the_end.callback(_unpin, device, limits)
@@ -235,7 +237,11 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     try:
         return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     except TypeError:
-        # torch before 2.4, which has functions of their own for the CPU.
-        if device_type == "cpu":
-            return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+        # torch before 2.4, which has functions for each device that can.
+        names = {"cuda": ("is_autocast_enabled", "get_autocast_gpu_dtype")}
+        others = (f"is_autocast_{device_type}_enabled", f"get_autocast_{device_type}_dtype")
+        is_enabled, dtype = (getattr(torch, name, None) for name in names.get(device_type, others))
+        return dtype() if is_enabled is not None and dtype is not None and is_enabled() else None
+    except RuntimeError:
+        # A device that autocast does not know.
+        return None

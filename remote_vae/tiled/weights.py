@@ -1,8 +1,8 @@
 """Weights where and as a call needs them, for no longer than it needs them. The VAE keeps its own untouched.
 
 Hosts that offload bring weights in by hooks: accelerate's ``_hf_hook`` on the VAE (whole) or on each layer (its weights are on
-the meta device until then), A1111's lowvram by a forward pre-hook on the VAE. Weights that are elsewhere all the same are
-copied layer by layer.
+the meta device until then), A1111's lowvram by a forward pre-hook on the VAE (``send_me_to_gpu``). Weights that are elsewhere
+all the same are copied layer by layer.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import torch
 
 from remote_vae.errors import UnsupportedLayout
 
+_LOWVRAM = "send_me_to_gpu"
+
 
 def bring_in(vae: Any) -> None:
     """Tell the host that ``vae`` is about to be used, as a call of it would: it makes room and moves weights in its own way."""
     hook = getattr(vae, "_hf_hook", None)
     if hook is not None and hasattr(hook, "pre_forward"):
         hook.pre_forward(vae)
-    for pre_hook in getattr(vae, "_forward_pre_hooks", {}).values():
-        pre_hook(vae, ())
+    # Other pre-hooks are for a forward with its arguments, which neither decode nor encode calls.
+    for pre_hook in list(getattr(vae, "_forward_pre_hooks", {}).values()):
+        if getattr(pre_hook, "__name__", "") == _LOWVRAM:
+            pre_hook(vae, ())
 
 
 @contextmanager
