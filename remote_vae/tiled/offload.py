@@ -6,6 +6,7 @@ no name on POSIX and is deleted on close on Windows, so that nothing is left beh
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -92,7 +93,7 @@ class HostMemory:
 class _File:
     """Strips one after the other: the bytes of all, and how many are still waited for."""
 
-    file: IO[bytes]
+    file: io.FileIO
     size: int = 0
     strips: int = 0
 
@@ -134,7 +135,9 @@ class TemporaryFiles:
             order = torch.channels_last if strip.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
             dense = strip.contiguous(memory_format=order)
             file.file.seek(file.size)
-            file.file.write(_bytes(dense))
+            rest = _bytes(dense)
+            while rest:
+                rest = rest[file.file.write(rest) :]
         except OSError as error:
             message = (
                 f"the memory that is allowed takes only a part of this picture, and the rest found no room on the disk"
@@ -146,10 +149,10 @@ class TemporaryFiles:
         file.strips += 1
         return stored
 
-    def _new(self) -> IO[bytes]:
+    def _new(self) -> io.FileIO:
         for folder in [self._folder] if self._folder else _folders():
             with suppress(OSError):
-                file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed with its last strip
+                file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115  # closed with its last strip
                 self._folder = folder
                 return file
         raise OSError("nothing can be written")
@@ -158,8 +161,12 @@ class TemporaryFiles:
         """The strip, as it was."""
         strip = torch.empty_like(stored.form, device="cpu")
         stored.file.file.seek(stored.at)
-        if stored.file.file.readinto(_bytes(strip)) != strip.nbytes:  # type: ignore[attr-defined]
-            raise OSError(f"a temporary file in {self._folder} was cut short")
+        rest = _bytes(strip)
+        while rest:
+            count = stored.file.file.readinto(rest)
+            if not count:
+                raise OSError(f"a temporary file in {self._folder} was cut short")
+            rest = rest[count:]
         return strip
 
     def arrived(self, strip: torch.Tensor) -> torch.Tensor:

@@ -233,6 +233,28 @@ def test_autocast_gives_what_the_whole_vae_gives_under_it(vae: Any) -> None:
     assert rmse(ours, true) <= rmse(theirs, true)
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    vae, latents = layouts.plain_kl().double(), random(1, 4, 9, 9).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = tiled.decode(vae, latents), whole_decode(vae, latents)
+    assert ours.dtype == theirs.dtype == torch.float64
+    assert psnr(ours, theirs) >= EXACT_DB
+
+
+@pytest.mark.filterwarnings("ignore:torch.*deprecated")
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps", "privateuseone", "meta"])
+@pytest.mark.parametrize("old", [False, True])
+def test_autocast_that_is_on_for_one_device_is_off_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, device: str, old: bool
+) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16), monkeypatch.context() as context:
+        if old:
+            # torch before 2.4 asks of CUDA without a name, and fails for any that is given.
+            context.setattr(torch, "is_autocast_enabled", lambda: False)
+        assert exact._autocast_dtype(device) == (torch.bfloat16 if device == "cpu" else None)
+    assert exact._autocast_dtype(device) is None
+
+
 def test_inference_mode_makes_no_difference(vae: Any) -> None:
     latents = random(1, 4, 9, 9)
     outside = tiled.decode(vae, latents)
@@ -321,11 +343,19 @@ def test_a_vae_that_waits_as_a_whole_is_called_in_as_its_own_decode_does(monkeyp
     assert calls == [vae]
 
 
-def test_a_hosts_forward_pre_hook_on_the_vae_is_called_first() -> None:
-    # A1111's lowvram moves the VAE in, and whatever was there out, by such a hook.
+def test_the_pre_hook_of_a1111s_lowvram_is_called_first_and_nobody_elses() -> None:
+    # It moves the VAE in, and whatever was there out.
     vae = layouts.ldm_vae()
     calls: list[object] = []
-    vae.register_forward_pre_hook(lambda module, _: calls.append(module))
+
+    def send_me_to_gpu(module: object, _: object) -> None:
+        calls.append(module)
+
+    def of_another_extension(module: object, args: tuple[torch.Tensor, ...]) -> None:
+        calls.append(args[0].shape)
+
+    vae.register_forward_pre_hook(of_another_extension)
+    vae.register_forward_pre_hook(send_me_to_gpu)
     tiled.encode(vae, random(1, 3, 32, 32))
     assert calls == [vae]
 
