@@ -144,7 +144,7 @@ def test_pixels_of_any_size_encode_as_in_the_whole_vae(vae: Any, height: int, wi
     assert psnr_of_moments(tiled.encode(vae, pixels), whole_encode(vae, pixels)) >= EXACT_DB
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 4096), (4096, 64)])
+@pytest.mark.parametrize(("height", "width"), [(64, 2048), (2048, 64)])
 def test_a_picture_that_is_all_length_is_the_same(vae: Any, height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(exact._STRIP_BYTES, "cpu", 256 << 10)
     latents, pixels = random(1, 4, height // 8, width // 8), random(1, 3, height, width)

@@ -25,7 +25,7 @@ def thin_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def vae() -> Any:
-    return layouts.plain_kl(block_out_channels=(32, 64, 64, 64), layers_per_block=2)
+    return layouts.plain_kl(block_out_channels=(32, 64, 64, 64))
 
 
 @pytest.mark.parametrize("op", CALLS)
