@@ -1,46 +1,54 @@
-"""What a VAE call is, and the face that every route has.
+"""What a VAE call is, and what comes of it.
 
-A host adapter makes a ``VaeCall``; the router hands it to one route after the other. ``T`` is whatever the host's own VAE call
-returns (a tensor, a distribution, diffusers' output class), so that a local result goes back untouched.
+A host adapter makes a ``VaeCall``; the router has it answered. ``T`` is whatever the host's own VAE call returns (a tensor, a
+distribution, diffusers' output class), so that a local result goes back untouched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, Protocol, TypeVar, Union
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, Union
 
 import torch
 
 from remote_vae.history import Record
-from remote_vae.settings import Settings
-from remote_vae.vae.families import Family
-from remote_vae.vae.fingerprint import Identity
-from remote_vae.wire import DecodeAnswer, EncodeAnswer
+from remote_vae.vae.at_work import Op, VaeAtWork
+from remote_vae.wire import DecodeAnswer, EncodeAnswer, Output
 
 T = TypeVar("T")
-Op = Literal["decode", "encode"]
-Remote = Union[DecodeAnswer, EncodeAnswer]
+Answer = Union[DecodeAnswer, EncodeAnswer]
 
 
-@dataclass(frozen=True)
-class Spare(Generic[T]):
-    """Another way to do the call on this machine with less memory; ``name`` is for the history."""
-
-    name: str
-    run: Callable[[], T]
-
-
-def silent(_: Any) -> None:
+def nothing(_: Any) -> None:
     """Nobody wants to know."""
 
 
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def never() -> bool:
+    """Nobody presses anything."""
+    return False
 
 
-def _unfinished(result: torch.Tensor) -> Any:  # noqa: ARG001
-    raise AssertionError("a call with a VAE needs finish")
+@dataclass(frozen=True)
+class User:
+    """Who waits for a call.
+
+    Attributes:
+        cancelled: whether the waiting for an endpoint is to end. Called often, from any thread.
+        gave_up: whether it ends because the endpoint takes too long (Skip), and not because the picture is not wanted.
+        tell: shows a text while the call runs: "decoding 2 of 4 on studio:7870". Called from any thread.
+        recorded: given the record of the call when it has ended.
+        part: which part of a larger job this is: "2 of 4".
+    """
+
+    cancelled: Callable[[], bool] = never
+    gave_up: Callable[[], bool] = never
+    tell: Callable[[str], None] = nothing
+    recorded: Callable[[Record], None] = nothing
+    part: str = ""
+
+
+NOBODY = User()
 
 
 @dataclass(frozen=True)
@@ -50,81 +58,73 @@ class VaeCall(Generic[T]):
     Attributes:
         op: "decode" or "encode".
         tensor: decode: raw (unscaled) latents ``[B, C, h, w]``; encode: pixels ``[B, 3, H, W]`` in [-1, 1]. Never changed.
-        family: what the VAE is.
-        whole: the host's own call, its result untouched. None: it is known not to fit in memory.
-        spares: what to try when the host's own call runs out of memory, best first.
-        adopt: turns a remote answer into what the host's own call would return.
-        lost: what is lost with the call where that is more than ``tensor``: the latents of the whole batch. Saved in its place.
-        vae: the VAE itself, for the exact tiled VAE to work with its layers; None: it is not at hand.
-        finish: turns pixels or, for an encode, moments into what the host's own call would return.
-        device: where the VAE computes; None: where ``tensor`` is.
+        vae: the VAE that the host would use.
+        adopt: an answer, of an endpoint or made here, as what the host's own call would return.
+        whole: the host's own call, its result untouched. None: only an endpoint is asked.
+        own_tiling: the host's own call in the VAE's own overlapping tiles; None: it has none.
+        saved: the latents to save if all fails, where that is more than ``tensor``: those of the whole batch.
         in_parts: whether the host makes a batch in as many parts as its memory wants.
-        bring: gets the VAE onto its device in the host's own way, and gives a tensor there in the VAE's dtype.
-        identity: which VAE it is, to be compared with the endpoint's. None: not known, and whatever the endpoint has will do.
         truncates: whether the host makes 8-bit levels by rounding down; then an 8-bit transfer does so too.
-        cancelled: whether the user wants the waiting to end. Called often, from any thread.
-        part: which part of a larger job this is, for the eyes of the user: "2 of 4".
-        tell: shown to the user while the call runs: "decoding 2 of 4 on studio:7870". Called from any thread.
-        recorded: given the record of the call when it has ended.
+        user: who waits.
     """
 
     op: Op
     tensor: torch.Tensor
-    family: Family
-    whole: Callable[[], T] | None
-    adopt: Callable[[Remote], T]
-    spares: tuple[Spare[T], ...] = ()
-    lost: torch.Tensor | None = None
-    vae: Any = None
-    finish: Callable[[torch.Tensor], T] = _unfinished
-    identity: Identity | None = None
-    truncates: bool = False
-    device: torch.device | None = None
+    vae: VaeAtWork
+    adopt: Callable[[Answer], T]
+    whole: Callable[[], T] | None = None
+    own_tiling: Callable[[], T] | None = None
+    saved: torch.Tensor | None = None
     in_parts: bool = False
-    bring: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
-    cancelled: Callable[[], bool] = lambda: False
-    part: str = ""
-    tell: Callable[[str], None] = silent
-    recorded: Callable[[Record], None] = silent
+    truncates: bool = False
+    user: User = NOBODY
 
     @property
     def doing(self) -> str:
         """What goes on, for the eyes of the user."""
         batch = self.tensor.shape[0]
-        what = self.part or (f"{batch} pictures" if batch > 1 else "")
+        what = self.user.part or (f"{batch} pictures" if batch > 1 else "")
         return " ".join(filter(None, ("decoding" if self.op == "decode" else "encoding", what)))
 
     @property
     def size(self) -> tuple[int, int, int]:
         """B, H, W in pixels."""
-        scale = self.family.downscale if self.op == "decode" else 1
+        scale = self.vae.family.downscale if self.op == "decode" else 1
         return self.tensor.shape[0], self.tensor.shape[-2] * scale, self.tensor.shape[-1] * scale
 
-    def without_whole(self) -> VaeCall[T]:
-        """The same call after the host's own way has run out of memory."""
-        return replace(self, whole=None)
+    def adopt_local(self, result: torch.Tensor) -> T:
+        """What the VAE's layers gave here, as what the host's own call would return."""
+        if self.op == "decode":
+            return self.adopt(DecodeAnswer(Output.TENSOR, result))
+        return self.adopt(EncodeAnswer(result, is_posterior=self.vae.has_posterior))
+
+
+@dataclass(frozen=True)
+class Way(Generic[T]):
+    """One way to answer a call on this machine; ``route`` and ``detail`` are for the history."""
+
+    route: str
+    detail: str
+    run: Callable[[], T]
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """What a route gives back, with what the history wants to know."""
+    """An answered call, with what the history wants to know.
+
+    Attributes:
+        value: what the host gets.
+        route: "remote", "local" (the whole VAE of this machine) or "tiled".
+        detail: how: "u8" for a transfer, "exact" for the tiled VAE.
+        endpoint: scheme, host and path that answered; "" on this machine.
+        bytes_up, bytes_down: bytes of the two bodies.
+        because: why the ways before it did not answer.
+    """
 
     value: T
+    route: str
     detail: str = ""
     endpoint: str = ""
     bytes_up: int = 0
     bytes_down: int = 0
-
-
-class Route(Protocol):
-    """One way to answer VAE calls."""
-
-    name: str
-
-    def run(self, call: VaeCall[T], settings: Settings) -> Outcome[T]:
-        """Answer ``call``.
-
-        Raises:
-            RouteFailed: this route cannot; another one may. Any other exception is the host's own and ends the call.
-        """
-        ...
+    because: str = ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import torch
 from PIL import Image
 
 from remote_vae import rescue
-from remote_vae.call import Op, Outcome, Remote, Spare, VaeCall
+from remote_vae.call import Answer, Outcome, VaeCall
 from remote_vae.errors import InvalidRequest, RemoteVaeError, RouteFailed, SettingsError
 from remote_vae.remote.route import RemoteRoute, endpoint_for
 from remote_vae.settings import Settings
+from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.families import Family, find_family
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 from remote_vae.wire.pixels import image_to_pixels, to_uint8
@@ -30,7 +30,7 @@ def decode_file(file: Path, out: Path | None, settings: Settings, *, vae: str | 
         RemoteVaeError: the file is not one of ours, or nothing could decode it.
     """
     rescued = rescue.load_latents(file)
-    pixels = _decode_here(rescued, vae) if vae else _decode_there(rescued.latents, rescued.family, settings)
+    pixels = _decode_here(rescued, vae, settings) if vae else _decode_there(rescued.latents, rescued.family, settings)
     target = out or file.with_suffix(".png")
     pictures = [Image.fromarray(levels) for levels in to_uint8(pixels).cpu().numpy()]
     if len(pictures) == 1:
@@ -54,7 +54,7 @@ def encode_file(file: Path, out: Path | None, family: str, settings: Settings) -
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read as a picture: {error}") from None
 
-    def adopt(answer: Remote) -> torch.Tensor:
+    def adopt(answer: Answer) -> torch.Tensor:
         if not isinstance(answer, EncodeAnswer):
             raise TypeError("not an answer to an encode")
         return answer.latents.chunk(2, dim=1)[0] if answer.is_posterior else answer.latents
@@ -98,23 +98,24 @@ def check(settings: Settings, family: str) -> tuple[list[str], bool]:
 
 
 def _ask(op: Op, tensor: torch.Tensor, family: Family, settings: Settings, adopt: Any) -> Outcome[Any]:
-    return RemoteRoute().run(VaeCall(op=op, tensor=tensor, family=family, whole=None, adopt=adopt), settings)
+    return RemoteRoute().run(VaeCall(op, tensor, VaeAtWork(None, family), adopt), settings)
+
+
+def _pixels(answer: Answer) -> torch.Tensor:
+    if not isinstance(answer, DecodeAnswer):
+        raise TypeError("not an answer to a decode")
+    return answer.pixels("cpu", torch.float32)
 
 
 def _decode_there(latents: torch.Tensor, family: Family, settings: Settings) -> torch.Tensor:
-    def adopt(answer: Remote) -> torch.Tensor:
-        if not isinstance(answer, DecodeAnswer):
-            raise TypeError("not an answer to a decode")
-        return answer.pixels("cpu", torch.float32)
-
     if not endpoint_for("decode", family, settings)[0]:
         raise SettingsError("nothing to decode with: name an --endpoint, or a VAE of this machine with --vae")
-    pixels: torch.Tensor = _ask("decode", latents, family, settings, adopt).value
+    pixels: torch.Tensor = _ask("decode", latents, family, settings, _pixels).value
     return pixels
 
 
-def _decode_here(rescued: rescue.Rescued, source: str) -> torch.Tensor:
-    from remote_vae.local.ladder import exact_ways, first_that_fits
+def _decode_here(rescued: rescue.Rescued, source: str, settings: Settings) -> torch.Tensor:
+    from remote_vae.local import answer
     from remote_vae.local.own import own_tiling
     from remote_vae.server.models import load_vae
 
@@ -124,16 +125,13 @@ def _decode_here(rescued: rescue.Rescued, source: str) -> torch.Tensor:
             f"{source} takes {loaded.family.latent_channels} channels, the file has {rescued.latents.shape[1]}"
         )
     latents = rescued.latents.to(loaded.device, loaded.dtype)
+    vae = VaeAtWork(loaded.vae, loaded.family, loaded.device, loaded.dtype)
 
     def by_its_own_tiling() -> torch.Tensor:
         with own_tiling(loaded.vae):
-            pixels: torch.Tensor = loaded.vae.decode(latents, return_dict=False)[0]
-        return pixels
+            return vae.whole(loaded.vae, "decode", latents)
 
-    def ways() -> Iterator[Spare[torch.Tensor]]:
-        # What is here has failed to decode before, most likely for lack of memory: not the whole VAE.
-        yield from exact_ways(loaded.vae, "decode", latents)
-        yield Spare("its own tiling", by_its_own_tiling)
-
+    # What is here has failed to decode before, most likely for lack of memory: not the whole VAE.
+    call = VaeCall("decode", latents, vae, _pixels, own_tiling=by_its_own_tiling)
     with torch.inference_mode():
-        return first_that_fits(ways(), "the decode")[1].float()
+        return answer(call, settings).value

@@ -1,4 +1,4 @@
-"""The router: which route answers a VAE call, in which order, and what happened."""
+"""The router: who answers a VAE call, in which order, and what happened."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from remote_vae import rescue
-from remote_vae.call import Outcome, Route, T, VaeCall
-from remote_vae.errors import OutOfMemory, RouteFailed, VaeCallFailed
+from remote_vae import local, rescue
+from remote_vae.call import Outcome, T, VaeCall
+from remote_vae.errors import RouteFailed, VaeCallFailed
 from remote_vae.history import History, Record
-from remote_vae.local.route import TiledRoute, wants_bfloat16
-from remote_vae.local.whole import LocalRoute
 from remote_vae.remote.another_vae import VaeCheck
 from remote_vae.remote.client import shown
 from remote_vae.remote.route import RemoteRoute, endpoint_for
@@ -28,7 +26,7 @@ log = logging.getLogger("remote_vae")
 
 
 class Router:
-    """Answers VAE calls by the best route there is, and keeps the history. May be used from many threads.
+    """Answers VAE calls by an endpoint or on this machine, and keeps the history. May be used from many threads.
 
     Args:
         history: where the records go; a new one by default.
@@ -43,8 +41,6 @@ class Router:
             partial(encode, device="cpu", dtype=torch.float32), partial(decode, device="cpu", dtype=torch.float32)
         )
         self._remote = RemoteRoute(vaes=VaeCheck(samples=samples))
-        self._local = LocalRoute()
-        self._tiled = TiledRoute()
 
     def run(self, call: VaeCall[T], settings: Settings, *, remote: bool = True, because: str = "") -> T:
         """Answer ``call``: remote, and on any failure on this machine.
@@ -57,80 +53,77 @@ class Router:
             VaeCallFailed: nothing could; the latents of a decode were saved, and the message says where.
         """
         started = time.perf_counter()
-        reasons = [because] if because else []
-        failure: Exception | None = None
-        for route in self._plan(call, settings, remote=remote, fell_back=bool(because)):
+        reasons = [because]
+        outcome = self._asked(call, settings, reasons) if remote else None
+        if outcome is None:
             try:
-                outcome = route.run(call, settings)
-            except RouteFailed as error:
-                log.log(logging.DEBUG if error.told else logging.WARNING, "%s %s: %s", route.name, call.op, error)
-                forget_frames(error)
-                reasons.append(error.reason)
-                failure = error
-                if isinstance(error, OutOfMemory):
-                    call = call.without_whole()
+                outcome = local.answer(call, settings)
             except Exception as error:
-                # The host's own VAE went wrong: no other route would do better with it.
-                reasons.append(str(error))
-                failure = error
-                break
-            else:
-                self._record(call, settings, route.name, outcome, started, reasons)
-                return outcome.value
-        self._record(call, settings, "failed", Outcome(None), started, reasons)
-        raise self._failed(call, settings, failure) from failure
-
-    def _plan(self, call: VaeCall[T], settings: Settings, *, remote: bool, fell_back: bool) -> list[Route]:
-        if remote and wants_remote(call, settings):
-            return [self._remote, self._tiled]
-        return [self._tiled] if fell_back or wants_bfloat16(call, settings) else [self._local, self._tiled]
+                self._record(call, settings, Outcome(None, "failed"), started, [*reasons, str(error)])
+                raise self._failed(call, settings, error) from error
+        self._record(call, settings, outcome, started, [*reasons, outcome.because])
+        return outcome.value
 
     def run_remote(self, call: VaeCall[T], settings: Settings) -> T:
         """Answer ``call`` remotely or not at all; nothing is recorded when it fails.
 
         Raises:
-            RouteFailed: the remote route could not.
+            RouteFailed: the endpoint could not.
         """
         started = time.perf_counter()
         outcome = self._remote.run(call, settings)
-        self._record(call, settings, self._remote.name, outcome, started, [])
+        self._record(call, settings, outcome, started, [])
         return outcome.value
 
-    def _record(
-        self, call: VaeCall[T], settings: Settings, route: str, outcome: Outcome[Any], started: float, reasons: list[str]
-    ) -> None:
-        endpoint = outcome.endpoint
-        if not endpoint and reasons:
-            endpoint = shown(endpoint_for(call.op, call.family, settings)[0])
-        batch, height, width = call.size
-        record = Record(
-            op=call.op,
-            route=route,
-            detail=outcome.detail,
-            endpoint=endpoint,
-            images=batch,
-            height=height,
-            width=width,
-            bytes_up=outcome.bytes_up,
-            bytes_down=outcome.bytes_down,
-            ms=(time.perf_counter() - started) * 1000.0,
-            fallback_reason=", then ".join(reasons),
-            when=time.time(),
-        )
+    def _asked(self, call: VaeCall[T], settings: Settings, reasons: list[str]) -> Outcome[T] | None:
+        try:
+            return self._remote.run(call, settings) if wants_remote(call, settings) else None
+        except RouteFailed as error:
+            log.log(logging.DEBUG if error.told else logging.WARNING, "remote %s: %s", call.op, error)
+            reasons.append(error.reason)
+            forget_frames(error)
+        except Exception as error:
+            # Ours, and not the host's VAE that went wrong.
+            log.exception("remote %s", call.op)
+            reasons.append(type(error).__name__)
+            forget_frames(error)
+        return None
+
+    def _record(self, call: VaeCall[T], settings: Settings, outcome: Outcome[Any], started: float, reasons: list[str]) -> None:
         # What is known of a picture is not worth the picture.
         try:
+            because = ", then ".join(filter(None, reasons))
+            endpoint = outcome.endpoint
+            if not endpoint and because:
+                endpoint = shown(endpoint_for(call.op, call.vae.family, settings)[0])
+            batch, height, width = call.size
+            record = Record(
+                op=call.op,
+                route=outcome.route,
+                detail=outcome.detail,
+                endpoint=endpoint,
+                images=batch,
+                height=height,
+                width=width,
+                bytes_up=outcome.bytes_up,
+                bytes_down=outcome.bytes_down,
+                ms=(time.perf_counter() - started) * 1000.0,
+                fallback_reason=because,
+                when=time.time(),
+            )
             self.history.add(record)
-            call.recorded(record)
+            call.user.recorded(record)
             log.info("%s", record)
         except Exception:
             log.debug("the record was lost", exc_info=True)
 
-    def _failed(self, call: VaeCall[T], settings: Settings, error: Exception | None) -> VaeCallFailed:
+    def _failed(self, call: VaeCall[T], settings: Settings, error: Exception) -> VaeCallFailed:
         if call.op == "encode":
             return VaeCallFailed(f"the picture could not be encoded: {error}")
         folder = Path(settings.rescue_folder) if settings.rescue_folder else self._rescue_folder or rescue.default_folder()
+        latents = call.tensor if call.saved is None else call.saved
         try:
-            path = rescue.save_latents(call.tensor if call.lost is None else call.lost, call.family, folder, str(error))
+            path = rescue.save_latents(latents, call.vae.family, folder, str(error))
         except Exception as problem:  # whatever stops the saving, the first error is the one to report
             return VaeCallFailed(f"the latents could not be decoded: {error}. Nor could they be saved in {folder}: {problem}")
         return VaeCallFailed(
@@ -141,4 +134,4 @@ class Router:
 def wants_remote(call: VaeCall[T], settings: Settings) -> bool:
     """Whether the settings send this call away; an endpoint that is not set is not a failure."""
     wanted = settings.decode if call.op == "decode" else settings.encode
-    return wanted and bool(endpoint_for(call.op, call.family, settings)[0])
+    return wanted and bool(endpoint_for(call.op, call.vae.family, settings)[0])

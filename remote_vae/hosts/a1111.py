@@ -7,26 +7,22 @@ model, so they are replaced on the instance. ``decode_latent_batch`` is wrapped 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
-from remote_vae.call import Op, Remote, Spare, VaeCall
+from remote_vae.call import Answer, User, VaeCall
 from remote_vae.errors import RouteFailed
 from remote_vae.hosts.a1111_kinds import Kind, kind_of
-from remote_vae.hosts.base import ThreadState, WebUi
+from remote_vae.hosts.base import ThreadState, WebUi, is_picture
 from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
-from remote_vae.local.own import on_cpu
 from remote_vae.router import wants_remote
-from remote_vae.settings import Settings
-from remote_vae.vae.at_work import ServedVae
+from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.families import Family, find_family, recognise
-from remote_vae.vae.fingerprint import Identity
-from remote_vae.wire import DecodeAnswer, EncodeAnswer
+from remote_vae.wire import DecodeAnswer
 
 log = logging.getLogger("remote_vae")
 
@@ -40,10 +36,10 @@ class _ThreadState(ThreadState):
 class _Batch:
     """The answer to a whole batch, given out picture by picture as the UI asks for them."""
 
-    def __init__(self, latents: torch.Tensor) -> None:
+    def __init__(self, latents: torch.Tensor, raw: torch.Tensor) -> None:
         self.latents = latents
-        self.raw = latents
-        self.answer: Remote | None = None
+        self.raw = raw
+        self.answer: Answer | None = None
         self.failure = ""
 
     def index_of(self, latents: torch.Tensor) -> int | None:
@@ -93,83 +89,58 @@ class A1111(WebUi):
         for method in _METHODS.values():
             unwrap(model, method, self)
 
-    def current(self) -> ServedVae | None:
-        from modules import devices, sd_models
+    def current(self) -> VaeAtWork | None:
+        from modules import sd_models
 
         model = sd_models.model_data.sd_model
         kind = kind_of(model) if model is not None else None
         if kind is None:
             return None
-        vae = model.first_stage_model
-        dtype = next(vae.parameters()).dtype
-        return ServedVae(
-            module=vae,
-            family=_family(model, kind),
-            dtype=dtype,
-            # lowvram brings the weights there at the call. Otherwise they may have been unloaded to the CPU.
-            device=torch.device(devices.device) if getattr(model, "lowvram", False) else next(vae.parameters()).device,
-            decode=lambda latents: vae.decode(latents),
-            encode=lambda pixels: kind.moments(vae, pixels),
-            name=_checkpoint(model),
-            calling=self.serving,
-        )
+        return replace(_at_work(model, kind), model=_checkpoint(model))
 
     # --- a whole batch ---------------------------------------------------------------------------------------------------
 
     def _batch_door(self, original: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``decode_latent_batch``, which decodes picture after picture: the remote answer is fetched for all first."""
-        kind = kind_of(model)
-        takes = (
-            self._takes()
-            and self._thread.batch is None
-            and isinstance(batch, torch.Tensor)
-            and batch.shape[0] > 1
-            and _decodes_in_full()
-            and is_wrapped(getattr(model, _METHODS["decode"], None))
-        )
-        if not takes or kind is None:
-            return original(model, batch, *args, **kwargs)
-        with self._prefetched(model, kind, batch, self._settings()):
-            return original(model, batch, *args, **kwargs)
-
-    @contextmanager
-    def _prefetched(self, model: Any, kind: Kind, batch: torch.Tensor, settings: Settings) -> Iterator[None]:
-        from modules import devices
-
-        # The two conversions that the UI makes between here and the model.
-        latents = batch.to(devices.dtype_vae).to(model.first_stage_model.dtype)
-        pending = _Batch(latents)
-        call: VaeCall[Remote] = VaeCall(
-            op="decode",
-            tensor=kind.unscale(latents),
-            family=_family(model, kind),
-            whole=None,
-            adopt=lambda answer: answer,
-            identity=_identity(model),
-            truncates=True,
-            cancelled=self._interrupts(),
-        )
-        pending.raw = call.tensor
-        if wants_remote(call, settings):
-            try:
-                with self._shown(call) as shown:
-                    pending.answer = self.router.run_remote(shown, settings)
-            except RouteFailed as error:
-                log.log(logging.DEBUG if error.told else logging.WARNING, "remote decode of %d pictures: %s", len(batch), error)
-                pending.failure = error.reason
-        self._thread.batch = pending
         try:
-            yield
+            self._thread.batch = self._fetched(model, batch)
+        except Exception:
+            log.exception("the batch went wrong in Remote VAE; its pictures are decoded one by one")
+        try:
+            return original(model, batch, *args, **kwargs)
         finally:
             self._thread.batch = None
+
+    def _fetched(self, model: Any, batch: Any) -> _Batch | None:
+        """The endpoint's answer to a batch, or why there is none; None where the pictures are not to be asked for together."""
+        from modules import devices
+
+        kind = kind_of(model)
+        if kind is None or not is_picture(batch) or batch.shape[0] == 1 or self._thread.batch is not None or not self._takes():
+            return None
+        if not _decodes_in_full() or not is_wrapped(getattr(model, _METHODS["decode"], None)):
+            return None
+        # The two conversions that the UI makes between here and the model.
+        latents = batch.to(devices.dtype_vae).to(model.first_stage_model.dtype)
+        raw = kind.unscale(latents)
+        call: VaeCall[Answer] = VaeCall("decode", raw, _at_work(model, kind), adopt=lambda answer: answer, truncates=True)
+        if not wants_remote(call, self._settings()):
+            return None
+        pending = _Batch(latents, raw)
+        try:
+            with self._shown(call) as shown:
+                pending.answer = self.router.run_remote(shown, self._settings())
+        except RouteFailed as error:
+            log.log(logging.DEBUG if error.told else logging.WARNING, "remote decode of %d pictures: %s", len(batch), error)
+            pending.failure = error.reason
+        return pending
 
     # --- the hook --------------------------------------------------------------------------------------------------------
 
     def _hooked(self, op: Op, model: Any, kind: Kind, original: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(*args: Any, **kwargs: Any) -> Any:
             # Other arguments belong to training and to quantised VAEs; and nobody in the UI names the tensor.
-            plain = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) and args[0].ndim == 4
-            if not plain or not self._takes():
+            if len(args) != 1 or kwargs or not is_picture(args[0]) or not self._takes():
                 return original(*args, **kwargs)
             return self._run(op, model, kind, original, args[0])
 
@@ -178,54 +149,38 @@ class A1111(WebUi):
     def _run(self, op: Op, model: Any, kind: Kind, original: Callable[..., Any], tensor: torch.Tensor) -> Any:
         batch = self._thread.batch if op == "decode" else None
         index = batch.index_of(tensor) if batch is not None else None
-        if batch is not None and index is not None and isinstance(batch.answer, DecodeAnswer):
-            return batch.answer.picture(index).pixels(tensor.device, tensor.dtype)
+
+        def make() -> VaeCall[Any]:
+            call = self._call(op, model, kind, original, tensor)
+            if batch is None or index is None:
+                return call
+            # The UI gives up the whole batch with the first picture that fails.
+            return replace(call, saved=batch.raw, user=User(part=f"{index + 1} of {len(batch.latents)}"))
+
         if batch is None or index is None:
-            return self._taken(lambda: self._call(op, model, kind, original, tensor), lambda: original(tensor))
-        call = self._call(op, model, kind, original, tensor)
-        # The UI gives up the whole batch with the first picture that fails.
-        call = replace(call, lost=batch.raw, part=f"{index + 1} of {len(batch.latents)}")
-        return self._answer(call, remote=not batch.failure, because=batch.failure)
+            return self._taken(make, lambda: original(tensor))
+        if isinstance(batch.answer, DecodeAnswer):
+            return batch.answer.picture(index).pixels(tensor.device, tensor.dtype)
+        return self._taken(make, lambda: original(tensor), remote=False, because=batch.failure)
 
     def _call(self, op: Op, model: Any, kind: Kind, original: Callable[..., Any], tensor: torch.Tensor) -> VaeCall[Any]:
-        def adopt(answer: Remote) -> Any:
+        def adopt(answer: Answer) -> Any:
             if isinstance(answer, DecodeAnswer):
                 return answer.pixels(tensor.device, tensor.dtype)
-            return _encoded(kind, answer, tensor)
-
-        def finish(result: torch.Tensor) -> Any:
-            return result.to(tensor.device, tensor.dtype) if op == "decode" else kind.from_moments(result)
-
-        def cpu() -> Any:
-            vae = on_cpu(model.first_stage_model)
-            if op == "decode":
-                raw = kind.unscale(tensor).to("cpu", torch.float32)
-                # Through the class: lowvram replaces the method on the instance.
-                return type(vae).decode(vae, raw).to(tensor.device, tensor.dtype)
-            encoded = type(vae).encode(vae, tensor.to("cpu", torch.float32))
-            return kind.from_vae(encoded, tensor.device, tensor.dtype)
+            latents = answer.latents.to(tensor.device, tensor.dtype)
+            return kind.from_moments(latents) if answer.is_posterior else kind.from_sample(latents)
 
         return VaeCall(
             op=op,
             tensor=kind.unscale(tensor) if op == "decode" else tensor,
-            family=_family(model, kind),
-            whole=lambda: original(tensor),
+            vae=_at_work(model, kind),
             adopt=adopt,
-            vae=model.first_stage_model,
-            identity=_identity(model),
-            finish=finish,
-            spares=(Spare("whole VAE on the CPU", cpu),),
+            whole=lambda: original(tensor),
             truncates=True,
-            cancelled=self._interrupts(),
         )
 
 
 adapter = A1111()
-
-
-def _encoded(kind: Kind, answer: EncodeAnswer, like: torch.Tensor) -> Any:
-    latents = answer.latents.to(like.device, like.dtype)
-    return kind.from_moments(latents) if answer.is_posterior else kind.from_sample(latents)
 
 
 def _decodes_in_full() -> bool:
@@ -241,11 +196,26 @@ def _checkpoint(model: Any) -> str:
     return str(getattr(getattr(model, "sd_checkpoint_info", None), "model_name", ""))
 
 
-def _identity(model: Any) -> Identity:
-    from modules import sd_vae
+def _at_work(model: Any, kind: Kind) -> VaeAtWork:
+    from modules import devices, sd_vae
 
-    # The one file that is picked for whichever model is in use; None: the checkpoint's own.
-    return Identity(model.first_stage_model, Path(getattr(sd_vae, "loaded_vae_file", None) or "").name)
+    vae = model.first_stage_model
+    weight = next(vae.parameters())
+
+    def whole(module: Any, op: Op, tensor: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = module.decode(tensor) if op == "decode" else kind.moments(module, tensor)
+        return made
+
+    return VaeAtWork(
+        module=vae,
+        family=_family(model, kind),
+        # lowvram brings the weights there at the call. Otherwise they may have been unloaded to the CPU.
+        device=torch.device(devices.device) if getattr(model, "lowvram", False) else weight.device,
+        dtype=weight.dtype,
+        whole=whole,
+        # The one file that is picked for whichever model is in use; None: the checkpoint's own.
+        picked=Path(getattr(sd_vae, "loaded_vae_file", None) or "").name,
+    )
 
 
 def _family(model: Any, kind: Kind) -> Family:

@@ -33,10 +33,6 @@ class Kind(ABC):
     def from_sample(self, latents: torch.Tensor) -> Any:
         """What ``encode_first_stage`` returns for raw latents ``[B, C, h, w]`` that are already drawn."""
 
-    @abstractmethod
-    def from_vae(self, encoded: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        """What ``encode_first_stage`` returns for the result of ``first_stage_model.encode``, moved to device and dtype."""
-
     def moments(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         """The posterior ``[B, 2 C, h, w]`` (mean, logvar), unscaled, that ``vae.encode`` draws its sample from.
 
@@ -67,9 +63,6 @@ class Ldm(Kind):
         # A distribution without spread: callers take .sample(), .mode() or .mean of it, and all are these latents.
         return _distribution(torch.cat([latents, latents], dim=1), deterministic=True)
 
-    def from_vae(self, encoded: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        return _distribution(encoded.parameters.to(device, dtype), deterministic=encoded.deterministic)
-
     def moments(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         parameters: torch.Tensor = vae.encode(pixels).parameters
         return parameters
@@ -90,9 +83,6 @@ class Sgm(Ldm):
     def from_sample(self, latents: torch.Tensor) -> Any:
         return self._model.scale_factor * latents.float()
 
-    def from_vae(self, encoded: Any, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ARG002  # float32, as above
-        return self._model.scale_factor * encoded.to(device)
-
 
 class Sd3(Kind):
     """A1111's SD3Inferencer, whose VAE draws its sample with ``randn_like``."""
@@ -112,9 +102,6 @@ class Sd3(Kind):
 
     def from_sample(self, latents: torch.Tensor) -> Any:
         return self._format.process_in(latents)
-
-    def from_vae(self, encoded: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        return self._format.process_in(encoded.to(device, dtype))
 
 
 def kind_of(model: Any) -> Kind | None:

@@ -21,18 +21,22 @@ from typing import Any, ClassVar, Optional
 import torch
 
 from remote_vae.call import T, VaeCall
+from remote_vae.errors import VaeCallFailed
 from remote_vae.history import History
-from remote_vae.hosts.generation import Generation, rising
+from remote_vae.hosts.generation import Generation
 from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.router import Router
 from remote_vae.settings import Settings, load_options
-from remote_vae.vae.at_work import ServedVae
+from remote_vae.vae.at_work import VaeAtWork
 
 log = logging.getLogger("remote_vae")
 
 # Of the options' names in the UI. SD.Next has options of its own that begin with remote_vae_.
 PREFIX = "remotevae_"
 _PRESSES = ("interrupt", "skip", "stop_generating")
+_FLAGS = ("interrupted", "skipped")
+# How long an endpoint may take to begin its answer after Interrupt during sampling.
+_HURRY_SECONDS = 3.0
 
 
 class ThreadState(threading.local):
@@ -79,7 +83,7 @@ class WebUi(ABC):
         """Give ``model`` its own calls back."""
 
     @abstractmethod
-    def current(self) -> ServedVae | None:
+    def current(self) -> VaeAtWork | None:
         """The VAE that is loaded now, to be shared with other UIs; None: none is. Loads nothing. For any thread."""
 
     # --- life cycle ------------------------------------------------------------------------------------------------------
@@ -137,11 +141,13 @@ class WebUi(ABC):
         # Whatever was loaded or put over our hooks since the last one.
         self.hook_loaded()
         outer = self._thread.generation
-        self._thread.generation = Generation(p, outer)
+        generation = self._thread.generation = Generation(p, outer)
         try:
             return original(p, *args, **kwargs)
         finally:
             self._thread.generation = outer
+            if generation.stops:
+                self._stop_after_this()
 
     def _press_door(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around Interrupt, Skip and Stop: a second press shows in no flag."""
@@ -175,9 +181,13 @@ class WebUi(ABC):
         """Whether a VAE call of this thread is for us. Asked at every call, so it has to be quick."""
         if not self.installed or self._thread.passing:
             return False
-        generation = self._thread.generation
-        wanted = None if generation is None else generation.request.enabled
-        return self._switched_on() if wanted is None else wanted
+        try:
+            generation = self._thread.generation
+            wanted = None if generation is None else generation.request.enabled
+            return self._switched_on() if wanted is None else wanted
+        except Exception:
+            log.exception("whether Remote VAE is switched on cannot be told; the UI's own VAE answers")
+            return False
 
     def _switched_on(self) -> bool:
         from modules import shared
@@ -185,21 +195,35 @@ class WebUi(ABC):
         enabled = getattr(shared.opts, PREFIX + "enabled", False)
         return enabled if isinstance(enabled, bool) else self.own_settings().enabled
 
-    def _taken(self, make: Callable[[], VaeCall[T]], own: Callable[[], T]) -> T:
-        """Answer the call that ``make`` makes. Where even that fails, which is our fault and not the VAE's, by ``own``."""
+    def _taken(
+        self, make: Callable[[], VaeCall[T] | None], own: Callable[[], T], *, remote: bool = True, because: str = ""
+    ) -> T:
+        """Answer the call that ``make`` makes; None is a call that is the VAE's own.
+
+        Args:
+            own: the UI's own call. It answers whatever else goes wrong with what is ours.
+            remote, because: for the router.
+
+        Raises:
+            VaeCallFailed: nothing could answer, the UI's own VAE neither.
+        """
         try:
             call = make()
+            if call is not None:
+                return self._answer(call, remote=remote, because=because)
+        except VaeCallFailed:
+            raise
         except Exception:
-            log.exception("this call was not understood; the UI's own VAE answers it")
+            log.exception("this call went wrong in Remote VAE; the UI's own VAE answers it")
+        with self.passing_on():
             return own()
-        return self._answer(call)
 
-    def _answer(self, call: VaeCall[T], *, remote: bool = True, because: str = "") -> T:
-        """Answer ``call`` by the best route, and let the user see how it goes."""
-        settings = self._settings()
+    def _answer(self, call: VaeCall[T], *, remote: bool, because: str) -> T:
+        """Answer ``call`` by the best way there is, and let the user see how it goes."""
         generation = self._thread.generation
         # Another extension may have put its hook between two of ours.
         with self.passing_on(), self._shown(call) as shown:
+            settings = self._settings()
 
             def run(asked: VaeCall[T]) -> T:
                 return self.router.run(asked, settings, remote=remote, because=because)
@@ -210,33 +234,68 @@ class WebUi(ABC):
 
     @contextmanager
     def _shown(self, call: VaeCall[T]) -> Iterator[VaeCall[T]]:
-        """The call, with what happens in the UI's progress line and in the infotext."""
+        """The call, with what happens in the UI's progress line and in the infotext.
+
+        Interrupt or Skip meanwhile ends the waiting, and nothing else of this picture: what was sampled is made and saved as
+        any other. Only then is what the press asked for done.
+        """
         from modules import shared
 
         state = shared.state
-        before = getattr(state, "textinfo", None)
+        text = getattr(state, "textinfo", None)
+        presses, flags = self._presses, [flag for flag in _FLAGS if not getattr(state, flag, False)]
         generation = self._thread.generation
+
+        def risen(*wanted: str) -> bool:
+            return any(getattr(state, flag, False) for flag in flags if flag in wanted)
 
         def tell(text: str) -> None:
             state.textinfo = f"Remote VAE: {text}"
 
+        user = replace(
+            call.user,
+            cancelled=lambda: self._presses != presses or risen(*_FLAGS),
+            gave_up=lambda: risen("skipped"),
+            tell=tell,
+            recorded=call.user.recorded if generation is None else generation.record,
+        )
         try:
-            yield replace(call, tell=tell) if generation is None else replace(call, tell=tell, recorded=generation.record)
+            yield replace(call, user=user)
         finally:
-            state.textinfo = before
+            state.textinfo = text
+            stop = risen("interrupted")
+            for flag in flags:
+                if getattr(state, flag, False):
+                    setattr(state, flag, False)
+            if stop:
+                self._stop_after_this()
 
-    def _interrupts(self) -> Callable[[], bool]:
-        """Whether Interrupt, Skip or Stop is pressed from now on. A press during sampling asks for the picture so far."""
+    def _stop_after_this(self) -> None:
+        """No more pictures than the one whose VAE call this thread is in: the user has pressed Interrupt."""
         from modules import shared
 
-        presses = self._presses
-        risen = rising(lambda: bool(shared.state.interrupted), lambda: bool(shared.state.skipped))
-        return lambda: self._presses != presses or risen()
+        if hasattr(shared.state, "stopping_generation"):
+            shared.state.stopping_generation = True
+        elif self._thread.generation is not None:
+            self._thread.generation.stops = True
+        else:
+            shared.state.interrupted = True
 
     def _settings(self) -> Settings:
         """The settings of what this thread generates."""
+        from modules import shared
+
         settings, generation = self.own_settings(), self._thread.generation
-        return settings if generation is None else generation.request.adjusted(settings)
+        if generation is not None:
+            settings = generation.request.adjusted(settings)
+        if any(getattr(shared.state, flag, False) for flag in _FLAGS):
+            # Pressed during sampling: the picture so far is wanted, and soon.
+            settings = replace(
+                settings,
+                connect_timeout=min(settings.connect_timeout, _HURRY_SECONDS),
+                first_byte_timeout=min(settings.first_byte_timeout, _HURRY_SECONDS),
+            )
+        return settings
 
     def own_settings(self) -> Settings:
         """What the user has set in the UI; what cannot be used is its default, with one line in the log."""
@@ -249,3 +308,8 @@ class WebUi(ABC):
             for problem in problems:
                 log.warning("Settings, Remote VAE: %s", problem)
         return settings
+
+
+def is_picture(tensor: Any) -> bool:
+    """Whether ``tensor`` is a batch of pictures, or of their latents, that nobody wants a gradient of."""
+    return isinstance(tensor, torch.Tensor) and tensor.ndim == 4 and not (tensor.requires_grad and torch.is_grad_enabled())

@@ -6,21 +6,26 @@ them pass. Nothing of diffusers is imported before the first call.
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MethodType
 from typing import Any, Union
 
 import torch
 
-from remote_vae.call import Op, Remote, Spare, VaeCall
+from remote_vae.call import Answer, User, VaeCall
 from remote_vae.errors import UnsupportedLayout
 from remote_vae.history import History
-from remote_vae.local.own import on_cpu, own_tiling
+from remote_vae.local.own import own_tiling
 from remote_vae.router import Router
 from remote_vae.settings import Settings
+from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior
 from remote_vae.vae.families import Family, recognise_config
-from remote_vae.vae.fingerprint import Identity
-from remote_vae.wire import DecodeAnswer, EncodeAnswer
+from remote_vae.wire import DecodeAnswer
+
+log = logging.getLogger("remote_vae")
 
 _OPS: tuple[Op, ...] = ("decode", "encode")
 
@@ -50,7 +55,10 @@ def attach(
     """
     if not isinstance(settings, Settings):
         settings = Settings.from_mapping(settings or {})
-    vae = getattr(pipe, "vae", None) or pipe
+    vae = getattr(pipe, "vae", None)
+    vae = pipe if vae is None else vae
+    # A compiled module passes calls on to the one that it was made of.
+    vae = getattr(vae, "_orig_mod", vae)
     family = recognise_config(getattr(vae, "config", None) or {})
     if family is None or not all(callable(getattr(vae, op, None)) for op in _OPS):
         raise UnsupportedLayout(
@@ -82,8 +90,8 @@ class Handle:
         self._hooks: dict[Op, Callable[..., Any]] = {}
         self._before = {op: vae.__dict__[op] for op in _OPS if op in vae.__dict__}
         for op in _OPS:
-            self._hooks[op] = self._hook(op, getattr(vae, op))
-            # nn.Module keeps plain functions in __dict__, where they stand before the class's method.
+            self._hooks[op] = _Hook(self, vae, op, getattr(vae, op))
+            # nn.Module keeps what is no module in __dict__, where it stands before the class's method.
             setattr(vae, op, self._hooks[op])
 
     @property
@@ -104,81 +112,106 @@ class Handle:
             else:
                 delattr(self._vae, op)
 
-    def _hook(self, op: Op, original: Callable[..., Any]) -> Callable[..., Any]:
-        def hooked(*args: Any, **kwargs: Any) -> Any:
-            # Who names the tensor, or gives a generator by its place, asks the VAE itself.
-            plain = len(args) in (1, 2) and isinstance(args[0], torch.Tensor)
-            if not self.enabled or not plain or not takes(op, args[0], self._family):
-                return original(*args, **kwargs)
-            return answered(*args, **kwargs)
+    def answer(
+        self,
+        vae: Any,
+        op: Op,
+        original: Callable[..., Any],
+        names: tuple[str, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What ``original(*args, **kwargs)`` gives, by the router where that knows such calls."""
+        try:
+            call = vae_call(VaeAtWork(vae, self._family), op, original, names, args, kwargs)
+        except Exception:
+            log.exception("this call was not understood; the VAE answers it itself")
+            call = None
+        if call is None:
+            return original(*args, **kwargs)
+        return self._router.run(replace(call, user=User(cancelled=self._cancelled)), self.settings)
 
-        def answered(tensor: torch.Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
-            call = vae_call(self._vae, self._family, op, original, tensor, return_dict, kwargs, self._cancelled)
-            return self._router.run(replace(call, identity=Identity(self._vae)), self.settings)
 
-        hooked.handle = self  # type: ignore[attr-defined]  # attach() finds an earlier hook by it
-        return hooked
+class _Hook:
+    """In front of one method of a VAE. Nothing is asked and nothing changed while its handle is disabled."""
+
+    def __init__(self, handle: Handle, vae: Any, op: Op, original: Callable[..., Any]) -> None:
+        self.handle = handle
+        self._vae = vae
+        self._op = op
+        self._original = original
+        self._names = parameters_of(original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.handle.enabled:
+            return self._original(*args, **kwargs)
+        return self.handle.answer(self._vae, self._op, self._original, self._names, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the VAE has weights of its own, and nobody has attached it."""
+        copied = memo.get(id(self._vae))
+        return self if copied is None else MethodType(getattr(type(copied), self._op), copied)
+
+
+def parameters_of(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters of a bound ``decode`` or ``encode``, in order; AutoencoderKL's where it does not tell."""
+    try:
+        names = {name: each.kind for name, each in inspect.signature(method).parameters.items()}
+    except (TypeError, ValueError):
+        names = {}
+    # diffusers before 0.36 hides them in a wrapper of (*args, **kwargs).
+    plain = names and inspect.Parameter.VAR_POSITIONAL not in names.values()
+    return tuple(names) if plain else ("z", "return_dict")
 
 
 def vae_call(
-    vae: Any,
-    family: Family,
-    op: Op,
-    original: Callable[..., Any],
-    tensor: torch.Tensor,
-    return_dict: bool,
-    kwargs: dict[str, Any],
-    cancelled: Callable[[], bool],
-) -> VaeCall[Any]:
-    """A call of ``vae.decode`` or ``vae.encode``; ``original`` is the VAE's own method, bound to it."""
+    vae: VaeAtWork, op: Op, original: Callable[..., Any], names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> VaeCall[Any] | None:
+    """The call ``original(*args, **kwargs)`` of a VAE of diffusers; None where it is the VAE's own business.
 
-    def whole() -> Any:
-        return original(tensor, return_dict=return_dict, **kwargs)
+    Args:
+        vae: the VAE; its device and dtype are those of the call.
+        op: what ``original`` does.
+        original: the VAE's own method, bound to it.
+        names: of its parameters, see ``parameters_of``.
+        args, kwargs: what it is called with.
+    """
+    if len(args) > len(names):
+        return None
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    tensor = given.pop(names[0], None)
+    return_dict = given.pop("return_dict", True)
+    # A posterior is drawn from later, and decoders that take a generator do not use it.
+    given.pop("generator", None)
+    # An asymmetric VAE's picture and mask, a temporal one's number of frames: what the wire does not carry is the VAE's own.
+    carried = isinstance(return_dict, bool) and all(value is None for value in given.values())
+    if not carried or not takes(op, tensor, vae.family):
+        return None
+    return _call(vae, op, tensor, return_dict, lambda: original(*args, **kwargs))
 
+
+def _call(vae: VaeAtWork, op: Op, tensor: torch.Tensor, return_dict: bool, whole: Callable[[], Any]) -> VaeCall[Any]:
     def tiled() -> Any:
-        with own_tiling(vae):
+        with own_tiling(vae.module):
             return whole()
 
-    def adopt(answer: Remote) -> Any:
+    def adopt(answer: Answer) -> Any:
         if isinstance(answer, DecodeAnswer):
             return _decoder_output(answer.pixels(tensor.device, tensor.dtype), return_dict)
-        return _encoder_output(_distribution(answer, tensor.device, tensor.dtype), return_dict)
+        latents = answer.latents.to(tensor.device, tensor.dtype)
+        if not vae.has_posterior:
+            return _latents_output(latents.chunk(2, dim=1)[0] if answer.is_posterior else latents, return_dict)
+        return _encoder_output(_distribution(latents, is_posterior=answer.is_posterior), return_dict)
 
-    def finish(result: torch.Tensor) -> Any:
-        return _decoder_output(result, return_dict) if op == "decode" else _encoder_output(_gaussian(result), return_dict)
-
-    def cpu() -> Any:
-        return _on_cpu(vae, op, tensor, return_dict)
-
-    return VaeCall(
-        op=op,
-        tensor=tensor,
-        family=family,
-        whole=whole,
-        adopt=adopt,
-        vae=None if op == "encode" and type(vae).__name__ == "AutoencoderTiny" else vae,
-        finish=finish,
-        spares=(Spare("the VAE's own tiling", tiled), Spare("whole VAE on the CPU", cpu)),
-        cancelled=cancelled,
-    )
+    at_work = replace(vae, device=tensor.device, dtype=tensor.dtype, has_posterior=has_posterior(vae.module))
+    return VaeCall(op=op, tensor=tensor, vae=at_work, adopt=adopt, whole=whole, own_tiling=tiled)
 
 
-def _on_cpu(original: Any, op: Op, tensor: torch.Tensor, return_dict: bool) -> Any:
-    vae = on_cpu(original)
-    result = getattr(vae, op)(tensor.to("cpu", torch.float32))
-    if op == "decode":
-        return _decoder_output(result.sample.to(tensor.device, tensor.dtype), return_dict)
-    if not hasattr(result, "latent_dist"):
-        # AutoencoderTiny's: latents, and no distribution.
-        result.latents = result.latents.to(tensor.device, tensor.dtype)
-        return result if return_dict else (result.latents,)
-    moments = result.latent_dist.parameters.to(tensor.device, tensor.dtype)
-    return _encoder_output(_gaussian(moments), return_dict)
-
-
-def takes(op: Op, tensor: torch.Tensor, family: Family) -> bool:
-    """Whether the router knows this call: pictures, not videos, with the channels that belong to it."""
+def takes(op: Op, tensor: Any, family: Family) -> bool:
+    """Whether the router knows this call: pictures, not videos, with the channels that belong to it, and no gradient."""
     channels = family.latent_channels if op == "decode" else 3
+    if not isinstance(tensor, torch.Tensor) or (tensor.requires_grad and torch.is_grad_enabled()):
+        return False
     return tensor.ndim == 4 and tensor.shape[1] == channels and not family.video
 
 
@@ -198,9 +231,16 @@ def _encoder_output(distribution: Any, return_dict: bool) -> Any:
     return AutoencoderKLOutput(latent_dist=distribution)
 
 
-def _distribution(answer: EncodeAnswer, device: torch.device, dtype: torch.dtype) -> Any:
-    latents = answer.latents.to(device, dtype)
-    if answer.is_posterior:
+def _latents_output(latents: torch.Tensor, return_dict: bool) -> Any:
+    if not return_dict:
+        return (latents,)
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+
+    return AutoencoderTinyOutput(latents=latents)
+
+
+def _distribution(latents: torch.Tensor, *, is_posterior: bool) -> Any:
+    if is_posterior:
         return _gaussian(latents)
     # A sample that is already drawn: whatever is asked of the distribution, this is it.
     return _gaussian(torch.cat([latents, torch.zeros_like(latents)], dim=1), deterministic=True)

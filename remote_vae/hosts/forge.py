@@ -11,19 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from remote_vae.call import Op, Remote, Spare, VaeCall
+from remote_vae.call import Answer, VaeCall
 from remote_vae.errors import OutOfMemory
-from remote_vae.hosts.base import WebUi
+from remote_vae.hosts.base import WebUi, is_picture
 from remote_vae.hosts.wrapping import is_ours, is_wrapped, mark
-from remote_vae.vae.at_work import ServedVae
-from remote_vae.vae.families import Family, recognise
-from remote_vae.vae.fingerprint import Identity
+from remote_vae.vae.at_work import Op, VaeAtWork
+from remote_vae.vae.families import recognise
 from remote_vae.wire import DecodeAnswer
 
 _WRAPPERS: dict[Op, str] = {"decode": "model_vae_decode_wrapper", "encode": "model_vae_encode_wrapper"}
@@ -66,24 +66,13 @@ class Forge(WebUi):
                 else:
                     options[key] = wrapper.__wrapped__
 
-    def current(self) -> ServedVae | None:
+    def current(self) -> VaeAtWork | None:
         models = self._models()
         if not models:
             return None
         vae = models[0].forge_objects.vae
-        first_stage = vae.first_stage_model
-        return ServedVae(
-            module=first_stage,
-            family=_family(vae),
-            dtype=vae.vae_dtype,
-            device=vae.device,
-            decode=lambda latents: first_stage.decode(_brought(vae, "decode", latents)),
-            # Without a regulation it would be a sample.
-            encode=lambda pixels: first_stage.encode(_brought(vae, "encode", pixels), lambda posterior: posterior.parameters),
-            name=str(getattr(getattr(models[0], "sd_checkpoint_info", None), "model_name", "")),
-            bring=partial(_brought, vae, "decode"),
-            calling=self.serving,
-        )
+        model = str(getattr(getattr(models[0], "sd_checkpoint_info", None), "model_name", ""))
+        return replace(_at_work(vae, "decode"), model=model)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -97,28 +86,19 @@ class Forge(WebUi):
         def wrapper(inner: Callable[..., Any], tensor: Any) -> Any:
             original = inner if earlier is None else partial(earlier, inner)
             vae = getattr(inner, "__self__", None)
-            if not self._takes() or not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
-                return original(tensor)
-            if getattr(vae, "first_stage_model", None) is None:
+            if not is_picture(tensor) or getattr(vae, "first_stage_model", None) is None or not self._takes():
                 return original(tensor)
             return self._taken(lambda: self._call(op, vae, original, tensor), lambda: original(tensor))
 
         return wrapper
 
     def _call(self, op: Op, vae: Any, original: Callable[..., Any], tensor: torch.Tensor) -> VaeCall[Any]:
-        first_stage = vae.first_stage_model
-
-        def adopt(answer: Remote) -> Any:
+        def adopt(answer: Answer) -> Any:
             if isinstance(answer, DecodeAnswer):
                 return _as_forge_pixels(answer.pixels(vae.output_device, torch.float32))
             latents = answer.latents.to(vae.device, vae.vae_dtype)
             moments = latents if answer.is_posterior else torch.cat([latents, latents], dim=1)
             return _drawn(vae, moments, deterministic=not answer.is_posterior)
-
-        def finish(result: torch.Tensor) -> Any:
-            if op == "decode":
-                return _as_forge_pixels(result.to(vae.output_device).float())
-            return _drawn(vae, result, deterministic=False)
 
         def whole() -> Any:
             with _no_own_tiling(vae, op):
@@ -128,18 +108,12 @@ class Forge(WebUi):
             op=op,
             # A picture comes as a view with the colours last; what is sent and compared wants them first.
             tensor=tensor if op == "decode" else (tensor.movedim(-1, 1) * 2.0 - 1.0).contiguous(),
-            family=_family(vae),
-            whole=whole,
+            vae=replace(_at_work(vae, op), picked=_picked_vae()),
             adopt=adopt,
-            vae=first_stage,
-            identity=Identity(first_stage, _picked_vae()),
-            finish=finish,
-            device=vae.device,
-            bring=partial(_brought, vae, op),
+            whole=whole,
+            own_tiling=lambda: original(tensor),
             in_parts=True,
-            spares=(Spare("Forge's own tiling", lambda: original(tensor)),),
             truncates=True,
-            cancelled=self._interrupts(),
         )
 
 
@@ -152,13 +126,21 @@ def _patchers(model: Any) -> list[Any]:
     return list({id(patcher): patcher for patcher in found}.values())
 
 
-def _family(vae: Any) -> Family:
-    return recognise(
+def _at_work(vae: Any, op: Op) -> VaeAtWork:
+    family = recognise(
         latent_channels=vae.latent_channels,
         scaling_factor=float(vae.first_stage_model.scaling_factor),
         shift_factor=float(vae.first_stage_model.shift_factor or 0.0),
         downscale=vae.downscale_ratio,
     )
+    bring = partial(_brought, vae, op)
+    return VaeAtWork(vae.first_stage_model, family, vae.device, vae.vae_dtype, whole=_whole, bring=bring)
+
+
+def _whole(module: Any, op: Op, tensor: torch.Tensor) -> torch.Tensor:
+    # Without a regulation an encode would give a sample.
+    made: torch.Tensor = module.decode(tensor) if op == "decode" else module.encode(tensor, lambda drawn: drawn.parameters)
+    return made
 
 
 def _brought(vae: Any, op: Op, tensor: torch.Tensor) -> torch.Tensor:

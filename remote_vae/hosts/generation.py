@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 
 import torch
 
-from remote_vae.call import Remote, VaeCall
+from remote_vae.call import Answer, VaeCall
 from remote_vae.history import Record
 from remote_vae.settings import Settings
+from remote_vae.vae.fingerprint import Identity
 from remote_vae.wire import EncodeAnswer
 
 FOLLOW = "follow settings"
@@ -64,10 +65,12 @@ class Generation:
     Attributes:
         p: the host's processing object; see ``params``.
         outer: the generation that this one is a part of (a face detailer's).
+        stops: whether no further picture of it is to be begun.
     """
 
     p: Any
     outer: Optional[Generation] = None
+    stops: bool = False
     _records: list[tuple[int, Record]] = field(default_factory=list)
     _answers: OrderedDict[object, EncodeAnswer] = field(default_factory=OrderedDict)
 
@@ -127,8 +130,9 @@ class Generation:
         picture = call.tensor[:1]
         if any(not torch.equal(picture[0], other) for other in call.tensor[1:]):
             return run(call)
-        weights = None if call.identity is None else call.identity.look()
-        key = (call.family.key, _digest(picture), id(call.vae), weights)
+        vae = call.vae.module
+        weights = None if vae is None else Identity(vae).look()
+        key = (call.vae.family.key, _digest(picture), id(vae), weights)
         known = self._answers.get(key)
         if known is not None:
             return call.adopt(_repeated(known, batch))
@@ -139,13 +143,10 @@ class Generation:
                 self._answers.popitem(last=False)
             return _repeated(answer, batch)
 
-        def adopt(answer: Remote) -> T:
+        def adopt(answer: Answer) -> T:
             return call.adopt(keep(answer) if isinstance(answer, EncodeAnswer) else answer)
 
-        def finish(moments: torch.Tensor) -> T:
-            return call.finish(keep(EncodeAnswer(moments, is_posterior=True)).latents)
-
-        return run(replace(call, tensor=picture, adopt=adopt, finish=finish))
+        return run(replace(call, tensor=picture, adopt=adopt))
 
 
 def _way(record: Record) -> str:
@@ -166,9 +167,3 @@ def _digest(picture: torch.Tensor) -> bytes:
     digest = hashlib.blake2b(f"{values.dtype} {list(values.shape)}".encode())
     digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.digest()
-
-
-def rising(*flags: Callable[[], bool]) -> Callable[[], bool]:
-    """A function that is True once any of ``flags`` is True that was False when ``rising`` was called."""
-    watched = [flag for flag in flags if not flag()]
-    return lambda: any(flag() for flag in watched)

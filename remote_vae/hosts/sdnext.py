@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from remote_vae.call import Op, VaeCall
+from remote_vae.call import VaeCall
 from remote_vae.hosts.base import ThreadState, WebUi
-from remote_vae.hosts.diffusers import takes, vae_call
-from remote_vae.vae.at_work import ServedVae
-from remote_vae.vae.families import Family, recognise_config
-from remote_vae.vae.fingerprint import Identity
+from remote_vae.hosts.diffusers import parameters_of, vae_call
+from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior
+from remote_vae.vae.families import recognise_config
 
 # What SD.Next calls the VAE that comes with the model.
 _OWN_VAE = ("Automatic", "Default", "None", "")
@@ -55,7 +54,7 @@ class SdNext(WebUi):
     def _unhook(self, model: Any) -> None:
         """Nothing was done."""
 
-    def current(self) -> ServedVae | None:
+    def current(self) -> VaeAtWork | None:
         from modules import devices
 
         models = self._models()
@@ -64,16 +63,14 @@ class SdNext(WebUi):
         if family is None:
             return None
         vae = vaes[0]
-        return ServedVae(
+        return VaeAtWork(
             module=vae,
             family=family,
-            dtype=vae.dtype,
             device=torch.device(devices.device),
-            decode=lambda latents: vae.decode(_brought(vae, latents), return_dict=False)[0],
-            encode=lambda pixels: vae.encode(_brought(vae, pixels)).latent_dist.parameters,
-            name=str(getattr(getattr(models[0], "sd_checkpoint_info", None), "name", "")),
+            dtype=vae.dtype,
             bring=partial(_brought, vae),
-            calling=self.serving,
+            model=str(getattr(getattr(models[0], "sd_checkpoint_info", None), "name", "")),
+            has_posterior=has_posterior(vae),
         )
 
     def _models(self) -> list[Any]:
@@ -100,28 +97,20 @@ class SdNext(WebUi):
 
     def _vae_door(self, op: Op, original: Callable[..., Any], vae: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``decode`` and ``encode`` of the class."""
-        # They have many callers: who names the tensor, or gives a generator by its place, is the VAE's own business.
-        plain = len(args) in (1, 2) and isinstance(args[0], torch.Tensor)
-        if not plain or not self._takes() or not self._is_loaded(vae):
-            return original(vae, *args, **kwargs)
-        family = recognise_config(vae.config)
-        if family is None or not takes(op, args[0], family):
-            return original(vae, *args, **kwargs)
-        own = partial(original, vae)
-        return self._taken(lambda: self._call(op, vae, family, own, *args, **kwargs), lambda: own(*args, **kwargs))
+        own = partial(original, vae, *args, **kwargs)
+        if not self._takes() or not self._is_loaded(vae):
+            return own()
+        return self._taken(lambda: self._call(op, vae, partial(original, vae), args, kwargs), own)
 
     def _call(
-        self,
-        op: Op,
-        vae: Any,
-        family: Family,
-        own: Callable[..., Any],
-        tensor: torch.Tensor,
-        return_dict: bool = True,
-        **kwargs: Any,
-    ) -> VaeCall[Any]:
-        call = vae_call(vae, family, op, own, tensor, return_dict, kwargs, self._interrupts())
-        return replace(call, identity=Identity(vae, _picked_vae()), truncates=not self._thread.rounds)
+        self, op: Op, vae: Any, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> VaeCall[Any] | None:
+        family = recognise_config(vae.config)
+        if family is None:
+            return None
+        at_work = VaeAtWork(vae, family, bring=partial(_brought, vae), picked=_picked_vae())
+        call = vae_call(at_work, op, own, parameters_of(getattr(vae, op)), args, kwargs)
+        return None if call is None else replace(call, truncates=not self._thread.rounds)
 
     def _is_loaded(self, vae: Any) -> bool:
         """Whether ``vae`` belongs to the model or its refiner, or to the pipeline within either."""

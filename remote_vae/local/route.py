@@ -1,4 +1,12 @@
-"""The tiled route: the whole VAE where it fits, and else the exact tiled VAE in the memory that there is."""
+"""How this machine answers a VAE call, in order, until the picture is there:
+
+1. the host's own call of the whole VAE, where the free memory takes it: its answer is the host's to the last bit,
+2. the exact tiled VAE in less and less memory, last in float32 on the CPU,
+3. the VAE's own overlapping tiles, which are not exact,
+4. a copy of the whole VAE on the CPU, in float32.
+
+Only the first is the host's. Whatever goes wrong with it or with the others, the next one is tried.
+"""
 
 from __future__ import annotations
 
@@ -8,86 +16,178 @@ from functools import partial
 
 import torch
 
-from remote_vae.call import Outcome, Spare, T, VaeCall
-from remote_vae.local.ladder import exact_ways, first_that_fits, whole_fits
+from remote_vae.call import Outcome, T, VaeCall, Way
+from remote_vae.errors import OutOfMemory, UnsupportedLayout
+from remote_vae.local.own import on_cpu
 from remote_vae.settings import Settings
-from remote_vae.tiled.memory import free_memory, is_fast_at_bfloat16, is_out_of_memory
+from remote_vae.tiled import decode, encode
+from remote_vae.tiled.budget import whole_bytes
+from remote_vae.tiled.layouts import decoder_plan, encoder_plan
+from remote_vae.tiled.memory import available_memory, forget_frames, free_memory, is_fast_at_bfloat16, is_out_of_memory
+from remote_vae.tiled.plan import Plan
 from remote_vae.tiled.weights import bring_in
 
 log = logging.getLogger("remote_vae")
 
+_CALLS = {"decode": decode, "encode": encode}
+_PLANS = {"decode": decoder_plan, "encode": encoder_plan}
 
-class TiledRoute:
-    """Answers on this machine, whatever memory it has.
+# Shares of the free memory that the tiled VAE may take, one attempt after the other. Convolutions have workspaces of their own,
+# which nobody announces, and free memory is in pieces.
+_SHARES = (0.8, 0.4, 0.15)
+# The whole VAE is only tried where it fits with this to spare.
+_WHOLE_SHARE = 0.75
 
-    Where the whole VAE fits, it is asked first: its answer is the host's own to the last bit.
+
+def answer(call: VaeCall[T], settings: Settings, *, dtype: torch.dtype | None = None) -> Outcome[T]:
+    """Answer ``call`` on this machine.
+
+    Args:
+        call: what is wanted.
+        settings: the user's.
+        dtype: what to compute in; then the host's own call, which computes in the VAE's, is left out.
+
+    Raises:
+        OutOfMemory: no way has memory enough. Or what the host's own call raised, where no other way answers either.
     """
-
-    name = "tiled"
-
-    def run(self, call: VaeCall[T], settings: Settings) -> Outcome[T]:
-        """Raises OutOfMemory when nothing fits; an error that is not about memory is the host's own."""
-        batch, height, width = call.size
-        what = f"the {call.op} of {batch} x {width} x {height} px"
-        call.tell(f"{call.doing} on this machine")
-        name, value = first_that_fits(_ways(call, settings), what)
-        return Outcome(value, detail=name)
+    call.user.tell(f"{call.doing} on this machine")
+    failure: Exception | None = None
+    because = ""
+    for way in _ways(call, settings, dtype):
+        try:
+            return Outcome(way.run(), way.route, way.detail, because=because)
+        except Exception as error:
+            memory = _is_memory(error)
+            if way.run is call.whole:
+                because = "out of memory" if memory else f"its own call failed: {error}"
+            _tell(call, way, error, memory=memory)
+            # The host's own error goes to the host as it is, if nothing else helps.
+            if failure is None or isinstance(failure, UnsupportedLayout):
+                failure = error
+            forget_frames(error)
+        free_memory()
+    if failure is None or _is_memory(failure) or isinstance(failure, UnsupportedLayout):
+        message = f"this machine has too little memory for {_name(call)} ({failure})"
+        raise OutOfMemory(message, reason="out of memory") from failure
+    raise failure
 
 
 def wants_bfloat16(call: VaeCall[T], settings: Settings) -> bool:
     """Whether the call is to be done by the CPU's fast path."""
-    device = call.device or call.tensor.device
-    return settings.cpu_bfloat16 and call.vae is not None and device.type == "cpu" and is_fast_at_bfloat16()
+    vae = call.vae
+    return settings.cpu_bfloat16 and vae.module is not None and vae.device.type == "cpu" and is_fast_at_bfloat16()
 
 
-def _ways(call: VaeCall[T], settings: Settings) -> Iterator[Spare[T]]:
-    device = call.device or call.tensor.device
-    if wants_bfloat16(call, settings):
-        for way in exact_ways(call.vae, call.op, call.tensor, dtype=torch.bfloat16, progress=_teller(call)):
-            yield Spare("tiled VAE in bfloat16", partial(_finished, call, way.run))
-    tensor = call.tensor
-    if call.vae is not None:
-        # Before the free memory is looked at: a host that has put the VAE away takes other models away to make room for it.
-        tensor = _brought(call)
-    if call.whole is not None and (call.vae is None or whole_fits(call.vae, call.op, _part(call), device)):
-        yield Spare("whole VAE", call.whole)
-    if call.vae is not None:
-        for way in exact_ways(call.vae, call.op, tensor, progress=_teller(call)):
-            yield Spare(way.name, partial(_finished, call, way.run))
+def _ways(call: VaeCall[T], settings: Settings, dtype: torch.dtype | None) -> Iterator[Way[T]]:
+    """Each is asked for when the one before has failed and given its memory back."""
+    plan = _plan(call)
+    if plan is not None and dtype is None and wants_bfloat16(call, settings):
+        yield from _exact_ways(call, plan, call.tensor, torch.bfloat16)
+    # Before the free memory is looked at: a host that has put the VAE away takes other models away to make room for it.
+    tensor = _brought(call)
+    if call.whole is not None and dtype is None and _whole_fits(call, plan):
+        yield Way("local", "", call.whole)
+    if plan is not None:
+        yield from _exact_ways(call, plan, tensor, dtype)
     del tensor
-    yield from call.spares
+    if call.own_tiling is not None and dtype is None:
+        yield Way("tiled", "the VAE's own tiling", call.own_tiling)
+    if call.vae.module is not None:
+        yield Way("local", "on the CPU", partial(_on_cpu, call))
 
 
-def _part(call: VaeCall[T]) -> torch.Tensor:
-    """What the host's own call works on at once."""
-    return call.tensor[:1] if call.in_parts else call.tensor
+def _plan(call: VaeCall[T]) -> Plan | None:
+    """The plan of the VAE, made once a call; None where the exact tiled VAE does not know it."""
+    if call.vae.module is None or call.tensor.ndim != 4:
+        return None
+    try:
+        return _PLANS[call.op](call.vae.module)
+    except UnsupportedLayout as error:
+        log.info("no exact tiled VAE: %s", error)
+        return None
 
 
 def _brought(call: VaeCall[T]) -> torch.Tensor:
-    """What the VAE computes with, on its device, where the host has brought it; where that finds no room, as it is."""
+    """What the VAE computes with, on its device, where the host has brought it; where that cannot be, as it is."""
+    if call.vae.module is None:
+        return call.tensor
     try:
-        bring_in(call.vae)
-        return call.bring(call.tensor)
+        bring_in(call.vae.module)
+        return call.vae.bring(call.tensor)
     except Exception as error:
         if not is_out_of_memory(error):
-            raise
-        log.warning("no room for the VAE on its device: %s", error)
+            log.warning("the VAE could not be brought to %s", call.vae.device, exc_info=True)
+        else:
+            log.warning("no room for the VAE on %s: %s", call.vae.device, error)
+        forget_frames(error)
     free_memory()
     return call.tensor
 
 
-def _teller(call: VaeCall[T]) -> Callable[[float], None]:
+def _whole_fits(call: VaeCall[T], plan: Plan | None) -> bool:
+    """Whether the memory that is free takes the whole VAE's call; True where that cannot be told."""
+    free = available_memory(call.vae.device)
+    if plan is None or free is None:
+        return True
+    at_once = call.tensor[:1] if call.in_parts else call.tensor
+    return whole_bytes(plan, at_once.shape, plan.first_weight.dtype) <= _WHOLE_SHARE * free
+
+
+def _exact_ways(call: VaeCall[T], plan: Plan, tensor: torch.Tensor, dtype: torch.dtype | None) -> Iterator[Way[T]]:
+    """With less and less memory, which is asked for anew each time. Where it cannot be told: shares of what the whole takes."""
+    name = "exact, bfloat16" if dtype == torch.bfloat16 else "exact"
+    whole = whole_bytes(plan, tensor.shape, plan.first_weight.dtype)
+    for share in _SHARES:
+        free = available_memory(tensor.device)
+        limit = int(share * (whole if free is None else free))
+        yield Way("tiled", name, partial(_exact, call, tensor, max_bytes=limit, dtype=dtype))
+    if tensor.device.type != "cpu":
+        memory = available_memory(torch.device("cpu"))
+        most = None if memory is None else int(_SHARES[0] * memory)
+        yield Way(
+            "tiled", "exact, on the CPU", partial(_exact, call, tensor, max_bytes=most, dtype=torch.float32, device="cpu")
+        )
+
+
+def _exact(
+    call: VaeCall[T], tensor: torch.Tensor, *, max_bytes: int | None, dtype: torch.dtype | None, device: str | None = None
+) -> T:
+    made = _CALLS[call.op](call.vae.module, tensor, max_bytes=max_bytes, dtype=dtype, device=device, progress=_progress(call))
+    return call.adopt_local(made)
+
+
+def _on_cpu(call: VaeCall[T]) -> T:
+    vae = call.vae
+    return call.adopt_local(vae.whole(on_cpu(vae.module), call.op, call.tensor.to("cpu", torch.float32)))
+
+
+def _progress(call: VaeCall[T]) -> Callable[[float], None]:
     """Shows the user how far it is, in whole per cents."""
     shown = -1
 
-    def tell(done: float) -> None:
+    def progress(done: float) -> None:
         nonlocal shown
         if int(100 * done) > shown:
             shown = int(100 * done)
-            call.tell(f"{call.doing} on this machine, {shown} %")
+            call.user.tell(f"{call.doing} on this machine, {shown} %")
 
-    return tell
+    return progress
 
 
-def _finished(call: VaeCall[T], run: Callable[[], torch.Tensor]) -> T:
-    return call.finish(run())
+def _name(call: VaeCall[T]) -> str:
+    batch, height, width = call.size
+    return f"the {call.op} of {f'{batch} pictures of ' if batch > 1 else ''}{width} x {height} px"
+
+
+def _tell(call: VaeCall[T], way: Way[T], error: Exception, *, memory: bool) -> None:
+    name = " ".join(filter(None, (way.route, way.detail)))
+    if memory:
+        log.warning("%s ran out of memory for %s", name, _name(call))
+    elif isinstance(error, UnsupportedLayout):
+        log.info("%s cannot be used for %s: %s", name, _name(call), error)
+    else:
+        log.warning("%s failed for %s", name, _name(call), exc_info=error)
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, OutOfMemory) or is_out_of_memory(error)

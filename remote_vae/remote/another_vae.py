@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 
-from remote_vae.call import Op, T, VaeCall
+from remote_vae.call import T, VaeCall
 from remote_vae.errors import AnotherVae, NotOffered
 from remote_vae.remote.client import Deadlines, shown
 from remote_vae.remote.info import Infos, info_url
 from remote_vae.remote.sample import Ask, Samples
 from remote_vae.settings import Settings, load_options
+from remote_vae.vae.at_work import Op
 from remote_vae.vae.families import Family, load_families
 from remote_vae.vae.fingerprint import Identity
 from remote_vae.wire import THIS_PROCESS, Info
@@ -39,22 +40,23 @@ class VaeCheck:
             AnotherVae: the endpoint has another VAE, and the settings keep such calls on this machine.
             RouteFailed: the endpoint did not answer.
         """
-        if call.identity is None:
+        if call.vae.module is None:
             return
+        identity, family = Identity(call.vae.module, call.vae.picked), call.vae.family
         info = Info()
         if not public:
-            info = self._infos.of(url, Deadlines.of(settings).quick, call.cancelled)
+            info = self._infos.of(url, Deadlines.of(settings).quick, call.user.cancelled)
         endpoint = shown(info_url(url)).removesuffix("/info")
         if info.process == THIS_PROCESS:
             # It would wait for the end of the generation that waits for it.
             raise NotOffered(f"{endpoint} is this UI itself: enter another machine's address", reason="the endpoint is this UI")
-        difference, told = _difference(endpoint, info, call.family, call.identity), endpoint
+        difference, told = _difference(endpoint, info, family, identity), endpoint
         if difference is None:
             same = None
             if self._samples is not None:
-                same = self._samples.compare(call.identity, call.op, url, ask, call.cancelled)
+                same = self._samples.compare(identity, call.op, url, ask, call.user.cancelled)
             # Its decoder may be another one where its encoder is the same.
-            difference = _unsaid_difference(endpoint, same, call.op, call.family, call.identity)
+            difference = _unsaid_difference(endpoint, same, call.op, family, identity)
             told = f"{call.op} {endpoint}"
         if not difference:
             self._tell(told, "")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from remote_vae.call import Op, Outcome, Remote, T, VaeCall
+from remote_vae.call import Answer, Outcome, T, VaeCall
 from remote_vae.errors import (
     CallCancelled,
     DeadlineExceeded,
@@ -32,6 +32,7 @@ from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_fo
 from remote_vae.remote.functions import in_parallel, one_by_one
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import free_memory, is_out_of_memory
+from remote_vae.vae.at_work import Op
 from remote_vae.vae.families import Family, public_max_pixels
 from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeAnswer, EncodeRequest, Output
 from remote_vae.wire.pixels import to_uint8
@@ -55,13 +56,13 @@ class RemoteRoute:
 
     def run(self, call: VaeCall[T], settings: Settings) -> Outcome[T]:
         """Raises RouteFailed for whatever goes wrong outside the host."""
-        url, public = endpoint_for(call.op, call.family, settings)
+        url, public = endpoint_for(call.op, call.vae.family, settings)
         if not url:
             raise NotOffered("no endpoint is set for this VAE: Settings, Remote VAE, Endpoint", reason="no endpoint")
         if public:
             _check_public_limits(call)
             # What those servers were seen to take.
-            call = replace(call, tensor=call.tensor.to(DTYPES[call.family.dtype]))
+            call = replace(call, tensor=call.tensor.to(DTYPES[call.vae.family.dtype]))
         breaker = self._breakers.of(url)
         refusal = breaker.enter(settings.cooldown)
         if refusal is not None:
@@ -78,7 +79,7 @@ class RemoteRoute:
             raise RouteFailed(f"{shown(url)}: {type(error).__name__}: {error}", reason=type(error).__name__) from error
 
     def _asked(self, call: VaeCall[T], settings: Settings, url: str, breaker: Gate, *, public: bool) -> Outcome[T]:
-        call.tell(f"{call.doing} on {urlsplit(url).netloc.rpartition('@')[2]}")
+        call.user.tell(f"{call.doing} on {urlsplit(url).netloc.rpartition('@')[2]}")
         try:
             client = client_for(url, public=public)
             self._vaes.check(call, url, settings, partial(_ask_sample, client, call, settings), public=public)
@@ -99,6 +100,7 @@ class RemoteRoute:
         breaker.succeeded()
         return Outcome(
             _adopted(call, reply.answer),
+            self.name,
             detail=settings.transfer,
             endpoint=shown(url),
             bytes_up=reply.bytes_up,
@@ -129,21 +131,21 @@ class _Asking:
         self._client = client
         self._call = call
         self._tensor = call.tensor
-        self._ask: Callable[[torch.Tensor], Reply[Remote]] = self._decode if call.op == "decode" else self._encode
-        self._family = call.family.key if call.family.is_known else None
+        self._ask: Callable[[torch.Tensor], Reply[Answer]] = self._decode if call.op == "decode" else self._encode
+        self._family = call.vae.family.key if call.vae.family.is_known else None
         self._transfer = transfer
         self._truncate = call.truncates
         self._deadlines = deadlines
-        self._cancelled = call.cancelled
+        self._cancelled = call.user.cancelled
         self._failure: BaseException | None = None
 
-    def ask(self) -> Reply[Remote]:
+    def ask(self) -> Reply[Answer]:
         """The answer, checked. Raises RouteFailed."""
         reply = self._replied()
         _check_answer(self._call, reply.answer)
         return reply
 
-    def _replied(self) -> Reply[Remote]:
+    def _replied(self) -> Reply[Answer]:
         if self._transfer not in ("png", "jpg") or self._tensor.shape[0] == 1:
             return self._ask(self._tensor)
         # The protocol's picture answer holds one picture.
@@ -157,7 +159,7 @@ class _Asking:
             sum(reply.bytes_down for reply in replies),
         )
 
-    def _ask_one(self, tensor: torch.Tensor) -> Reply[Remote]:
+    def _ask_one(self, tensor: torch.Tensor) -> Reply[Answer]:
         try:
             return self._ask(tensor)
         except Exception as error:
@@ -168,18 +170,18 @@ class _Asking:
     def _stop(self) -> bool:
         return self._failure is not None or self._cancelled()
 
-    def _decode(self, latents: torch.Tensor) -> Reply[Remote]:
+    def _decode(self, latents: torch.Tensor) -> Reply[Answer]:
         request = DecodeRequest(latents, _OUTPUTS[self._transfer], family=self._family, truncate=self._truncate)
         reply = self._client.decode(request, self._deadlines, self._stop)
         return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
 
-    def _encode(self, pixels: torch.Tensor) -> Reply[Remote]:
+    def _encode(self, pixels: torch.Tensor) -> Reply[Answer]:
         request = EncodeRequest(_upload_form(pixels, self._transfer), posterior=True, family=self._family)
         reply = self._client.encode(request, self._deadlines, self._stop)
         return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
 
 
-def _ask_sample(client: EndpointClient, call: VaeCall[T], settings: Settings, tensor: torch.Tensor) -> Remote:
+def _ask_sample(client: EndpointClient, call: VaeCall[T], settings: Settings, tensor: torch.Tensor) -> Answer:
     """What the endpoint makes of ``tensor``, which stands for the one of ``call``."""
     sample = replace(call, tensor=tensor.to(call.tensor.dtype))
     # In the form that the endpoint is known to take, which must not lose more than VAEs differ by.
@@ -187,13 +189,13 @@ def _ask_sample(client: EndpointClient, call: VaeCall[T], settings: Settings, te
     return _Asking(client, sample, transfer, Deadlines.of(settings).quick).ask().answer
 
 
-def _check_answer(call: VaeCall[T], answer: Remote) -> None:
+def _check_answer(call: VaeCall[T], answer: Answer) -> None:
     """Whether the answer is what this VAE would have given; a plain endpoint may have one of another family.
 
     Raises:
         MalformedAnswer: latents or pixels of another shape.
     """
-    family = call.family
+    family = call.vae.family
     batch, height, width = call.size
     if isinstance(answer, EncodeAnswer):
         channels = family.latent_channels * (2 if answer.is_posterior else 1)
@@ -205,7 +207,7 @@ def _check_answer(call: VaeCall[T], answer: Remote) -> None:
         raise MalformedAnswer(f"{list(came)} came, and the VAE of {family.label} gives {list(wanted)}")
 
 
-def _adopted(call: VaeCall[T], answer: Remote) -> T:
+def _adopted(call: VaeCall[T], answer: Answer) -> T:
     """The answer as the host wants it; even that may not fit beside what the host keeps on its device."""
     try:
         return call.adopt(answer)
@@ -230,7 +232,7 @@ def _upload_form(pixels: torch.Tensor, transfer: str) -> Union[torch.Tensor, Ima
     return Image.fromarray(to_uint8(pixels)[0].cpu().numpy())
 
 
-def _joined(answers: list[Remote]) -> Remote:
+def _joined(answers: list[Answer]) -> Answer:
     """The answers of a batch's pictures as one."""
     decoded = [answer for answer in answers if isinstance(answer, DecodeAnswer)]
     if decoded:

@@ -8,22 +8,22 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from remote_vae.call import Op, Spare
+from remote_vae import local
+from remote_vae.call import Answer, VaeCall
 from remote_vae.errors import InvalidRequest, RemoteVaeError
-from remote_vae.local.ladder import exact_ways, first_that_fits, whole_fits
 from remote_vae.local.own import own_tiling
 from remote_vae.server.models import LoadedVae, describe
-from remote_vae.tiled.memory import free_memory, is_out_of_memory
-from remote_vae.vae.at_work import ServedVae
+from remote_vae.settings import Settings
+from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior
 from remote_vae.vae.families import Family, find_family
 from remote_vae.wire import (
+    DecodeAnswer,
     DecodeRequest,
     EncodeRequest,
     HttpResponse,
@@ -93,21 +93,21 @@ class VaeEngine(ABC):
         """``GET /info``: who this server is."""
 
     @abstractmethod
-    def _current(self) -> ServedVae:
+    def _current(self) -> VaeAtWork:
         """The VAE of now."""
 
+    @abstractmethod
+    def _serving(self) -> AbstractContextManager[Any]:
+        """The context of a call."""
+
     @contextmanager
-    def _turn(self, is_gone: IsGone) -> Iterator[ServedVae]:  # noqa: ARG002  # for those who wait for others here
+    def _turn(self, is_gone: IsGone) -> Iterator[VaeAtWork]:  # noqa: ARG002  # for those who wait for others here
         """The VAE, for as long as it is this call's alone."""
         yield self._current()
 
-    @abstractmethod
-    def _in_float32(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
-        """The call once more, after half precision gave NaN."""
-
-    @abstractmethod
-    def _last_ways(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:
-        """What to try when neither the whole VAE nor the exact tiled VAE has memory enough."""
+    def _own_tiling(self, vae: VaeAtWork) -> AbstractContextManager[Any] | None:  # noqa: ARG002
+        """The context in which the VAE works in its own overlapping tiles; None: that is a setting of a host's."""
+        return None
 
     # --- what the app calls --------------------------------------------------------------------------------------------
 
@@ -190,14 +190,14 @@ class VaeEngine(ABC):
         Raises:
             InvalidRequest: these latents are not for this VAE. OutOfMemory: they do not fit, tiled neither.
         """
-        with self._turn(is_gone) as vae, vae.calling():
+        with self._turn(is_gone) as vae, self._serving():
             pixels = self._decoded(vae, request)
             # The answer comes in the dtype that was asked in: a half-precision client wants half the bytes.
             dtype = request.latents.dtype if request.latents.is_floating_point() else pixels.dtype
             pixels = pixels.to("cpu", dtype)
         return decode_response(request, pixels)
 
-    def _decoded(self, vae: ServedVae, request: DecodeRequest) -> torch.Tensor:
+    def _decoded(self, vae: VaeAtWork, request: DecodeRequest) -> torch.Tensor:
         family = vae.family
         _check_family(family, request.family)
         latents = request.unpacked(family.latent_channels, family.downscale)
@@ -211,7 +211,7 @@ class VaeEngine(ABC):
     def encode(self, request: EncodeRequest, is_gone: IsGone = never) -> HttpResponse:
         """Encode, and make the answer's bytes. Without a posterior wanted, the answer is its mode. Raises as ``decode``."""
         pixels = request.pixels()
-        with self._turn(is_gone) as vae, vae.calling():
+        with self._turn(is_gone) as vae, self._serving():
             latents = self._encoded(vae, request, pixels)
             is_posterior = request.posterior and vae.has_posterior
             # Latents come in the dtype that was asked in; a posterior as the VAE made it, as only our own client asks for it.
@@ -219,7 +219,7 @@ class VaeEngine(ABC):
             latents = latents.to("cpu", pixels.dtype if wants_dtype else latents.dtype)
         return encode_response(latents, is_posterior=is_posterior)
 
-    def _encoded(self, vae: ServedVae, request: EncodeRequest, pixels: torch.Tensor) -> torch.Tensor:
+    def _encoded(self, vae: VaeAtWork, request: EncodeRequest, pixels: torch.Tensor) -> torch.Tensor:
         family = vae.family
         _check_family(family, request.family)
         if min(pixels.shape[-2:]) < family.downscale:
@@ -233,23 +233,28 @@ class VaeEngine(ABC):
             latents = request.scaling.scale(latents.chunk(2, dim=1)[0] if vae.has_posterior else latents)
         return latents.squeeze(2) if family.video else latents
 
-    def _guarded(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
-        """Pixels of raw latents, or moments of pixels; in float32 if half precision gives NaN."""
-        result = self._in_memory(vae, op, batch)
-        if vae.dtype == torch.float32 or bool(torch.isfinite(result).all()):
+    def _guarded(self, vae: VaeAtWork, op: Op, batch: torch.Tensor) -> torch.Tensor:
+        """Pixels of raw latents, or moments of pixels; in float32 if half precision gives NaN. The VAE stays as it is."""
+
+        def whole() -> torch.Tensor:
+            return vae.whole(vae.module, op, vae.bring(batch))
+
+        def tiled() -> torch.Tensor:
+            with tiling:
+                return whole()
+
+        tiling = self._own_tiling(vae) or nullcontext()
+        has_tiling = not isinstance(tiling, nullcontext)
+        call = VaeCall(op, batch, vae, _values, whole=whole, own_tiling=tiled if has_tiling else None)
+        result = local.answer(call, Settings()).value
+        if bool(torch.isfinite(result).all()):
             return result
-        return self._in_float32(vae, op, batch)
-
-    def _in_memory(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
-        """The whole VAE where it fits, else tiled."""
-        return first_that_fits(self._ways(vae, op, batch), f"a {op} of {list(batch.shape)}")[1]
-
-    def _ways(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:
-        if batch.ndim != 4 or whole_fits(vae.module, op, batch):
-            yield Spare("the whole VAE", partial(_whole, vae, op, batch))
-        if batch.ndim == 4:
-            yield from exact_ways(vae.module, op, brought(vae, batch))
-        yield from self._last_ways(vae, op, batch)
+        if vae.dtype != torch.float32:
+            log.warning("the VAE gives NaN in %s; this call is done in float32", vae.dtype)
+            result = local.answer(call, Settings(), dtype=torch.float32).value
+        if not bool(torch.isfinite(result).all()):
+            raise RemoteVaeError(f"the VAE gives NaN or infinite values for this {op}, in float32 as well")
+        return result
 
     def _check_size(self, batch: int, frames: int, height: int, width: int) -> None:
         limits = self.limits
@@ -275,57 +280,23 @@ class Engine(VaeEngine):
         limits = {**asdict(self.limits), "max_total_pixels": self.limits.max_total_pixels}
         return {**describe(self.loaded), "limits": limits, "posterior": self._has_posterior}
 
-    def _current(self) -> ServedVae:
-        vae = self.loaded.vae
+    def _current(self) -> VaeAtWork:
+        loaded = self.loaded
+        return VaeAtWork(loaded.vae, loaded.family, loaded.device, loaded.dtype, has_posterior=self._has_posterior)
 
-        def encode(pixels: torch.Tensor) -> torch.Tensor:
-            encoded = vae.encode(pixels)
-            moments: torch.Tensor = encoded.latent_dist.parameters if self._has_posterior else encoded.latents
-            return moments
+    def _own_tiling(self, vae: VaeAtWork) -> AbstractContextManager[Any] | None:
+        return own_tiling(vae.module)
 
-        return ServedVae(
-            module=vae,
-            family=self.loaded.family,
-            dtype=self.loaded.dtype,
-            device=self.loaded.device,
-            decode=lambda latents: vae.decode(latents, return_dict=False)[0],
-            encode=encode,
-            has_posterior=self._has_posterior,
-            calling=torch.inference_mode,
-        )
-
-    def _in_float32(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
-        log.warning("the VAE gives NaN in %s; it runs in float32 from now on", vae.dtype)
-        vae.module.to(torch.float32)
-        return self._in_memory(vae, op, batch.float())
-
-    def _last_ways(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:
-        def tiled_its_own_way() -> torch.Tensor:
-            with own_tiling(vae.module):
-                return _whole(vae, op, batch)
-
-        yield Spare("the VAE's own tiling", tiled_its_own_way)
+    def _serving(self) -> AbstractContextManager[Any]:
+        return torch.inference_mode()
 
     @property
     def _has_posterior(self) -> bool:
-        # AutoencoderTiny is the one that encodes to latents and not to a distribution.
-        return not type(self.loaded.vae).__name__.endswith("Tiny")
+        return has_posterior(self.loaded.vae)
 
 
-def _whole(vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
-    return vae.decode(batch) if op == "decode" else vae.encode(batch)
-
-
-def brought(vae: ServedVae, batch: torch.Tensor) -> torch.Tensor:
-    """What the VAE computes with, on its device; where even that finds no room, on the CPU."""
-    try:
-        return vae.bring(batch)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        log.warning("no room for the VAE on its device: %s", error)
-    free_memory()
-    return batch.to("cpu")
+def _values(answer: Answer) -> torch.Tensor:
+    return answer.tensor if isinstance(answer, DecodeAnswer) else answer.latents
 
 
 def _check_family(own: Family, name: str | None) -> None:

@@ -6,20 +6,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
-import torch
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from remote_vae.call import Op, Spare
-from remote_vae.errors import RemoteVaeError
-from remote_vae.local.ladder import exact_ways, first_that_fits
 from remote_vae.server.access import by_token_or_loopback
 from remote_vae.server.app import create_app
-from remote_vae.server.engine import ClientGone, IsGone, Limits, NoModel, VaeEngine, brought
-from remote_vae.vae.at_work import Provider, ServedVae
+from remote_vae.server.engine import ClientGone, IsGone, Limits, NoModel, VaeEngine
+from remote_vae.vae.at_work import Provider, VaeAtWork
 from remote_vae.vae.fingerprint import Identity
 from remote_vae.wire import FINGERPRINT_KEYS, THIS_PROCESS
 
@@ -74,7 +69,7 @@ class SharedEngine(VaeEngine):
         found = Identity(vae.module).fingerprint()
         return {
             "family": family.key,
-            "model": vae.name,
+            "model": vae.model,
             "dtype": str(vae.dtype).removeprefix("torch."),
             "device": vae.device.type,
             "latent_channels": family.latent_channels,
@@ -87,28 +82,19 @@ class SharedEngine(VaeEngine):
             "process": THIS_PROCESS,
         }
 
-    def _current(self) -> ServedVae:
+    def _current(self) -> VaeAtWork:
         vae = self._provider.current()
         if vae is None:
             raise NoModel("no model is loaded in this UI yet: generate something first")
         return vae
 
     @contextmanager
-    def _turn(self, is_gone: IsGone) -> Iterator[ServedVae]:
+    def _turn(self, is_gone: IsGone) -> Iterator[VaeAtWork]:
         with self._queue_lock:
             # A generation may have taken minutes.
             if is_gone():
                 raise ClientGone("the client hung up")
             yield self._current()
 
-    def _in_float32(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> torch.Tensor:
-        log.warning("the shared VAE gives NaN in %s; this call is done in float32, and the VAE stays as it is", vae.dtype)
-        ways = exact_ways(vae.module, op, brought(vae, batch), dtype=torch.float32) if batch.ndim == 4 else iter(())
-        first = next(ways, None)
-        if first is None:
-            raise RemoteVaeError(f"the VAE gives NaN in {vae.dtype}: let its UI load it in float32")
-        return first_that_fits(chain([first], ways), f"a {op} of {list(batch.shape)} in float32")[1]
-
-    def _last_ways(self, vae: ServedVae, op: Op, batch: torch.Tensor) -> Iterator[Spare[torch.Tensor]]:  # noqa: ARG002
-        # Its own tiling is a setting of the host's.
-        return iter(())
+    def _serving(self) -> AbstractContextManager[Any]:
+        return self._provider.serving()
