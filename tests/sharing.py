@@ -6,12 +6,13 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from remote_vae.vae.at_work import ServedVae
+from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.families import find_family
 from tests.hosts.a1111_standin import LdmVae
 
@@ -29,21 +30,21 @@ class Sharing:
     def shares(self) -> bool:
         return self.on
 
-    def current(self) -> ServedVae | None:
+    def current(self) -> VaeAtWork | None:
         vae = self.vae
         if vae is None:
             return None
 
-        def decode(latents: torch.Tensor) -> torch.Tensor:
+        def whole(module: Any, op: Op, tensor: torch.Tensor) -> torch.Tensor:
             self.watch()
-            return vae.decode(latents)
+            made: torch.Tensor = module.decode(tensor) if op == "decode" else module.encode(tensor).parameters
+            return made
 
-        def encode(pixels: torch.Tensor) -> torch.Tensor:
-            self.watch()
-            return vae.encode(pixels).parameters
-
-        served = ServedVae(vae, find_family("sd1"), vae.dtype, torch.device("cpu"), decode, encode, name="demo")
+        served = VaeAtWork(vae, find_family("sd1"), torch.device("cpu"), vae.dtype, whole, model="demo")
         return replace(served, **self.changes)
+
+    def serving(self) -> AbstractContextManager[Any]:
+        return torch.no_grad()
 
 
 class QueueLock:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,24 +8,23 @@ from typing import Any
 import pytest
 import torch
 
-from remote_vae.call import Spare, VaeCall
+from remote_vae.call import User, VaeCall
 from remote_vae.errors import VaeCallFailed
 from remote_vae.history import History
-from remote_vae.local import ladder, route
 from remote_vae.rescue import load_latents
 from remote_vae.router import Router
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import is_out_of_memory
+from remote_vae.vae.at_work import VaeAtWork
 from remote_vae.vae.families import Family, find_family
 from remote_vae.wire import DecodeAnswer
 from tests.chaos import Chaos
-from tests.layouts import kl_with_extra_parameter
 from tests.nearness import psnr
 
 
 class Host:
-    """A host whose own calls and spares do what the test says, and note that they were made."""
+    """A host whose own calls do what the test says, and note that they were made."""
 
     def __init__(self, family: Family, latents: torch.Tensor) -> None:
         self.made: list[str] = []
@@ -44,10 +42,10 @@ class Host:
         arguments: dict[str, Any] = {
             "op": "decode",
             "tensor": self.latents,
-            "family": self.family,
+            "vae": VaeAtWork(None, self.family),
             "whole": lambda: self._do("whole"),
             "adopt": self._adopt,
-            "spares": (Spare("spare 1", lambda: self._do("spare 1")), Spare("spare 2", lambda: self._do("spare 2"))),
+            "own_tiling": lambda: self._do("tiles"),
         }
         return VaeCall(**{**arguments, **changes})
 
@@ -96,7 +94,7 @@ def test_whatever_goes_wrong_remotely_is_done_here_and_the_record_says_why(
     assert router.run(host.call(), Settings(endpoint=chaos.url, first_byte_timeout=0.3)) == "whole"
     record = router.history.last
     assert record is not None
-    assert (record.route, record.detail, record.endpoint) == ("tiled", "whole VAE", f"{chaos.url}/decode")
+    assert (record.route, record.detail, record.endpoint) == ("local", "", f"{chaos.url}/decode")
     assert reason in record.fallback_reason
     assert record.bytes_down == 0
     assert len(router.history.records()) == 1
@@ -119,163 +117,40 @@ def test_a_kind_of_call_that_is_switched_off_stays_here(host: Host, chaos: Chaos
     assert not chaos.requests
 
 
-def test_a_local_call_without_memory_goes_on_to_the_spares_in_their_order(host: Host) -> None:
+def test_a_local_call_without_memory_goes_on_to_the_next_way(host: Host) -> None:
     router = Router()
-    host.fails = {"whole": oom(), "spare 1": MemoryError()}
-    assert router.run(host.call(), Settings()) == "spare 2"
-    assert host.made == ["whole", "spare 1", "spare 2"]
+    host.fails = {"whole": oom()}
+    assert router.run(host.call(), Settings()) == "tiles"
+    assert host.made == ["whole", "tiles"]
     record = router.history.last
     assert record is not None
-    assert (record.route, record.detail, record.fallback_reason) == ("tiled", "spare 2", "out of memory")
-
-
-def test_a_fallback_without_memory_goes_on_to_the_spares(host: Host, chaos: Chaos) -> None:
-    router = Router()
-    chaos.reset("503")
-    host.fails = {"whole": oom()}
-    assert router.run(host.call(), Settings(endpoint=chaos.url)) == "spare 1"
-    assert host.made == ["whole", "spare 1"]
+    assert (record.route, record.detail, record.fallback_reason) == ("tiled", "the VAE's own tiling", "out of memory")
 
 
 def test_an_answer_that_does_not_fit_on_the_device_is_not_lost_to_it(host: Host, chaos: Chaos) -> None:
     router = Router()
     host.fails = {"remote": oom()}
-    assert router.run(host.call(), Settings(endpoint=chaos.url)) == "spare 1"
-    # Tried twice, as emptying the cache may have helped; the whole VAE needs far more than its answer.
-    assert host.made == ["remote", "remote", "spare 1"]
-
-
-def test_what_the_hosts_own_call_has_filled_is_free_again_for_the_next_attempt(host: Host) -> None:
-    filled: list[weakref.ref[torch.Tensor]] = []
-
-    def whole() -> None:
-        activations = torch.zeros(1000)
-        filled.append(weakref.ref(activations))
-        raise oom()
-
-    call = host.call(whole=whole, spares=(Spare("spare", lambda: filled[0]() is None),))
-    assert Router().run(call, Settings()) is True
+    assert router.run(host.call(), Settings(endpoint=chaos.url)) == "whole"
+    # Tried twice, as emptying the cache may have helped.
+    assert host.made == ["remote", "remote", "whole"]
 
 
 def here(host: Host, loaded: LoadedVae, **changes: Any) -> VaeCall[Any]:
     """A call with the VAE at hand, whose result is the pixels or the moments themselves."""
-    return host.call(vae=loaded.vae, finish=lambda result: result, **changes)
+    arguments = {"vae": VaeAtWork(loaded.vae, loaded.family), "adopt": lambda made: made.tensor, **changes}
+    return host.call(**arguments)
 
 
-def test_a_call_without_memory_is_done_by_the_exact_tiled_vae_before_any_spare(host: Host, loaded: LoadedVae) -> None:
-    router = Router()
-    host.fails = {"whole": oom()}
-    result = router.run(here(host, loaded), Settings())
-    assert psnr(result, decoded(loaded, host.latents)) >= 100
-    assert host.made == ["whole"]
-    assert router.history.last is not None
-    assert (router.history.last.route, router.history.last.detail) == ("tiled", "exact tiled VAE")
-
-
-def test_where_the_whole_vae_does_not_fit_a_fallback_begins_with_tiles(
-    host: Host, loaded: LoadedVae, chaos: Chaos, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fallback_without_memory_is_done_by_the_exact_tiled_vae(host: Host, loaded: LoadedVae, chaos: Chaos) -> None:
     router = Router()
     chaos.reset("503")
-    monkeypatch.setattr(route, "whole_fits", lambda *_: False)
+    host.fails = {"whole": oom()}
     result = router.run(here(host, loaded), Settings(endpoint=chaos.url))
     assert psnr(result, decoded(loaded, host.latents)) >= 100
-    assert host.made == []
-    assert router.history.last is not None
-    assert (router.history.last.detail, router.history.last.fallback_reason) == ("exact tiled VAE", "503")
-
-
-def test_where_the_whole_vae_fits_a_fallback_is_the_hosts_own_call(host: Host, loaded: LoadedVae, chaos: Chaos) -> None:
-    chaos.reset("503")
-    assert Router().run(here(host, loaded), Settings(endpoint=chaos.url)) == "whole"
-
-
-def test_with_too_little_memory_for_tiles_the_spares_are_left(
-    host: Host, loaded: LoadedVae, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    router = Router()
-    monkeypatch.setattr(ladder, "available_memory", lambda device: 1000)
-    host.fails = {"whole": oom()}
-    assert router.run(here(host, loaded), Settings()) == "spare 1"
-    assert host.made == ["whole", "spare 1"]
-
-
-def test_an_encode_is_finished_by_the_host_from_the_moments_of_the_tiled_vae(
-    host: Host, loaded: LoadedVae, pixels: torch.Tensor
-) -> None:
-    with torch.inference_mode():
-        moments = loaded.vae.encode(pixels).latent_dist.parameters
-    host.fails = {"whole": oom()}
-    call = host.call(op="encode", tensor=pixels, vae=loaded.vae, finish=lambda result: ("finished", result))
-    word, result = Router().run(call, Settings())
-    assert word == "finished"
-    assert psnr(result, moments) >= 100
-
-
-# --- bfloat16 on the CPU -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor with instructions for bfloat16."""
-    monkeypatch.setattr(route, "is_fast_at_bfloat16", lambda: True)
-
-
-@pytest.mark.usefixtures("fast")
-@pytest.mark.parametrize("op", ["decode", "encode"])
-def test_with_bfloat16_on_a_fast_cpu_computes_in_it_and_gives_the_vaes_own_dtype(
-    host: Host, loaded: LoadedVae, pixels: torch.Tensor, op: str
-) -> None:
-    router = Router()
-    with torch.inference_mode():
-        exact = decoded(loaded, host.latents) if op == "decode" else loaded.vae.encode(pixels).latent_dist.parameters
-    call = here(host, loaded, op=op, tensor=host.latents if op == "decode" else pixels)
-    result = router.run(call, Settings(cpu_bfloat16=True))
-    assert host.made == []
-    assert result.dtype == torch.float32
-    assert 30 < psnr(result, exact) < 90
-    assert router.history.last is not None
-    assert (router.history.last.route, router.history.last.detail) == ("tiled", "tiled VAE in bfloat16")
-    assert router.history.last.fallback_reason == ""
-
-
-@pytest.mark.parametrize(("on", "is_fast"), [(False, True), (True, False), (False, False)])
-def test_with_bfloat16_off_or_on_a_slow_processor_the_call_is_the_hosts_own(
-    host: Host, loaded: LoadedVae, on: bool, is_fast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    router = Router()
-    monkeypatch.setattr(route, "is_fast_at_bfloat16", lambda: is_fast)
-    assert router.run(here(host, loaded), Settings(cpu_bfloat16=on)) == "whole"
-    assert router.history.last is not None
-    assert router.history.last.route == "local"
-
-
-@pytest.mark.usefixtures("fast")
-def test_bfloat16_is_only_for_the_cpu_and_for_a_vae_that_is_at_hand(host: Host, loaded: LoadedVae) -> None:
-    elsewhere = host.latents.to("meta")
-    assert Router().run(here(host, loaded, tensor=elsewhere), Settings(cpu_bfloat16=True)) == "whole"
-    assert Router().run(host.call(), Settings(cpu_bfloat16=True)) == "whole"
-    assert host.made == ["whole", "whole"]
-
-
-@pytest.mark.usefixtures("fast")
-def test_a_vae_that_the_tiled_one_does_not_know_is_asked_itself_in_spite_of_bfloat16(host: Host) -> None:
-    router = Router()
-    call = host.call(vae=kl_with_extra_parameter(), finish=lambda result: result)
-    assert router.run(call, Settings(cpu_bfloat16=True)) == "whole"
-    assert router.history.last is not None
-    assert router.history.last.detail == "whole VAE"
-
-
-@pytest.mark.usefixtures("fast")
-def test_with_an_endpoint_bfloat16_is_what_is_fallen_back_to(host: Host, loaded: LoadedVae, chaos: Chaos) -> None:
-    router = Router()
-    settings = Settings(endpoint=chaos.url, cpu_bfloat16=True, cooldown=0.0)
-    assert router.run(here(host, loaded), settings) == "remote"
-    chaos.reset("503")
-    router.run(here(host, loaded), settings)
-    assert router.history.last is not None
-    assert (router.history.last.detail, router.history.last.fallback_reason) == ("tiled VAE in bfloat16", "503")
+    assert host.made == ["whole"]
+    record = router.history.last
+    assert record is not None
+    assert (record.route, record.detail, record.fallback_reason) == ("tiled", "exact", "503, then out of memory")
 
 
 def decoded(loaded: LoadedVae, latents: torch.Tensor) -> torch.Tensor:
@@ -289,7 +164,7 @@ def decoded(loaded: LoadedVae, latents: torch.Tensor) -> torch.Tensor:
 
 def test_when_nothing_can_decode_the_latents_are_saved_and_the_error_says_where(host: Host, tmp_path: Path) -> None:
     router = Router(rescue_folder=tmp_path / "default")
-    host.fails = dict.fromkeys(("whole", "spare 1", "spare 2"), oom())
+    host.fails = dict.fromkeys(("whole", "tiles"), oom())
     with pytest.raises(VaeCallFailed, match="remote-vae decode") as caught:
         router.run(host.call(), Settings())
     assert caught.value.rescued is not None
@@ -302,7 +177,7 @@ def test_when_nothing_can_decode_the_latents_are_saved_and_the_error_says_where(
 
 
 def test_the_users_folder_for_rescued_latents_counts(host: Host, tmp_path: Path) -> None:
-    host.fails = {"whole": ValueError("a defect of the host")}
+    host.fails = dict.fromkeys(("whole", "tiles"), ValueError("a defect of the host"))
     with pytest.raises(VaeCallFailed, match="a defect of the host") as caught:
         Router(rescue_folder=tmp_path / "default").run(host.call(), Settings(rescue_folder=str(tmp_path / "mine")))
     assert Path(caught.value.rescued or "").parent == tmp_path / "mine"
@@ -310,24 +185,17 @@ def test_the_users_folder_for_rescued_latents_counts(host: Host, tmp_path: Path)
 
 def test_a_folder_that_cannot_be_written_does_not_hide_the_error(host: Host, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    host.fails = {"whole": ValueError("a defect of the host")}
+    host.fails = dict.fromkeys(("whole", "tiles"), ValueError("a defect of the host"))
     with pytest.raises(VaeCallFailed, match=r"a defect of the host.*Nor could they be saved") as caught:
         Router().run(host.call(), Settings(rescue_folder=str(tmp_path / "file" / "below")))
     assert caught.value.rescued is None
 
 
 def test_an_encode_that_fails_loses_nothing_and_saves_nothing(host: Host, tmp_path: Path) -> None:
-    host.fails = {"whole": ValueError("a defect of the host")}
+    host.fails = dict.fromkeys(("whole", "tiles"), ValueError("a defect of the host"))
     with pytest.raises(VaeCallFailed, match="could not be encoded"):
         Router(rescue_folder=tmp_path).run(host.call(op="encode", tensor=torch.zeros(1, 3, 64, 64)), Settings())
     assert not list(tmp_path.iterdir())
-
-
-def test_an_error_that_is_not_about_memory_is_not_tried_again(host: Host, tmp_path: Path) -> None:
-    host.fails = {"whole": ValueError("a defect of the host")}
-    with pytest.raises(VaeCallFailed):
-        Router(rescue_folder=tmp_path).run(host.call(), Settings())
-    assert host.made == ["whole"]
 
 
 def test_latents_with_nan_are_not_sent_and_the_host_deals_with_them(host: Host, chaos: Chaos) -> None:
@@ -361,7 +229,7 @@ def test_a_refused_request_is_no_reason_to_pause(host: Host, chaos: Chaos) -> No
 def test_an_interrupted_wait_is_done_here_and_is_no_reason_to_pause(host: Host, chaos: Chaos) -> None:
     router = Router()
     chaos.reset("hang")
-    assert router.run(host.call(cancelled=lambda: True), Settings(endpoint=chaos.url)) == "whole"
+    assert router.run(host.call(user=User(cancelled=lambda: True)), Settings(endpoint=chaos.url)) == "whole"
     assert router.history.last is not None
     assert router.history.last.fallback_reason == "interrupted"
     chaos.reset("pass")
@@ -401,7 +269,7 @@ def test_public_endpoints_are_asked_for_known_families_only_when_turned_on() -> 
 
 def test_a_picture_too_large_for_the_public_endpoints_is_not_sent(host: Host) -> None:
     router = Router()
-    call = host.call(tensor=torch.zeros(1, 4, 257, 256), family=find_family("sd1"))
+    call = host.call(tensor=torch.zeros(1, 4, 257, 256), vae=VaeAtWork(None, find_family("sd1")))
     assert router.run(call, Settings(public_endpoints=True)) == "whole"
     assert router.history.last is not None
     assert router.history.last.fallback_reason == "too large for the public endpoint"
@@ -477,7 +345,7 @@ def test_a_host_that_cannot_take_the_answer_gets_its_own_picture(host: Host, cha
 def test_latents_of_another_family_are_not_adopted(host: Host, chaos: Chaos, pixels: torch.Tensor, family: str) -> None:
     """A plain endpoint does not know what it was asked for, and may have another kind of VAE."""
     chaos.drops = ("family",)
-    call = host.call(op="encode", tensor=pixels, family=find_family(family))
+    call = host.call(op="encode", tensor=pixels, vae=VaeAtWork(None, find_family(family)))
     router = Router()
     assert router.run(call, Settings(encode_endpoint=f"{chaos.url}/encode")) == "whole"
     assert chaos.requests == ["/encode"]
@@ -488,7 +356,7 @@ def test_latents_of_another_family_are_not_adopted(host: Host, chaos: Chaos, pix
 def test_pixels_of_another_scale_are_not_adopted(host: Host, chaos: Chaos) -> None:
     family = replace(host.family, downscale=16)
     router = Router()
-    assert router.run(host.call(family=family), Settings(decode_endpoint=f"{chaos.url}/decode")) == "whole"
+    assert router.run(host.call(vae=VaeAtWork(None, family)), Settings(decode_endpoint=f"{chaos.url}/decode")) == "whole"
     assert router.history.last is not None
     assert "gives [128, 192]" in router.history.last.fallback_reason
 
@@ -497,4 +365,4 @@ def test_a_record_that_nobody_can_take_does_not_cost_the_picture(host: Host, cha
     def refuse(_: object) -> None:
         raise RuntimeError("the infotext is gone")
 
-    assert Router().run(host.call(recorded=refuse), Settings(endpoint=chaos.url)) == "remote"
+    assert Router().run(host.call(user=User(recorded=refuse)), Settings(endpoint=chaos.url)) == "remote"

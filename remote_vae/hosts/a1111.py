@@ -102,21 +102,22 @@ class A1111(WebUi):
 
     def _batch_door(self, original: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``decode_latent_batch``, which decodes picture after picture: the remote answer is fetched for all first."""
+        before = self._thread.batch
         try:
-            self._thread.batch = self._fetched(model, batch)
+            self._thread.batch = before or self._fetched(model, batch)
         except Exception:
             log.exception("the batch went wrong in Remote VAE; its pictures are decoded one by one")
         try:
             return original(model, batch, *args, **kwargs)
         finally:
-            self._thread.batch = None
+            self._thread.batch = before
 
     def _fetched(self, model: Any, batch: Any) -> _Batch | None:
         """The endpoint's answer to a batch, or why there is none; None where the pictures are not to be asked for together."""
         from modules import devices
 
         kind = kind_of(model)
-        if kind is None or not is_picture(batch) or batch.shape[0] == 1 or self._thread.batch is not None or not self._takes():
+        if kind is None or not is_picture(batch) or batch.shape[0] == 1 or not self._takes():
             return None
         if not _decodes_in_full() or not is_wrapped(getattr(model, _METHODS["decode"], None)):
             return None

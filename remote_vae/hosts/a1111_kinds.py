@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from remote_vae import tiled
-
 
 class Kind(ABC):
     """How one kind of model relates what crosses its VAE calls to the VAE's raw latents."""
@@ -34,12 +32,10 @@ class Kind(ABC):
         """What ``encode_first_stage`` returns for raw latents ``[B, C, h, w]`` that are already drawn."""
 
     def moments(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-        """The posterior ``[B, 2 C, h, w]`` (mean, logvar), unscaled, that ``vae.encode`` draws its sample from.
-
-        Raises:
-            UnsupportedLayout: the VAE is none of the known ones.
-        """
-        return tiled.encode(vae, pixels)
+        """The posterior ``[B, 2 C, h, w]`` (mean, logvar), unscaled, that ``vae.encode`` draws its sample from."""
+        hidden = vae.encoder(pixels)
+        moments: torch.Tensor = hidden if getattr(vae, "quant_conv", None) is None else vae.quant_conv(hidden)
+        return moments
 
 
 class Ldm(Kind):

@@ -27,7 +27,7 @@ from remote_vae.hosts.generation import Generation
 from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.router import Router
 from remote_vae.settings import Settings, load_options
-from remote_vae.vae.at_work import VaeAtWork
+from remote_vae.vae.at_work import Op, VaeAtWork
 
 log = logging.getLogger("remote_vae")
 
@@ -35,7 +35,7 @@ log = logging.getLogger("remote_vae")
 PREFIX = "remotevae_"
 _PRESSES = ("interrupt", "skip", "stop_generating")
 _FLAGS = ("interrupted", "skipped")
-# How long an endpoint may take to begin its answer after Interrupt during sampling.
+# How long an endpoint may take to begin its answer after a press that did not end the wait for it.
 _HURRY_SECONDS = 3.0
 
 
@@ -147,7 +147,16 @@ class WebUi(ABC):
         finally:
             self._thread.generation = outer
             if generation.stops:
-                self._stop_after_this()
+                self._pass_on_stop(outer)
+
+    def _pass_on_stop(self, outer: Generation | None) -> None:
+        """What is around the generation that has ended, a plot or a loop over pictures, is to end as well."""
+        from modules import shared
+
+        if outer is not None:
+            outer.stops = outer.hurried = True
+        elif not hasattr(shared.state, "stopping_generation"):
+            shared.state.interrupted = True
 
     def _press_door(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around Interrupt, Skip and Stop: a second press shows in no flag."""
@@ -263,23 +272,24 @@ class WebUi(ABC):
             yield replace(call, user=user)
         finally:
             state.textinfo = text
-            stop = risen("interrupted")
-            for flag in flags:
-                if getattr(state, flag, False):
-                    setattr(state, flag, False)
-            if stop:
-                self._stop_after_this()
+            if risen(*_FLAGS):
+                self._pressed(call.op, stops=risen("interrupted"))
 
-    def _stop_after_this(self) -> None:
-        """No more pictures than the one whose VAE call this thread is in: the user has pressed Interrupt."""
+    def _pressed(self, op: Op, *, stops: bool) -> None:
+        """Interrupt (``stops``) or Skip was pressed in a call of this thread, and has ended its wait."""
         from modules import shared
 
-        if hasattr(shared.state, "stopping_generation"):
-            shared.state.stopping_generation = True
-        elif self._thread.generation is not None:
-            self._thread.generation.stops = True
-        else:
-            shared.state.interrupted = True
+        state, generation = shared.state, self._thread.generation
+        state.interrupted = state.skipped = False
+        if generation is not None:
+            generation.hurried = True
+            generation.stops = generation.stops or stops
+            stops = generation.stops
+        # An encode comes before the sampling of its picture, which these would end.
+        if stops and op == "decode" and hasattr(state, "stopping_generation"):
+            state.stopping_generation = True
+        elif stops and generation is None:
+            state.interrupted = True
 
     def _settings(self) -> Settings:
         """The settings of what this thread generates."""
@@ -288,8 +298,9 @@ class WebUi(ABC):
         settings, generation = self.own_settings(), self._thread.generation
         if generation is not None:
             settings = generation.request.adjusted(settings)
-        if any(getattr(shared.state, flag, False) for flag in _FLAGS):
-            # Pressed during sampling: the picture so far is wanted, and soon.
+        hurried = generation is not None and generation.hurried
+        if hurried or any(getattr(shared.state, flag, False) for flag in _FLAGS):
+            # Pressed during sampling, or in an earlier call: the picture is wanted as it is, and soon.
             settings = replace(
                 settings,
                 connect_timeout=min(settings.connect_timeout, _HURRY_SECONDS),

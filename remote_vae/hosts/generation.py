@@ -14,7 +14,7 @@ import torch
 from remote_vae.call import Answer, VaeCall
 from remote_vae.history import Record
 from remote_vae.settings import Settings
-from remote_vae.vae.fingerprint import Identity
+from remote_vae.vae.fingerprint import excerpt
 from remote_vae.wire import EncodeAnswer
 
 FOLLOW = "follow settings"
@@ -66,11 +66,13 @@ class Generation:
         p: the host's processing object; see ``params``.
         outer: the generation that this one is a part of (a face detailer's).
         stops: whether no further picture of it is to be begun.
+        hurried: whether the user has pressed something in one of its VAE calls.
     """
 
     p: Any
     outer: Optional[Generation] = None
     stops: bool = False
+    hurried: bool = False
     _records: list[tuple[int, Record]] = field(default_factory=list)
     _answers: OrderedDict[object, EncodeAnswer] = field(default_factory=OrderedDict)
 
@@ -131,7 +133,7 @@ class Generation:
         if any(not torch.equal(picture[0], other) for other in call.tensor[1:]):
             return run(call)
         vae = call.vae.module
-        weights = None if vae is None else Identity(vae).look()
+        weights = None if vae is None else excerpt(vae)
         key = (call.vae.family.key, _digest(picture), id(vae), weights)
         known = self._answers.get(key)
         if known is not None:

@@ -40,10 +40,11 @@ class SdNext(WebUi):
 
     def _doors(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         import diffusers
-        from modules import processing_vae
+        from modules import processing_diffusers, processing_vae
 
         return [
             *super()._doors(),
+            (processing_diffusers, "process_diffusers", self._batch_door),
             (processing_vae, "vae_decode", self._decode_door),
             *((diffusers.AutoencoderKL, op, partial(self._vae_door, op)) for op in _OPS),
         ]
@@ -85,6 +86,18 @@ class SdNext(WebUi):
         """In this UI the approximation is named for previews as well."""
         with self.passing_on():
             return original(sample, approximation)
+
+    def _batch_door(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``process_diffusers``, which makes the pictures of one of several batches."""
+        from modules import shared
+
+        generation = self._thread.generation
+        if generation is None or not generation.stops:
+            return original(*args, **kwargs)
+        # As after Interrupt between two batches. What was made before is saved by now.
+        shared.state.current_image = None
+        shared.state.interrupted = True
+        return []
 
     def _decode_door(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``vae_decode``: PIL pictures, which are worked on further, are rounded; arrays are cut off to 8 bits later."""

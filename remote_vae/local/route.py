@@ -1,4 +1,4 @@
-"""How this machine answers a VAE call, in order, until the picture is there:
+"""How this machine answers a VAE call: in this order, until the picture is there.
 
 1. the host's own call of the whole VAE, where the free memory takes it: its answer is the host's to the last bit,
 2. the exact tiled VAE in less and less memory, last in float32 on the CPU,
@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from remote_vae.call import Outcome, T, VaeCall, Way
 from remote_vae.errors import OutOfMemory, UnsupportedLayout
+from remote_vae.local.estimate import whole_bytes
 from remote_vae.local.own import on_cpu
 from remote_vae.settings import Settings
-from remote_vae.tiled import decode, encode
-from remote_vae.tiled.budget import whole_bytes
+from remote_vae.tiled.exact import Limits, run
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from remote_vae.tiled.memory import available_memory, forget_frames, free_memory, is_fast_at_bfloat16, is_out_of_memory
 from remote_vae.tiled.plan import Plan
@@ -29,7 +30,6 @@ from remote_vae.tiled.weights import bring_in
 
 log = logging.getLogger("remote_vae")
 
-_CALLS = {"decode": decode, "encode": encode}
 _PLANS = {"decode": decoder_plan, "encode": encoder_plan}
 
 # Shares of the free memory that the tiled VAE may take, one attempt after the other. Convolutions have workspaces of their own,
@@ -80,15 +80,15 @@ def wants_bfloat16(call: VaeCall[T], settings: Settings) -> bool:
 
 def _ways(call: VaeCall[T], settings: Settings, dtype: torch.dtype | None) -> Iterator[Way[T]]:
     """Each is asked for when the one before has failed and given its memory back."""
-    plan = _plan(call)
-    if plan is not None and dtype is None and wants_bfloat16(call, settings):
-        yield from _exact_ways(call, plan, call.tensor, torch.bfloat16)
+    known = _known(call)
+    if known is not None and dtype is None and wants_bfloat16(call, settings):
+        yield from _exact_ways(call, known, call.tensor, torch.bfloat16)
     # Before the free memory is looked at: a host that has put the VAE away takes other models away to make room for it.
     tensor = _brought(call)
-    if call.whole is not None and dtype is None and _whole_fits(call, plan):
+    if call.whole is not None and dtype is None and _whole_fits(call, known):
         yield Way("local", "", call.whole)
-    if plan is not None:
-        yield from _exact_ways(call, plan, tensor, dtype)
+    if known is not None:
+        yield from _exact_ways(call, known, tensor, dtype)
     del tensor
     if call.own_tiling is not None and dtype is None:
         yield Way("tiled", "the VAE's own tiling", call.own_tiling)
@@ -96,15 +96,25 @@ def _ways(call: VaeCall[T], settings: Settings, dtype: torch.dtype | None) -> It
         yield Way("local", "on the CPU", partial(_on_cpu, call))
 
 
-def _plan(call: VaeCall[T]) -> Plan | None:
-    """The plan of the VAE, made once a call; None where the exact tiled VAE does not know it."""
+@dataclass(frozen=True)
+class _Known:
+    """A VAE that the exact tiled VAE knows: its plan, and what one picture takes in the whole VAE. Made once a call."""
+
+    plan: Plan
+    picture_bytes: int
+
+
+def _known(call: VaeCall[T]) -> _Known | None:
     if call.vae.module is None or call.tensor.ndim != 4:
         return None
     try:
-        return _PLANS[call.op](call.vae.module)
+        plan = _PLANS[call.op](call.vae.module)
+        return _Known(plan, whole_bytes(plan, call.tensor[:1].shape, plan.first_weight.dtype))
     except UnsupportedLayout as error:
-        log.info("no exact tiled VAE: %s", error)
-        return None
+        log.debug("no exact tiled VAE: %s", error)
+    except Exception:
+        log.warning("no exact tiled VAE of %s", type(call.vae.module).__name__, exc_info=True)
+    return None
 
 
 def _brought(call: VaeCall[T]) -> torch.Tensor:
@@ -124,36 +134,30 @@ def _brought(call: VaeCall[T]) -> torch.Tensor:
     return call.tensor
 
 
-def _whole_fits(call: VaeCall[T], plan: Plan | None) -> bool:
+def _whole_fits(call: VaeCall[T], known: _Known | None) -> bool:
     """Whether the memory that is free takes the whole VAE's call; True where that cannot be told."""
     free = available_memory(call.vae.device)
-    if plan is None or free is None:
+    if known is None or free is None:
         return True
-    at_once = call.tensor[:1] if call.in_parts else call.tensor
-    return whole_bytes(plan, at_once.shape, plan.first_weight.dtype) <= _WHOLE_SHARE * free
+    at_once = 1 if call.in_parts else call.tensor.shape[0]
+    return at_once * known.picture_bytes <= _WHOLE_SHARE * free
 
 
-def _exact_ways(call: VaeCall[T], plan: Plan, tensor: torch.Tensor, dtype: torch.dtype | None) -> Iterator[Way[T]]:
+def _exact_ways(call: VaeCall[T], known: _Known, tensor: torch.Tensor, dtype: torch.dtype | None) -> Iterator[Way[T]]:
     """With less and less memory, which is asked for anew each time. Where it cannot be told: shares of what the whole takes."""
     name = "exact, bfloat16" if dtype == torch.bfloat16 else "exact"
-    whole = whole_bytes(plan, tensor.shape, plan.first_weight.dtype)
     for share in _SHARES:
         free = available_memory(tensor.device)
-        limit = int(share * (whole if free is None else free))
-        yield Way("tiled", name, partial(_exact, call, tensor, max_bytes=limit, dtype=dtype))
+        limit = int(share * (tensor.shape[0] * known.picture_bytes if free is None else free))
+        yield Way("tiled", name, partial(_exact, call, known.plan, tensor, Limits(limit, dtype=dtype)))
     if tensor.device.type != "cpu":
         memory = available_memory(torch.device("cpu"))
-        most = None if memory is None else int(_SHARES[0] * memory)
-        yield Way(
-            "tiled", "exact, on the CPU", partial(_exact, call, tensor, max_bytes=most, dtype=torch.float32, device="cpu")
-        )
+        limits = Limits(None if memory is None else int(_SHARES[0] * memory), device="cpu", dtype=torch.float32)
+        yield Way("tiled", "exact, on the CPU", partial(_exact, call, known.plan, tensor, limits))
 
 
-def _exact(
-    call: VaeCall[T], tensor: torch.Tensor, *, max_bytes: int | None, dtype: torch.dtype | None, device: str | None = None
-) -> T:
-    made = _CALLS[call.op](call.vae.module, tensor, max_bytes=max_bytes, dtype=dtype, device=device, progress=_progress(call))
-    return call.adopt_local(made)
+def _exact(call: VaeCall[T], plan: Plan, tensor: torch.Tensor, limits: Limits) -> T:
+    return call.adopt_local(run(plan, call.vae.module, tensor, limits, progress=_progress(call)))
 
 
 def _on_cpu(call: VaeCall[T]) -> T:

@@ -15,7 +15,7 @@ from remote_vae.server.access import by_token_or_loopback
 from remote_vae.server.app import create_app
 from remote_vae.server.engine import ClientGone, IsGone, Limits, NoModel, VaeEngine
 from remote_vae.vae.at_work import Provider, VaeAtWork
-from remote_vae.vae.fingerprint import Identity
+from remote_vae.vae.fingerprint import fingerprint_of
 from remote_vae.wire import FINGERPRINT_KEYS, THIS_PROCESS
 
 log = logging.getLogger("remote_vae")
@@ -66,7 +66,7 @@ class SharedEngine(VaeEngine):
         vae = self._current()
         family = vae.family
         # None while the host has only the shapes of the weights in memory: then nothing is said.
-        found = Identity(vae.module).fingerprint()
+        found = fingerprint_of(vae.module)
         return {
             "family": family.key,
             "model": vae.model,

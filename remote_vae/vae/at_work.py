@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -36,17 +36,18 @@ def has_posterior(module: Any) -> bool:
 
 @dataclass(frozen=True)
 class VaeAtWork:
-    """The VAE of one call: a host's, the server's own, or one that a UI shares. Made anew for each call, as a host may load
-    another model between two.
+    """The VAE of one call: a host's, the server's own, or one that a UI shares.
+
+    Made anew for each call, as a host may load another model between two.
 
     Attributes:
         module: the torch module, of any project; it is never changed. None: it is not at hand (the command line).
         family: what the VAE is.
         device: where it computes.
         dtype: what it computes in.
-        whole: ``whole(module, op, tensor)`` is the whole call of the module, or of a copy of it, without the host around it: raw
-            latents ``[B, C, h, w]`` to pixels ``[B, 3, H, W]`` in [-1, 1], or such pixels to moments ``[B, 2 C, h, w]`` (mean,
-            logvar), unscaled; without a posterior, to raw latents.
+        whole: ``whole(module, op, tensor)`` is the whole call of the module, or of a copy of it, without the host around it.
+            Raw latents ``[B, C, h, w]`` to pixels ``[B, 3, H, W]`` in [-1, 1], or such pixels to moments ``[B, 2 C, h, w]``
+            (mean, logvar), unscaled; without a posterior, to raw latents.
         bring: gets the VAE onto its device in the host's own way, and gives a tensor there, in its dtype.
         picked: name of the VAE file that the user picked in the UI; "" for the model's own.
         model: what ``GET /info`` calls it. Everyone who may use it can read it.
@@ -55,7 +56,7 @@ class VaeAtWork:
 
     module: Any
     family: Family
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     whole: Callable[[Any, Op, torch.Tensor], torch.Tensor] = whole_diffusers
     bring: Callable[[torch.Tensor], torch.Tensor] = as_it_is

@@ -17,14 +17,15 @@ from diffusers import AutoencoderKL
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.gzip import GZipMiddleware
 
-from remote_vae.call import Op, Remote, VaeCall
+from remote_vae.call import Answer, VaeCall
 from remote_vae.errors import EndpointError, NotOffered
 from remote_vae.extension.share import mount
 from remote_vae.remote import another_vae
 from remote_vae.remote.route import RemoteRoute
 from remote_vae.settings import Settings
+from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.families import find_family
-from remote_vae.vae.fingerprint import Identity, fingerprint
+from remote_vae.vae.fingerprint import fingerprint
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 from tests.hosts.a1111_standin import LdmVae
 from tests.sharing import QueueLock, Sharing
@@ -87,10 +88,10 @@ def ui(vae: AutoencoderKL) -> Iterator[Ui]:
     running.close()
 
 
-def remote(ui: Ui, op: Op, tensor: torch.Tensor) -> Remote:
+def remote(ui: Ui, op: Op, tensor: torch.Tensor) -> Answer:
     """A VAE call of another UI, whose endpoint is this one."""
     settings = Settings(endpoint=f"{ui.url}/remote-vae", transfer="raw")
-    call: VaeCall[Remote] = VaeCall(op, tensor, find_family("sd1"), whole=None, adopt=lambda answer: answer)
+    call: VaeCall[Answer] = VaeCall(op, tensor, VaeAtWork(None, find_family("sd1")), adopt=lambda answer: answer)
     return RemoteRoute().run(call, settings).value
 
 
@@ -119,9 +120,8 @@ def test_a_ui_that_is_its_own_endpoint_does_not_wait_for_itself(
     ui: Ui, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ui.provider.vae is not None
-    call: VaeCall[Remote] = VaeCall(
-        "decode", latents, find_family("sd1"), None, adopt=lambda answer: answer, identity=Identity(ui.provider.vae)
-    )
+    at_work = VaeAtWork(ui.provider.vae, find_family("sd1"))
+    call: VaeCall[Answer] = VaeCall("decode", latents, at_work, adopt=lambda answer: answer)
     settings = Settings(endpoint=f"{ui.url}/remote-vae")
     with ui.lock.lock, pytest.raises(NotOffered, match="is this UI itself"):
         RemoteRoute().run(call, settings)

@@ -67,6 +67,10 @@ class FirstStage(nn.Module):
         self.calls.append("encode")
         return self.drawn(self.inner.encode(x, return_dict=False)[0].parameters)
 
+    def encoder(self, x: torch.Tensor) -> torch.Tensor:
+        moments: torch.Tensor = self.inner.encode(x, return_dict=False)[0].parameters
+        return moments
+
     def drawn(self, moments: torch.Tensor) -> Any:
         raise NotImplementedError
 

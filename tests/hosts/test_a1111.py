@@ -706,7 +706,7 @@ def test_a_decode_that_does_not_fit_is_done_by_a_copy_on_the_cpu(host: Host, vae
         pictures = host.txt2img()
     # Latents and weights went through bfloat16, and the picture comes back in it.
     assert levels_apart(pictures, local) < 30
-    assert [(record.route, record.detail) for record in records()] == [("tiled", "whole VAE on the CPU")]
+    assert [(record.route, record.detail) for record in records()] == [("local", "on the CPU")]
     assert records()[0].fallback_reason == "out of memory"
     after = model.first_stage_model.state_dict()
     assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], weights[name]) for name in weights)
@@ -721,7 +721,7 @@ def test_the_copy_on_the_cpu_gives_the_picture_of_the_hosts_vae(
     turn_on(host, chaos.url if endpoint else "")
     with standin.no_memory(model.first_stage_model):
         assert levels_apart(host.txt2img(batch=2), local) <= 1
-    assert [record.detail for record in records()] == ["whole VAE on the CPU"] * 2
+    assert [record.detail for record in records()] == ["on the CPU"] * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -739,7 +739,7 @@ def test_an_encode_that_does_not_fit_draws_the_noise_of_the_seed(
     with standin.no_memory(model.first_stage_model):
         torch.testing.assert_close(seeded(latents), local, rtol=1e-5, atol=1e-5)
     assert torch.equal(torch.get_rng_state(), state)
-    assert routes() == ["encode tiled"]
+    assert routes() == ["encode local"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

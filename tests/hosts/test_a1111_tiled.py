@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from remote_vae.hosts.a1111 import adapter
-from remote_vae.local import ladder, route
+from remote_vae.local import route
 from tests.hosts import a1111_standin as standin
 from tests.hosts.a1111_standin import FirstStage, Host, LdmModel, Sd3Model, SgmModel, sampled
 from tests.layouts import ldm_vae
@@ -73,7 +73,7 @@ def test_a_decode_that_does_not_fit_is_the_hosts_picture_in_tiles(
     assert exact.dtype == whole.dtype
     assert psnr(exact, whole) >= 100
     assert seen == ["decoder"]
-    assert details() == [("decode", "tiled", "exact tiled VAE")]
+    assert details() == [("decode", "tiled", "exact")]
 
 
 def test_an_encode_that_does_not_fit_is_the_hosts_own_result_with_the_noise_of_the_seed(
@@ -98,7 +98,7 @@ def test_an_encode_that_does_not_fit_is_the_hosts_own_result_with_the_noise_of_t
     else:
         assert psnr(exact, whole) >= 100
     assert seen == ["encoder"] * 2
-    assert details() == [("encode", "tiled", "exact tiled VAE")] * 2
+    assert details() == [("encode", "tiled", "exact")] * 2
 
 
 def test_a_half_precision_vae_in_tiles_gives_the_dtype_of_the_hosts_own(
@@ -127,9 +127,9 @@ def test_a_picture_for_which_memory_is_too_short_is_made_by_the_copy_on_the_cpu(
     latents = sampled(1, 1)
     whole = in_memory(lambda: model.decode_first_stage(latents))
     no_room_for_the_whole(monkeypatch, model.first_stage_model)
-    monkeypatch.setattr(ladder, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(route, "available_memory", lambda device: 1000)
     assert torch.allclose(model.decode_first_stage(latents), whole, atol=1e-5)
-    assert details() == [("decode", "tiled", "whole VAE on the CPU")]
+    assert details() == [("decode", "local", "on the CPU")]
 
 
 def test_with_bfloat16_on_a_fast_cpu_the_host_gets_its_picture_in_its_own_dtype(
@@ -142,4 +142,4 @@ def test_with_bfloat16_on_a_fast_cpu_the_host_gets_its_picture_in_its_own_dtype(
     fast = model.decode_first_stage(latents)
     assert fast.dtype == torch.float32
     assert 30 < psnr(fast, whole) < 90
-    assert details() == [("decode", "tiled", "tiled VAE in bfloat16")]
+    assert details() == [("decode", "tiled", "exact, bfloat16")]

@@ -21,10 +21,11 @@ from diffusers import AutoencoderKL
 from remote_vae.errors import VaeCallFailed
 from remote_vae.hosts import detect
 from remote_vae.hosts.generation import MODES
-from remote_vae.local import ladder
+from remote_vae.local import route
 from remote_vae.rescue import load_latents
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings
+from remote_vae.vae.at_work import Op, VaeAtWork
 from tests.conftest import ServerThread
 from tests.hosts import forge_models, forge_standin, sdnext_standin
 from tests.hosts.contract import OWN, TITLE, UIS, WAYS, Endpoint, Made, Ui, hooks_in, levels_apart, make, same, source, without
@@ -350,22 +351,27 @@ def test_an_endpoint_that_dies_between_two_iterations_is_in_the_infotexts_of_the
     assert " remote " not in second
 
 
-def test_latents_that_nothing_can_decode_are_saved_and_the_next_generation_is_well(
-    ui: Ui, name: str, alone: dict[str, Made], endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any, **__: Any) -> Any:
+class Broken(torch.nn.Module):
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
         raise ValueError("the weights are of the wrong size")
 
+
+def test_latents_that_nothing_can_decode_are_saved_and_the_next_generation_is_well(
+    ui: Ui, name: str, alone: dict[str, Made], endpoint: Endpoint
+) -> None:
     endpoint.reset("503")
     ui.turn_on(endpoint.url)
-    with monkeypatch.context() as patch:
-        patch.setattr(getattr(ui.module, "inner", ui.module).decoder, "forward", broken)
+    decoder = getattr(ui.module, "inner", ui.module).decoder
+    whole, decoder.conv_in = decoder.conv_in, Broken()
+    try:
         if name == "sdnext":
             # It logs the error, and goes without the pictures.
             assert ui.host.txt2img(batch=3) == []
         else:
             with pytest.raises(VaeCallFailed, match="wrong size"):
                 ui.host.txt2img(batch=3)
+    finally:
+        decoder.conv_in = whole
     [file] = (Path(ui.host.paths.data_path) / "remote-vae-rescue").iterdir()
     rescued = load_latents(file)
     torch.testing.assert_close(rescued.latents, sampled(3, 1) / 0.18215)
@@ -421,9 +427,21 @@ def test_a_press_ends_the_wait_and_the_picture_is_made_here(
         getattr(ui.host.state, press)()
         # The deadline is a minute away.
         made = generation.result(30)
-    # SD.Next itself does without the pictures of a generation that was interrupted.
-    assert same(made.pictures, [] if (name, press) == ("sdnext", "interrupt") else alone[way].pictures)
+    assert same(made.pictures, alone[way].pictures)
     assert {record.fallback_reason for record in ui.records()} == {"interrupted"}
+    assert endpoint.requests == ["/decode"]
+
+
+def test_after_interrupt_in_a_wait_no_further_batch_is_begun(ui: Ui, alone: dict[str, Made], endpoint: Endpoint) -> None:
+    endpoint.reset("hang")
+    ui.host.n_iter = 3
+    ui.turn_on(endpoint.url, first_byte_timeout=60.0)
+    with ThreadPoolExecutor(1) as pool:
+        generation = pool.submit(make, ui, "txt2img")
+        wait_for(lambda: bool(endpoint.requests))
+        ui.host.state.interrupt()
+        made = generation.result(30)
+    assert same(made.pictures, alone["txt2img"].pictures)
     assert endpoint.requests == ["/decode"]
 
 
@@ -445,9 +463,10 @@ def test_interrupt_ends_the_wait_for_an_encode(ui: Ui, endpoint: Endpoint) -> No
         generation = pool.submit(make, ui, "img2img")
         wait_for(lambda: bool(endpoint.requests))
         ui.host.state.interrupt()
-        generation.result(30)
-    assert endpoint.requests == ["/encode"]
-    assert [record.fallback_reason for record in ui.records()] == ["interrupted"]
+        assert len(generation.result(30).pictures) == 1
+    assert endpoint.requests == ["/encode", "/decode"]
+    # Nobody has to press again for the decode.
+    assert [record.fallback_reason for record in ui.records()] == ["interrupted", "no answer in 3 s"]
 
 
 def test_a_press_while_sampling_asks_for_the_picture_so_far(ui: Ui, name: str, endpoint: Endpoint) -> None:
@@ -903,7 +922,7 @@ def test_forges_own_tiling_is_not_used_where_the_exact_one_can(
     assert levels_apart(made.pictures, alone["img2img, batch of 3"].pictures) <= 1
     assert torch.equal(made.rng, alone["img2img, batch of 3"].rng)
     assert own_tiles == []
-    assert {record.detail for record in ui.records()} == {"exact tiled VAE"}
+    assert {record.detail for record in ui.records()} == {"exact"}
     assert not {"decode_tiled_", "encode_tiled_"} & set(vars(ui.model.forge_objects.vae))
     local_only(ui, "out of memory")
 
@@ -925,13 +944,13 @@ def test_forges_own_tiling_is_the_last_resort_and_its_own_when_off(
     with forge_standin.no_memory(ui.model, times=1):
         off = ui.host.txt2img()
     assert own_tiles == ["decode_tiled_"]
-    monkeypatch.setattr(ladder, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(route, "available_memory", lambda device: 1000)
     ui.turn_on("")
-    # The host's own call, and what its own tiling tries before.
-    with forge_standin.no_memory(ui.model, times=2):
+    # What its own tiling tries before.
+    with forge_standin.no_memory(ui.model, times=1):
         assert same(ui.host.txt2img(), off)
     assert own_tiles == ["decode_tiled_"] * 2
-    assert [record.detail for record in ui.records()] == ["Forge's own tiling"]
+    assert [record.detail for record in ui.records()] == ["the VAE's own tiling"]
 
 
 @only_forge
@@ -1167,14 +1186,18 @@ def test_a_model_that_cannot_be_hooked_is_generated_with_all_the_same(ui: Ui) ->
 # --- the VAE for other UIs -----------------------------------------------------------------------------------------------
 
 
+def shared(vae: VaeAtWork, op: Op, tensor: torch.Tensor) -> torch.Tensor:
+    return vae.whole(vae.module, op, vae.bring(tensor))
+
+
 def test_what_is_shared_is_the_vae_in_use_and_it_gives_what_the_model_gives(ui: Ui) -> None:
     served = ui.adapter.current()
     assert served is not None
     assert served.module is ui.module
     assert (served.family.key, served.dtype, served.device) == ("sd1", torch.float32, torch.device("cpu"))
     latents, pixels = sampled(2, 3), torch.rand(1, 3, 32, 48) * 2 - 1
-    with served.calling():
-        decoded, moments = served.decode(latents), served.encode(pixels)
+    with ui.adapter.serving():
+        decoded, moments = shared(served, "decode", latents), shared(served, "encode", pixels)
         whole = ui.vae.decode(latents).sample, ui.vae.encode(pixels).latent_dist.parameters
     assert psnr(decoded, whole[0]) > 100
     assert psnr_of_moments(moments, whole[1]) > 100
@@ -1186,9 +1209,9 @@ def test_a_call_for_another_ui_does_not_go_out_again(ui: Ui, endpoint: Endpoint)
     ui.turn_on(endpoint.url)
     served = ui.adapter.current()
     assert served is not None
-    with served.calling():
-        served.decode(sampled(1, 3))
-        served.encode(torch.rand(1, 3, 32, 48))
+    with ui.adapter.serving():
+        shared(served, "decode", sampled(1, 3))
+        shared(served, "encode", torch.rand(1, 3, 32, 48))
     assert endpoint.requests == []
 
 

@@ -13,12 +13,13 @@ from remote_vae.call import VaeCall
 from remote_vae.history import Record
 from remote_vae.hosts.generation import CELL, FOLLOW, INFOTEXT, REQUEST, Generation, Request
 from remote_vae.settings import Settings
+from remote_vae.vae.at_work import VaeAtWork
 from remote_vae.vae.families import find_family
 from remote_vae.wire import EncodeAnswer
 
 REMOTE = Record("decode", "remote", "u8", "http://studio:7870/decode", 1, 64, 64, 1, 1, 1.0, "", 0.0)
 LOCAL = replace(REMOTE, route="local", detail="", endpoint="")
-FELL_BACK = replace(REMOTE, route="tiled", detail="whole VAE", fallback_reason="503")
+FELL_BACK = replace(REMOTE, route="local", detail="", fallback_reason="503")
 
 
 def processing(**attributes: Any) -> Any:
@@ -139,14 +140,13 @@ def test_a_processing_object_without_an_infotext_is_no_trouble(p: Any) -> None:
 class Encoder:
     """Answers encodes and counts them: the moments of a picture are its mean colour."""
 
-    def __init__(self, *, remotely: bool = True) -> None:
+    def __init__(self) -> None:
         self.sizes: list[int] = []
-        self._remotely = remotely
 
     def __call__(self, call: VaeCall[torch.Tensor]) -> torch.Tensor:
         self.sizes.append(call.tensor.shape[0])
         moments = call.tensor.mean(dim=(2, 3), keepdim=True).repeat(1, 3, 1, 1)[:, :8]
-        return call.adopt(EncodeAnswer(moments, is_posterior=True)) if self._remotely else call.finish(moments)
+        return call.adopt(EncodeAnswer(moments, is_posterior=True))
 
 
 def encode_call(pictures: torch.Tensor, vae: object = None) -> VaeCall[torch.Tensor]:
@@ -156,12 +156,11 @@ def encode_call(pictures: torch.Tensor, vae: object = None) -> VaeCall[torch.Ten
     def adopt(answer: Any) -> torch.Tensor:
         return answer.latents
 
-    return VaeCall("encode", pictures, find_family("sd1"), whole, adopt=adopt, vae=vae, finish=lambda moments: moments)
+    return VaeCall("encode", pictures, VaeAtWork(vae, find_family("sd1")), adopt, whole)
 
 
-@pytest.mark.parametrize("remotely", [True, False])
-def test_one_picture_is_encoded_once(remotely: bool) -> None:
-    generation, encoder = Generation(processing()), Encoder(remotely=remotely)
+def test_one_picture_is_encoded_once() -> None:
+    generation, encoder = Generation(processing()), Encoder()
     picture = torch.rand(1, 3, 8, 8)
     results = [generation.encode_once(encode_call(picture.clone()), encoder) for _ in range(3)]
     assert encoder.sizes == [1]

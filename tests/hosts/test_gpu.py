@@ -39,7 +39,7 @@ def test_on_a_card_too_small_for_the_whole_vae_the_picture_is_tiled_there(card: 
     result = values(getattr(vae, op)(given))
     record = handle.history.last
     assert record is not None
-    assert (record.route, record.detail, record.fallback_reason) == ("tiled", "exact tiled VAE", "connection refused")
+    assert (record.route, record.detail, record.fallback_reason) == ("tiled", "exact", "connection refused")
     assert isinstance(result, OnCard)
     assert NEARNESS[op](result.cpu(), true) >= 100
 
@@ -52,7 +52,7 @@ def test_on_a_card_that_is_full_the_picture_is_made_on_the_processor(card: Card,
     result = values(getattr(vae, op)(given))
     record = handle.history.last
     assert record is not None
-    assert (record.route, record.detail) == ("tiled", "exact tiled VAE on the CPU")
+    assert (record.route, record.detail) == ("tiled", "exact, on the CPU")
     assert isinstance(result, OnCard)
     assert NEARNESS[op](result.cpu(), true) >= 100
     assert all(isinstance(parameter, OnCard) for parameter in vae.parameters())
@@ -69,7 +69,7 @@ def test_memory_that_others_take_in_the_meantime_costs_time_and_no_picture(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (taken, taken))
     result = vae.decode(given).sample
     assert handle.history.last is not None
-    assert handle.history.last.detail == "exact tiled VAE"
-    assert "exact tiled VAE ran out of memory" in caplog.text
+    assert handle.history.last.detail == "exact"
+    assert "tiled exact ran out of memory" in caplog.text
     assert (card.pinned_bytes, card.kept_pinned_bytes) == (0, 0)
     assert psnr(result.cpu(), true) >= 100

@@ -16,8 +16,8 @@ from remote_vae.remote.route import RemoteRoute
 from remote_vae.router import Router
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings
+from remote_vae.vae.at_work import VaeAtWork
 from remote_vae.vae.families import Family
-from remote_vae.vae.fingerprint import Identity
 from tests.chaos import Chaos
 
 
@@ -46,10 +46,9 @@ class Caller:
         call: VaeCall[str] = VaeCall(
             op="decode",
             tensor=self.latents,
-            family=self.family,
-            whole=lambda: "local",
+            vae=VaeAtWork(self.vae, self.family, picked=picked),
             adopt=lambda answer: "remote",
-            identity=Identity(self.vae, picked),
+            whole=lambda: "local",
         )
         return replace(call, **changes)
 

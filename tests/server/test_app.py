@@ -19,7 +19,7 @@ import requests
 import torch
 from PIL import Image
 
-from remote_vae.local import ladder
+from remote_vae.local import route
 from remote_vae.server import engine
 from remote_vae.server.engine import Limits
 from remote_vae.server.models import LoadedVae
@@ -334,7 +334,7 @@ def test_out_of_memory_is_tried_again_tiled_and_then_a_507(
     assert tilings == [False]
 
     # Too little for anything: the whole VAE is not even tried, the tiles that it brings along are.
-    monkeypatch.setattr(ladder, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(route, "available_memory", lambda device: 1000)
     answer = asked()
     assert answer.status_code == 507
     assert "memory" in answer.text

@@ -1,0 +1,386 @@
+"""Which way is tried when, with how much memory, and what is left of it for the next one."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from remote_vae.call import Outcome, User, VaeCall
+from remote_vae.errors import OutOfMemory, UnsupportedLayout
+from remote_vae.local import answer, route
+from remote_vae.local.estimate import whole_bytes
+from remote_vae.settings import Settings
+from remote_vae.tiled.exact import Limits
+from remote_vae.tiled.layouts import decoder_plan, encoder_plan
+from remote_vae.vae.at_work import Op, VaeAtWork
+from remote_vae.vae.families import find_family
+from remote_vae.wire import DecodeAnswer
+from tests.layouts import kl_with_extra_parameter, plain_kl
+from tests.nearness import psnr
+
+OPS: tuple[Op, ...] = ("decode", "encode")
+# A device that is not the CPU, on every machine.
+ELSEWHERE = torch.device("meta")
+KL = plain_kl()
+# Its layout is not known to the exact tiled VAE.
+UNKNOWN = kl_with_extra_parameter()
+
+
+def oom() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def given_to(op: Op) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn((1, 4, 8, 12) if op == "decode" else (1, 3, 64, 96), generator=generator)
+
+
+def whole(vae: Any, op: Op) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = (
+            vae.decode(given_to(op)).sample if op == "decode" else vae.encode(given_to(op)).latent_dist.parameters
+        )
+    return result
+
+
+def values(made: Any) -> torch.Tensor:
+    tensor: torch.Tensor = made.tensor if isinstance(made, DecodeAnswer) else made.latents
+    return tensor
+
+
+class Host:
+    """A host that does with a VAE what the test says, and notes that it did.
+
+    Attributes:
+        whole, tiles: what its own call gives, whole and in the VAE's own tiles; an exception is raised.
+    """
+
+    def __init__(self, vae: Any = KL, op: Op = "decode", **call: Any) -> None:
+        self.made: list[str] = []
+        self.whole: Any = "whole"
+        self.tiles: Any = "tiles"
+        self.texts: list[str] = []
+        tensor = call.pop("tensor", given_to(op))
+        at_work = VaeAtWork(vae, find_family("sd1"), tensor.device, tensor.dtype, bring=call.pop("bring", lambda z: z))
+        self.call: VaeCall[Any] = VaeCall(
+            op,
+            tensor,
+            at_work,
+            adopt=values,
+            whole=lambda: self._do("whole", self.whole),
+            own_tiling=lambda: self._do("tiles", self.tiles),
+            user=User(tell=self.texts.append),
+            **call,
+        )
+
+    def _do(self, name: str, what: Any) -> Any:
+        self.made.append(name)
+        if isinstance(what, BaseException):
+            raise what
+        return what() if callable(what) else what
+
+    def answered(self, **changes: Any) -> Outcome[Any]:
+        with torch.no_grad():
+            return answer(self.call, Settings(), **changes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the whole VAE is asked."""
+        self.answered()
+        return self.made[:1] == ["whole"]
+
+
+def memory(monkeypatch: pytest.MonkeyPatch, *sizes: int | None) -> list[torch.device]:
+    """There are ``sizes`` bytes one asking after the other, the last one for ever; notes of which device was asked."""
+    asked: list[torch.device] = []
+
+    def available(device: torch.device) -> int | None:
+        asked.append(device)
+        return sizes[min(len(asked), len(sizes)) - 1]
+
+    monkeypatch.setattr(route, "available_memory", available)
+    return asked
+
+
+def failing_tiles(monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[Limits]:
+    """The exact tiled VAE fails each time; what it was told."""
+    told: list[Limits] = []
+
+    def run(plan: Any, vae: Any, tensor: torch.Tensor, limits: Limits, **_: Any) -> torch.Tensor:
+        told.append(limits)
+        raise error
+
+    monkeypatch.setattr(route, "run", run)
+    return told
+
+
+# --- the order -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_vae_is_the_hosts_own_call_and_its_result_untouched() -> None:
+    host = Host()
+    outcome = host.answered()
+    assert (outcome.value, outcome.route, outcome.detail, outcome.because) == ("whole", "local", "", "")
+    assert host.made == ["whole"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_memory_for_the_whole_vae_the_exact_tiled_one_makes_the_same(op: Op) -> None:
+    host = Host(op=op)
+    host.whole = oom()
+    outcome = host.answered()
+    assert psnr(outcome.value, whole(KL, op)) >= 100
+    assert (outcome.route, outcome.detail, outcome.because) == ("tiled", "exact", "out of memory")
+    assert host.made == ["whole"]
+    assert host.texts[-1].endswith("100 %")
+
+
+def test_then_come_the_vaes_own_tiles_and_then_a_copy_on_the_cpu() -> None:
+    host = Host(UNKNOWN)
+    host.whole, host.tiles = oom(), MemoryError()
+    outcome = host.answered()
+    assert host.made == ["whole", "tiles"]
+    assert (outcome.route, outcome.detail) == ("local", "on the CPU")
+    assert torch.allclose(outcome.value, whole(UNKNOWN, "decode"))
+
+
+def test_a_host_without_tiles_of_its_own_goes_to_the_cpu() -> None:
+    host = Host(UNKNOWN, in_parts=True)
+    host.whole = oom()
+    host.call = VaeCall("decode", host.call.tensor, host.call.vae, values, whole=host.call.whole)
+    assert host.answered().detail == "on the CPU"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Invalid buffer size: 18.00 GB"),
+        RuntimeError("integer out of range"),
+        RuntimeError("a defect that nobody has thought of"),
+        ValueError("another one"),
+    ],
+)
+def test_whatever_goes_wrong_with_the_whole_vae_the_tiled_one_is_tried(error: Exception) -> None:
+    host = Host()
+    host.whole = error
+    outcome = host.answered()
+    assert psnr(outcome.value, whole(KL, "decode")) >= 100
+    assert outcome.because
+
+
+def test_if_nothing_helps_the_host_gets_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_tiles(monkeypatch, RuntimeError("another one"))
+    host = Host()
+    host.whole = host.tiles = ValueError("a defect of the host")
+    monkeypatch.setattr(route, "on_cpu", offloaded)
+    with pytest.raises(ValueError, match="a defect of the host"):
+        host.answered()
+
+
+def offloaded(_: Any) -> Any:
+    raise UnsupportedLayout("the weights are offloaded")
+
+
+def test_what_is_not_an_error_goes_through_at_once() -> None:
+    host = Host()
+    host.whole = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        host.answered()
+    assert host.made == ["whole"]
+
+
+def test_when_no_way_has_memory_the_error_says_what_failed_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_tiles(monkeypatch, MemoryError())
+    monkeypatch.setattr(route, "on_cpu", offloaded)
+    host = Host()
+    host.whole, host.tiles = oom(), UnsupportedLayout("no tiling of its own")
+    with pytest.raises(OutOfMemory, match=r"the decode of 96 x 64 px.*Tried to allocate 2\.00 GiB") as caught:
+        host.answered()
+    assert caught.value.reason == "out of memory"
+
+
+def test_in_another_dtype_only_ways_that_compute_in_it_are_asked() -> None:
+    host = Host(vae=plain_kl().half(), tensor=given_to("decode").half())
+    outcome = host.answered(dtype=torch.float32)
+    assert host.made == []
+    assert outcome.route == "tiled"
+    unknown = Host(kl_with_extra_parameter().half(), tensor=given_to("decode").half())
+    assert unknown.answered(dtype=torch.float32).detail == "on the CPU"
+
+
+# --- getting ready is ours, and costs nothing ------------------------------------------------------------------------------
+
+
+def test_a_host_that_cannot_bring_its_vae_is_asked_all_the_same() -> None:
+    def broken(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such device")
+
+    assert Host(bring=broken).answered().value == "whole"
+
+
+def test_a_layout_or_an_estimate_that_goes_wrong_leaves_the_hosts_own_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(route, "whole_bytes", lambda *_: 1 // 0)
+    assert Host().answered().value == "whole"
+
+
+def test_a_hook_that_somebody_has_put_on_the_vae_is_not_run_without_a_call() -> None:
+    vae = plain_kl()
+    vae.register_forward_pre_hook(lambda module, args: args[0])
+    assert Host(vae).answered().value == "whole"
+
+
+def test_the_vae_is_brought_before_the_free_memory_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = memory(monkeypatch, 1 << 40)
+    brought: list[int] = []
+
+    def bring(tensor: torch.Tensor) -> torch.Tensor:
+        brought.append(len(asked))
+        return tensor
+
+    Host(bring=bring).answered()
+    assert brought == [0]
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_whole_vae_is_only_tried_where_there_is_memory_to_spare(monkeypatch: pytest.MonkeyPatch, op: Op) -> None:
+    picture = given_to(op)
+    needed = whole_bytes((decoder_plan if op == "decode" else encoder_plan)(KL), picture.shape, torch.float32)
+    assert needed > picture.numel() * 4
+    batch = picture.repeat(2, 1, 1, 1)
+    memory(monkeypatch, needed)
+    assert not Host(op=op).fits
+    memory(monkeypatch, 2 * needed)
+    assert Host(op=op).fits
+    # A batch needs as much for each picture, unless the host makes it in parts; half precision half.
+    assert not Host(op=op, tensor=batch).fits
+    assert Host(op=op, tensor=batch, in_parts=True).fits
+    assert Host(plain_kl().half(), op=op, tensor=batch.half()).fits
+
+
+@pytest.mark.parametrize(("vae", "size"), [(KL, None), (UNKNOWN, 0)])
+def test_where_it_cannot_be_told_whether_it_fits_the_whole_vae_is_tried(
+    monkeypatch: pytest.MonkeyPatch, vae: Any, size: int | None
+) -> None:
+    memory(monkeypatch, size)
+    assert Host(vae).fits
+
+
+def test_each_attempt_gets_less_of_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory(monkeypatch, 1_000_000)
+    told = failing_tiles(monkeypatch, oom())
+    Host().answered()
+    limits = [each.max_bytes or 0 for each in told]
+    assert len(limits) >= 3
+    assert all(later < earlier for earlier, later in itertools.pairwise(limits))
+    assert 0 < limits[-1] <= 200_000
+    assert 500_000 <= limits[0] < 1_000_000
+
+
+def test_where_the_memory_cannot_be_told_the_limits_are_shares_of_what_the_whole_vae_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory(monkeypatch, None)
+    told = failing_tiles(monkeypatch, oom())
+    host = Host()
+    host.whole = oom()
+    host.answered()
+    needed = whole_bytes(decoder_plan(KL), given_to("decode").shape, torch.float32)
+    limits = [each.max_bytes or 0 for each in told]
+    assert limits == sorted(set(limits), reverse=True)
+    assert 0 < limits[-1] < limits[0] < needed
+
+
+def test_off_the_cpu_the_last_attempt_of_tiles_is_the_cpus_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = memory(monkeypatch, 0, 1_000, 1_000, 1_000, 64_000)
+    told = failing_tiles(monkeypatch, oom())
+    Host(tensor=given_to("decode").half().to(ELSEWHERE)).answered()
+    assert asked == [ELSEWHERE] * 4 + [torch.device("cpu")]
+    *there, last = told
+    assert not any(each.device or each.dtype for each in there)
+    assert (last.device, last.dtype) == ("cpu", torch.float32)
+    assert 32_000 <= (last.max_bytes or 0) < 64_000
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_with_little_memory_a_later_attempt_still_makes_the_whole_vaes_result(monkeypatch: pytest.MonkeyPatch, op: Op) -> None:
+    # The first attempt has too little, and then other programs have ended.
+    memory(monkeypatch, 0, 1_000, 8_000_000)
+    outcome = Host(op=op).answered()
+    assert outcome.detail == "exact"
+    assert psnr(outcome.value, whole(KL, op)) >= 100
+
+
+class Filled:
+    """Attempts that fill the memory before it is full, and what the next one finds of them."""
+
+    def __init__(self) -> None:
+        self.tensors: list[weakref.ref[torch.Tensor]] = []
+
+    def run_out(self) -> torch.Tensor:
+        activations = torch.zeros(1000)
+        self.tensors.append(weakref.ref(activations))
+        raise oom()
+
+    def again(self) -> torch.Tensor:
+        try:
+            return self.run_out()
+        except Exception:
+            # As in the tiled VAE after NaN, and wherever a library tries twice.
+            raise oom() from None
+
+    def alive(self) -> int:
+        return sum(reference() is not None for reference in self.tensors)
+
+
+@pytest.mark.parametrize("attempt", [Filled.run_out, Filled.again])
+def test_what_an_attempt_has_filled_is_free_again_for_the_next_one(attempt: Callable[[Filled], torch.Tensor]) -> None:
+    filled = Filled()
+    host = Host(UNKNOWN)
+    host.whole, host.tiles = lambda: attempt(filled), filled.alive
+    assert host.answered().value == 0
+    assert len(filled.tensors) == 1
+
+
+def test_cached_memory_is_given_back_after_every_attempt_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[int] = []
+    monkeypatch.setattr(route, "free_memory", lambda: freed.append(1))
+    host = Host(UNKNOWN)
+    host.whole = host.tiles = oom()
+    host.answered()
+    assert len(freed) == 2
+
+
+# --- bfloat16 on the CPU -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bfloat16_on_a_fast_cpu_comes_first_and_gives_the_vaes_own_dtype(monkeypatch: pytest.MonkeyPatch, op: Op) -> None:
+    monkeypatch.setattr(route, "is_fast_at_bfloat16", lambda: True)
+    host = Host(op=op)
+    with torch.no_grad():
+        outcome = answer(host.call, Settings(cpu_bfloat16=True))
+    assert host.made == []
+    assert outcome.value.dtype == torch.float32
+    assert 30 < psnr(outcome.value, whole(KL, op)) < 90
+    assert (outcome.route, outcome.detail) == ("tiled", "exact, bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("on", "is_fast", "vae", "device"),
+    [(False, True, KL, "cpu"), (True, False, KL, "cpu"), (True, True, UNKNOWN, "cpu"), (True, True, KL, "meta")],
+)
+def test_bfloat16_is_for_a_cpu_that_is_fast_at_it_and_a_layout_that_is_known(
+    monkeypatch: pytest.MonkeyPatch, on: bool, is_fast: bool, vae: nn.Module, device: str
+) -> None:
+    monkeypatch.setattr(route, "is_fast_at_bfloat16", lambda: is_fast)
+    host = Host(vae, tensor=given_to("decode").to(device))
+    assert answer(host.call, Settings(cpu_bfloat16=on)).value == "whole"
