@@ -30,22 +30,26 @@ class RouteFailed(RemoteVaeError):
     """One route could not answer the call; the router goes on to the next one.
 
     Attributes:
-        told: whether the user has been told the same before.
+        was_said: whether the user has read the same before.
     """
 
-    told = False
+    was_said = False
 
 
 class NotOffered(RouteFailed):
     """The route does not take this call: no endpoint for the family, picture too large, endpoint in its pause."""
 
 
-class AnotherVae(NotOffered):
-    """The endpoint has another VAE than the call."""
+class VaeNotConfirmed(NotOffered):
+    """It is not known yet whether the endpoint has the VAE of the call."""
 
-    def __init__(self, message: str, *, told: bool) -> None:
-        super().__init__(message, reason="another VAE there")
-        self.told = told
+    def __init__(self, message: str, *, reason: str, was_said: bool) -> None:
+        super().__init__(message, reason=reason)
+        self.was_said = was_said
+
+
+class AnotherVae(VaeNotConfirmed):
+    """The endpoint has another VAE than the call."""
 
 
 class EndpointUnreachable(RouteFailed):

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from remote_vae import local, rescue
 from remote_vae.call import Outcome, T, VaeCall
 from remote_vae.errors import RouteFailed, VaeCallFailed
 from remote_vae.history import History, Record
-from remote_vae.remote.another_vae import VaeCheck
 from remote_vae.remote.client import shown
 from remote_vae.remote.route import RemoteRoute, endpoint_for
-from remote_vae.remote.sample import Samples
 from remote_vae.settings import Settings
-from remote_vae.tiled import decode, encode
 from remote_vae.tiled.memory import forget_frames
 
 log = logging.getLogger("remote_vae")
@@ -36,11 +30,7 @@ class Router:
     def __init__(self, history: History | None = None, rescue_folder: Path | None = None) -> None:
         self.history = history or History()
         self._rescue_folder = rescue_folder
-        # Where an endpoint says nothing of its VAE, a small picture is made here for comparison: the card has other work.
-        samples = Samples(
-            partial(encode, device="cpu", dtype=torch.float32), partial(decode, device="cpu", dtype=torch.float32)
-        )
-        self._remote = RemoteRoute(vaes=VaeCheck(samples=samples))
+        self._remote = RemoteRoute()
 
     def run(self, call: VaeCall[T], settings: Settings, *, remote: bool = True, because: str = "") -> T:
         """Answer ``call``: remote, and on any failure on this machine.
@@ -79,7 +69,7 @@ class Router:
         try:
             return self._remote.run(call, settings) if wants_remote(call, settings) else None
         except RouteFailed as error:
-            log.log(logging.DEBUG if error.told else logging.WARNING, "remote %s: %s", call.op, error)
+            log.log(logging.DEBUG if error.was_said else logging.WARNING, "remote %s: %s", call.op, error)
             reasons.append(error.reason)
             forget_frames(error)
         except Exception as error:

@@ -132,7 +132,7 @@ class A1111(WebUi):
             with self._shown(call) as shown:
                 pending.answer = self.router.run_remote(shown, self._settings())
         except RouteFailed as error:
-            log.log(logging.DEBUG if error.told else logging.WARNING, "remote decode of %d pictures: %s", len(batch), error)
+            log.log(logging.DEBUG if error.was_said else logging.WARNING, "remote decode of %d pictures: %s", len(batch), error)
             pending.failure = error.reason
         return pending
 

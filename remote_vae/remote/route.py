@@ -26,10 +26,10 @@ from remote_vae.errors import (
     OutOfMemory,
     RouteFailed,
 )
-from remote_vae.remote.another_vae import VaeCheck
 from remote_vae.remote.breaker import Breakers, Gate
 from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_for, shown
 from remote_vae.remote.functions import in_parallel, one_by_one
+from remote_vae.remote.same_vae import SameVae
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import free_memory, is_out_of_memory
 from remote_vae.vae.at_work import Op
@@ -50,9 +50,9 @@ class RemoteRoute:
 
     name = "remote"
 
-    def __init__(self, breakers: Breakers | None = None, vaes: VaeCheck | None = None) -> None:
+    def __init__(self, breakers: Breakers | None = None, same_vae: SameVae | None = None) -> None:
         self._breakers = breakers or Breakers()
-        self._vaes = vaes or VaeCheck()
+        self._same_vae = same_vae or SameVae()
 
     def run(self, call: VaeCall[T], settings: Settings) -> Outcome[T]:
         """Raises RouteFailed for whatever goes wrong outside the host."""
@@ -82,7 +82,8 @@ class RemoteRoute:
         call.user.tell(f"{call.doing} on {urlsplit(url).netloc.rpartition('@')[2]}")
         try:
             client = client_for(url, public=public)
-            self._vaes.check(call, url, settings, partial(_ask_sample, client, call, settings), public=public)
+            ask = partial(_ask_test_picture, client, call, settings)
+            note = self._same_vae.admit(call, url, settings, ask, public=public)
             reply = _Asking(client, call, settings.transfer, Deadlines.of(settings)).ask()
         except (CallCancelled, InvalidRequest) as error:
             breaker.left()
@@ -92,7 +93,7 @@ class RemoteRoute:
                 breaker.left()
             else:
                 breaker.failed(error.reason, answered=not isinstance(error, (DeadlineExceeded, EndpointUnreachable)))
-                self._vaes.forget(url)
+                self._same_vae.forget(url)
             raise
         except BaseException:
             breaker.left()
@@ -101,7 +102,7 @@ class RemoteRoute:
         return Outcome(
             _adopted(call, reply.answer),
             self.name,
-            detail=settings.transfer,
+            detail=", ".join(filter(None, (settings.transfer, note))),
             endpoint=shown(url),
             bytes_up=reply.bytes_up,
             bytes_down=reply.bytes_down,
@@ -181,7 +182,7 @@ class _Asking:
         return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
 
 
-def _ask_sample(client: EndpointClient, call: VaeCall[T], settings: Settings, tensor: torch.Tensor) -> Answer:
+def _ask_test_picture(client: EndpointClient, call: VaeCall[T], settings: Settings, tensor: torch.Tensor) -> Answer:
     """What the endpoint makes of ``tensor``, which stands for the one of ``call``."""
     sample = replace(call, tensor=tensor.to(call.tensor.dtype))
     # In the form that the endpoint is known to take, which must not lose more than VAEs differ by.

@@ -200,20 +200,3 @@ def _excerpt(module: Any) -> Excerpt:
             weight = weight[0]
         values.append(weight.detach().reshape(-1)[:_EXCERPT_VALUES].to("cpu").to(torch.float32).numpy().tobytes())
     return (*(weight.dtype for weight in weights), *values)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """For callers that still have one; it goes with the last of them."""
-
-    vae: Any
-    picked: str = ""
-
-    def fingerprint(self) -> tuple[str, str] | None:
-        return fingerprint_of(self.vae)
-
-    def look(self) -> object:
-        return excerpt(self.vae)
-
-    def matches(self, theirs: Mapping[str, str]) -> bool | None:
-        return matches(self.vae, theirs)

@@ -20,7 +20,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from remote_vae.call import Answer, VaeCall
 from remote_vae.errors import EndpointError, NotOffered
 from remote_vae.extension.share import mount
-from remote_vae.remote import another_vae
+from remote_vae.remote import same_vae
 from remote_vae.remote.route import RemoteRoute
 from remote_vae.settings import Settings
 from remote_vae.vae.at_work import Op, VaeAtWork
@@ -126,7 +126,7 @@ def test_a_ui_that_is_its_own_endpoint_does_not_wait_for_itself(
     with ui.lock.lock, pytest.raises(NotOffered, match="is this UI itself"):
         RemoteRoute().run(call, settings)
     # As another process sees it.
-    monkeypatch.setattr(another_vae, "THIS_PROCESS", "another")
+    monkeypatch.setattr(same_vae, "THIS_PROCESS", "another")
     assert isinstance(RemoteRoute().run(call, settings).value, DecodeAnswer)
 
 

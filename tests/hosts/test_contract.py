@@ -786,6 +786,7 @@ def test_with_another_vae_than_the_endpoints_the_call_stays_here_unless_the_requ
     ui.host.alwayson = {TITLE: ["remote"]}
     ui.host.img2img(source())
     assert endpoint.requests == ["/encode", "/decode"]
+    assert {record.detail for record in ui.records()[-2:]} == {"raw, another VAE"}
 
 
 def test_a_model_that_is_loaded_while_the_extension_is_out_is_left_alone(ui: Ui, endpoint: Endpoint) -> None:
