@@ -1,14 +1,17 @@
-"""Makes the options table of the README from settings/options.toml: python -m tests.readme."""
+"""Makes the tables of the README: python -m tests.readme.
+
+The options are those of settings/options.toml, the VAEs those of settings/families.toml and docs/support.toml.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from remote_vae.settings import Option, load_options
+from remote_vae.settings import Option, load_options, read_toml
+from remote_vae.vae.families import load_families
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN = "<!-- options: made by python -m tests.readme -->\n"
-END = "<!-- end of options -->\n"
 
 
 def options_table() -> str:
@@ -27,10 +30,44 @@ def _default(option: Option) -> str:
     return option.default or "none"
 
 
-def with_table(text: str) -> str:
-    head, _, rest = text.partition(BEGIN)
-    return head + BEGIN + options_table() + END + rest.partition(END)[2]
+def support() -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, Any]]]:
+    """The columns, the reasons, and the VAEs with what each column has for them."""
+    data = read_toml("../docs/support.toml")
+    columns = data["columns"]
+    defaults = {"class": "AutoencoderKL", **dict.fromkeys(columns, "yes")}
+    vaes = {key: {**defaults, **entry} for key, entry in data.items() if key not in ("columns", "reasons")}
+    return columns, data["reasons"], vaes
+
+
+def support_table() -> str:
+    columns, reasons, vaes = support()
+    used = list(dict.fromkeys(entry[column] for entry in vaes.values() for column in columns if entry[column] in reasons))
+    rows = [f"| VAE | models | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
+    for key, entry in vaes.items():
+        cells = [f"no, {used.index(entry[column]) + 1}" if entry[column] in used else entry[column] for column in columns]
+        rows.append(f"| {' | '.join([*_named(key, entry), *cells])} |")
+    notes = [f"{number}. {reasons[reason]}" for number, reason in enumerate(used, 1)]
+    return "\n".join([*rows, "", *notes]) + "\n"
+
+
+def _named(key: str, entry: dict[str, Any]) -> tuple[str, str]:
+    family = load_families().get(key)
+    label = entry["label"] if family is None else family.label
+    models = entry.get("models", ()) if family is None else family.shared_by
+    public = family is not None and family.decode_endpoint
+    return f"{label} (public endpoint)" if public else label, ", ".join(models)
+
+
+TABLES = {"options": options_table, "support": support_table}
+
+
+def with_tables(text: str) -> str:
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: made by python -m tests.readme -->\n", f"<!-- end of {name} -->\n"
+        head, _, rest = text.partition(begin)
+        text = head + begin + table() + end + rest.partition(end)[2]
+    return text
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")

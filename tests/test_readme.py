@@ -6,13 +6,20 @@ from pathlib import Path
 import pytest
 
 from remote_vae.cli import _parser
-from tests.readme import README, with_table
+from remote_vae.vae.families import load_families
+from tests.readme import README, support, with_tables
 
 TEXT = README.read_text(encoding="utf-8")
 
 
-def test_the_options_table_is_that_of_options_toml() -> None:
-    assert with_table(TEXT) == TEXT, "run: python -m tests.readme"
+def test_its_tables_are_those_of_the_data() -> None:
+    assert with_tables(TEXT) == TEXT, "run: python -m tests.readme"
+
+
+def test_every_family_has_its_row_and_every_no_its_reason() -> None:
+    columns, reasons, vaes = support()
+    assert load_families().keys() <= vaes.keys()
+    assert {entry[column] for entry in vaes.values() for column in columns} == {"yes", "seen", "not tried", *reasons}
 
 
 @pytest.mark.parametrize(
