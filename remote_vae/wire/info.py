@@ -37,12 +37,14 @@ class Info:
         model: the VAE's name in the server's words, one line.
         fingerprints: of the VAE's weights, by rounding.
         process: ``THIS_PROCESS`` of a UI that shares its VAE.
+        factors: latent channels, pixels per latent cell along one side, scaling_factor, shift_factor; None: it does not say.
     """
 
     family: str = ""
     model: str = ""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     process: str = ""
+    factors: tuple[int, int, float, float] | None = None
 
 
 def expect_info(headers: Mapping[str, str]) -> Expected[Info]:
@@ -61,7 +63,18 @@ def _info(body: np.ndarray) -> Info:
     fingerprints = {rounding: _text(entries, key) for rounding, key in FINGERPRINT_KEYS.items() if key in entries}
     if not all(map(_FINGERPRINT.fullmatch, fingerprints.values())):
         raise MalformedAnswer("GET /info: got a fingerprint that is not 8 to 64 hexadecimal digits")
-    return Info(_text(entries, "family"), _text(entries, "model"), fingerprints, _text(entries, "process"))
+    names = _text(entries, "family"), _text(entries, "model"), fingerprints, _text(entries, "process")
+    return Info(*names, _factors(entries))
+
+
+def _factors(entries: dict[str, Any]) -> tuple[int, int, float, float] | None:
+    values: list[Any] = [entries.get(key) for key in ("latent_channels", "downscale", "scaling_factor", "shift_factor")]
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e6 for value in values):
+        return None
+    channels, downscale, scaling, shift = values
+    if channels not in range(1, 1025) or downscale not in range(1, 65):
+        return None
+    return int(channels), int(downscale), float(scaling), float(shift)
 
 
 def _text(entries: dict[str, Any], key: str) -> str:

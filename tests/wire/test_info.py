@@ -28,6 +28,24 @@ def test_what_is_said_is_read_and_the_rest_is_empty() -> None:
     assert read(b"{}") == Info()
 
 
+FACTORS = {"latent_channels": 16, "downscale": 8, "scaling_factor": 0.3611, "shift_factor": 0}
+
+
+def test_the_factors_of_a_vae_that_has_no_name_are_read() -> None:
+    assert read(json.dumps(FACTORS).encode()).factors == (16, 8, 0.3611, 0.0)
+
+
+@pytest.mark.parametrize("wrong", [None, True, "16", [], 0, -8, 1e30, 10**400, float("nan"), 8.5])
+@pytest.mark.parametrize("key", ["latent_channels", "downscale"])
+def test_factors_that_cannot_be_are_none(key: str, wrong: object) -> None:
+    assert read(json.dumps({**FACTORS, key: wrong}).encode()).factors is None
+
+
+@pytest.mark.parametrize("key", FACTORS)
+def test_three_factors_are_none(key: str) -> None:
+    assert read(json.dumps({each: value for each, value in FACTORS.items() if each != key}).encode()).factors is None
+
+
 def test_a_name_is_one_short_line() -> None:
     assert read(json.dumps({"model": "a\nb\x1b[31m" + "x" * 500}).encode()).model == "a b [31m" + "x" * 69 + "..."
 
