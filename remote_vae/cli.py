@@ -3,45 +3,93 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from remote_vae.errors import RemoteVaeError
+import torch
+from PIL import Image
+
+from remote_vae import rescue
+from remote_vae.call import NOBODY, Answer, User, VaeCall
+from remote_vae.errors import EndpointError, MalformedAnswer, RemoteVaeError, RouteFailed, SettingsError
+from remote_vae.history import Record
+from remote_vae.remote.client import Deadlines, beside, client_for, shown
+from remote_vae.remote.route import endpoint_for
+from remote_vae.router import Router
 from remote_vae.settings import Option, Settings, load_options
+from remote_vae.vae.at_work import Op, VaeAtWork
+from remote_vae.vae.families import CUSTOM, Family, find_family, load_families
 from remote_vae.version import __version__
+from remote_vae.wire import DecodeAnswer, EncodeAnswer, Info
+from remote_vae.wire.pixels import image_to_pixels, open_picture, to_uint8
+
+log = logging.getLogger("remote_vae")
 
 # Of the panel's options, those that make no sense in a command that does one call and ends.
-_PANEL_ONLY = frozenset(
+PANEL_ONLY = frozenset(
     {"enabled", "decode", "encode", "when_vae_differs", "cooldown", "rescue_folder", "share", "name_endpoint"}
 )
+# What "serve" and "decode --vae" need: one of them missing, the others are hardly there.
+_SERVER = ("accelerate", "diffusers", "fastapi", "uvicorn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the result is the process's exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.INFO if options.verbose else logging.WARNING)
+    """Run one command; the result is the process's exit status. What goes wrong is one line."""
+    options = _parser().parse_args(arguments)
+    _show_log(verbose=options.verbose)
     try:
         result: int = options.run(options)
-    except RemoteVaeError as error:
-        print(f"remote-vae: {error}", file=sys.stderr)
-        return 1
-    except ImportError as error:
-        print(
-            f'remote-vae: {error}. Install what the command needs: pip install "sd-webui-remote-vae[server]"', file=sys.stderr
-        )
-        return 1
+        return result
     except KeyboardInterrupt:
         return 130
-    return result
+    except RemoteVaeError as error:
+        message = str(error)
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        packages = {**dict.fromkeys(_SERVER, " ".join(_SERVER)), "skimage": "scikit-image"}.get(missing, missing)
+        message = f"{error}; install what the command needs: {sys.executable} -m pip install {packages}"
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else f"{type(error).__name__}: {error}"
+        log.info("", exc_info=True)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        # Where it was, for those who have asked for more.
+        log.info("", exc_info=True)
+    print(f"remote-vae: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+class _Lines(logging.Formatter):
+    """The text alone: where an error comes from is for those who have asked for more."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        super().__init__("%(message)s")
+        self._verbose = verbose
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record) if self._verbose else record.getMessage()
+
+
+def _show_log(*, verbose: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines(verbose=verbose))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+# --- arguments -----------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="remote-vae", description="VAE encode and decode on another machine.")
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("-v", "--verbose", action="store_true", help="a line for every call")
+    _add_verbose(parser, default=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="serve a VAE to other machines"))
     _add_decode(commands.add_parser("decode", help="make pictures of a file of latents"))
@@ -49,13 +97,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands.add_parser("check", help="say whether an endpoint works"))
     demo = commands.add_parser("demo", help="show it all on one photo")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for pictures and report (demo)")
-    demo.set_defaults(run=_run_demo)
+    demo.set_defaults(run=_demo)
+    for command in commands.choices.values():
+        # One that is not given must not undo one before the command.
+        _add_verbose(command, default=argparse.SUPPRESS)
     return parser
 
 
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    from remote_vae.vae.families import load_families
+def _add_verbose(parser: argparse.ArgumentParser, default: object) -> None:
+    parser.add_argument("-v", "--verbose", action="store_true", default=default, help="a line for every call")
 
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", required=True, help="diffusers folder, .safetensors file or Hugging Face id")
     parser.add_argument("--family", help=f"needed for a .safetensors file: {', '.join(load_families())}")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (auto: float16 on a GPU)")
@@ -63,36 +116,38 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
     parser.add_argument("--port", type=int, default=7870, help="7870; 0 for any free one")
     parser.add_argument("--max-pixels", type=int, default=4096 * 4096, help="largest picture, width x height")
-    parser.set_defaults(run=_run_serve)
+    parser.set_defaults(run=_serve)
 
 
 def _add_decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="latents that Remote VAE saved (.safetensors)")
-    parser.add_argument("--out", type=Path, help="picture to write; a batch gets -0, -1 ... (FILE.png)")
+    parser.add_argument(
+        "--out", type=Path, help="picture to write; a batch gets -0, -1 ... (FILE.png, or another if that is there)"
+    )
     parser.add_argument("--vae", help="decode on this machine with this VAE instead of an endpoint")
     _add_options(parser)
-    parser.set_defaults(run=_run_decode)
+    parser.set_defaults(run=_decode)
 
 
 def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a picture")
-    parser.add_argument("--out", type=Path, help="file to write (FILE.safetensors)")
-    parser.add_argument("--family", required=True, help="whose VAE the endpoint has: sd1, sdxl, flux ...")
+    parser.add_argument("--out", type=Path, help="file to write (FILE.safetensors, or another if that is there)")
+    parser.add_argument("--family", help="whose VAE the endpoint has, where it does not say so itself: sd1, sdxl, flux ...")
     _add_options(parser)
-    parser.set_defaults(run=_run_encode)
+    parser.set_defaults(run=_encode)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", help="whose VAE the endpoint has, where it does not say so itself (sd1)")
     _add_options(parser)
-    parser.add_argument("--family", default="sd1", help="whose VAE the endpoint has, where it does not say itself (sd1)")
-    parser.set_defaults(run=_run_check)
+    parser.set_defaults(run=_check)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """The options of options.toml, each as a flag."""
     group = parser.add_argument_group("options (those of the settings panel)")
     for option in load_options().values():
-        if option.key not in _PANEL_ONLY:
+        if option.key not in PANEL_ONLY:
             _add_option(group, option)
 
 
@@ -108,11 +163,22 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    given = {key: getattr(options, key, None) for key in load_options() if key not in _PANEL_ONLY}
+    given = {key: getattr(options, key, None) for key in load_options() if key not in PANEL_ONLY}
     return Settings.from_mapping({key: value for key, value in given.items() if value is not None})
 
 
-def _run_serve(options: argparse.Namespace) -> int:
+# --- serve, demo ---------------------------------------------------------------------------------------------------------
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if not 0 <= options.port <= 65535:
+        raise SettingsError(f"--port must be from 0 to 65535, not {options.port}")
+    try:
+        _ = options.device == "auto" or torch.device(options.device)
+    except RuntimeError:
+        raise SettingsError(
+            f"--device must be auto, cpu, cuda, cuda:1, mps or another of torch's, not {options.device}"
+        ) from None
     from remote_vae.server.engine import Limits
     from remote_vae.server.run import serve
 
@@ -128,30 +194,175 @@ def _run_serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_decode(options: argparse.Namespace) -> int:
-    from remote_vae.commands import decode_file
-
-    for path in decode_file(options.file, options.out, _settings(options), vae=options.vae):
-        print(path)
-    return 0
-
-
-def _run_encode(options: argparse.Namespace) -> int:
-    from remote_vae.commands import encode_file
-
-    print(encode_file(options.file, options.out, options.family, _settings(options)))
-    return 0
-
-
-def _run_check(options: argparse.Namespace) -> int:
-    from remote_vae.commands import check
-
-    lines, good = check(_settings(options), options.family)
-    print("\n".join(lines))
-    return 0 if good else 1
-
-
-def _run_demo(options: argparse.Namespace) -> int:
+def _demo(options: argparse.Namespace) -> int:
     from remote_vae.demo import run_demo
 
     return run_demo(options.out)
+
+
+# --- decode, encode ------------------------------------------------------------------------------------------------------
+
+
+def _decode(options: argparse.Namespace) -> int:
+    """Make pictures of the latents in a file, remotely or, with ``--vae``, on this machine, and print where they are."""
+    if options.out:
+        _check_picture_name(options.out)
+    settings, rescued = _settings(options), rescue.load_latents(options.file)
+    if options.vae:
+        pixels = _decode_here(rescued, options.vae, settings)
+    elif endpoint_for("decode", rescued.family, settings)[0]:
+        pixels = _ask("decode", rescued.latents, rescued.family, settings, _pixels)
+    else:
+        raise SettingsError("nothing to decode with: name an --endpoint, or a VAE of this machine with --vae")
+    pictures = [Image.fromarray(levels) for levels in to_uint8(pixels).cpu().numpy()]
+    target: Path = options.out or options.file.with_suffix(".png")
+    for number, picture in enumerate(pictures):
+        path = target if len(pictures) == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
+        print(_written(path, picture.save, named=options.out is not None))
+    return 0
+
+
+def _encode(options: argparse.Namespace) -> int:
+    """Encode a picture at an endpoint, save the raw latents (the posterior's mean) and print where they are."""
+    if options.out:
+        _check_name(options.out, options.out.suffix == ".safetensors", "name a .safetensors file")
+    settings = _settings(options)
+    pixels = image_to_pixels(open_picture(options.file))
+    family = _family("encode", options.family, settings)
+    latents = _ask("encode", pixels, family, settings, _mean)
+    path = options.out or options.file.with_suffix(".safetensors")
+    why = f"encoded from {options.file.name}"
+    print(_written(path, lambda part: rescue.write(latents, family, part, why), named=options.out is not None))
+    return 0
+
+
+def _ask(
+    op: Op, tensor: torch.Tensor, family: Family, settings: Settings, adopt: Callable[[Answer], Any], user: User = NOBODY
+) -> Any:
+    """What the endpoint of ``settings`` answers. Raises RouteFailed."""
+    return Router().run_remote(VaeCall(op, tensor, VaeAtWork(None, family), adopt, user=user), settings)
+
+
+def _pixels(answer: Answer) -> torch.Tensor:
+    if not isinstance(answer, DecodeAnswer):
+        raise TypeError("not an answer to a decode")
+    return answer.pixels("cpu", torch.float32)
+
+
+def _mean(answer: Answer) -> torch.Tensor:
+    if not isinstance(answer, EncodeAnswer):
+        raise TypeError("not an answer to an encode")
+    return answer.latents.chunk(2, dim=1)[0] if answer.is_posterior else answer.latents
+
+
+def _decode_here(rescued: rescue.Rescued, source: str, settings: Settings) -> torch.Tensor:
+    from remote_vae import local
+    from remote_vae.local.own import own_tiling
+    from remote_vae.server.models import load_vae
+
+    loaded = load_vae(source, family=rescued.family.key if rescued.family.is_known else None)
+    if loaded.family.latent_channels != rescued.latents.shape[1]:
+        raise RemoteVaeError(
+            f"got latents of shape {list(rescued.latents.shape)}, and {source} takes {loaded.family.latent_channels} channels"
+        )
+    latents = rescued.latents.to(loaded.device, loaded.dtype)
+    vae = VaeAtWork(loaded.vae, loaded.family, loaded.device, loaded.dtype)
+
+    def by_its_own_tiling() -> torch.Tensor:
+        with own_tiling(loaded.vae):
+            return vae.whole(loaded.vae, "decode", latents)
+
+    # What is here has failed to decode before, most likely for lack of memory: not the whole VAE.
+    call = VaeCall("decode", latents, vae, _pixels, own_tiling=by_its_own_tiling)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        outcome = local.answer(call, settings)
+    batch, height, width = call.size
+    ms = (time.perf_counter() - started) * 1000
+    log.info(
+        "%s", Record("decode", outcome.route, outcome.detail, "", batch, height, width, 0, 0, ms, outcome.because, time.time())
+    )
+    return outcome.value
+
+
+def _family(op: Op, named: str | None, settings: Settings, otherwise: str = "") -> Family:
+    """The family that was named, else the one that the endpoint says it has, else ``otherwise``."""
+    if named:
+        return find_family(named)
+    # Any family: only for public endpoints, which do not say theirs, it makes a difference.
+    url, _ = endpoint_for(op, find_family("sd1"), settings)
+    if not url:
+        raise SettingsError("no endpoint is set; use --endpoint http://HOST:7870")
+    info = Info()
+    # What else is wrong with the endpoint, the call itself will say.
+    with suppress(EndpointError, MalformedAnswer):
+        info = client_for(beside(url, "info")).info(Deadlines.of(settings).quick)
+    if info.family in load_families():
+        return load_families()[info.family]
+    if info.factors:
+        return Family(CUSTOM, "custom VAE", *info.factors)
+    if otherwise:
+        return find_family(otherwise)
+    raise SettingsError(f"{shown(url)} does not say which VAE it has; name it with --family, for example --family sd1")
+
+
+def _check_picture_name(path: Path) -> None:
+    Image.init()
+    is_picture = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
+    _check_name(path, is_picture, "name a picture file, such as picture.png")
+
+
+def _check_name(path: Path, is_good: bool, what: str) -> None:
+    """Before anything is asked for. Raises SettingsError."""
+    if not is_good:
+        raise SettingsError(f"--out {path}: {what}")
+    if not path.parent.is_dir():
+        raise SettingsError(f"--out {path}: there is no folder {path.parent}")
+
+
+def _written(path: Path, write: Callable[[Path], object], *, named: bool) -> Path:
+    """``path``, or the next free name beside it where the user has not named it: what is there may be a checkpoint."""
+    for number in itertools.count(1):
+        if named or not path.exists():
+            break
+        path = path.with_name(f"{path.stem.removesuffix(f'-{number - 1}')}-{number}{path.suffix}")
+    try:
+        rescue.replace(path, write)
+    except (OSError, ValueError) as error:  # ValueError: Pillow, of what a format does not take
+        why = getattr(error, "strerror", None) or str(error)
+        raise RemoteVaeError(f"{path} cannot be written: {why}; name another place with --out") from None
+    return path
+
+
+# --- check ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Ask the endpoint for one small decode and encode, and print what came of each."""
+    settings, good = _settings(options), True
+    for op in ("decode", "encode"):
+        line, works = _checked(op, options.family, settings)
+        print(f"{op}: {line}")
+        good = good and works
+    return 0 if good else 1
+
+
+def _checked(op: Op, named: str | None, settings: Settings) -> tuple[str, bool]:
+    if not endpoint_for(op, find_family(named or "sd1"), settings)[0]:
+        return "no endpoint is set; use --endpoint http://HOST:7870", False
+    try:
+        family = _family(op, named, settings, otherwise="sd1")
+    except RouteFailed as error:
+        return f"failed: {error}", False
+    size = 32 * family.downscale
+    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
+    pixels = torch.stack([x, y, x * y]).unsqueeze(0)
+    latents = torch.zeros(1, family.latent_channels, 32, 32, dtype=torch.float16)
+    records: list[Record] = []
+    try:
+        user = User(recorded=records.append)
+        _ask(op, latents if op == "decode" else pixels, family, settings, lambda answer: answer, user)
+    except RouteFailed as error:
+        return f"failed: {error}", False
+    cost = "".join(f", {each.ms:.0f} ms, {each.bytes_up} bytes up, {each.bytes_down} down" for each in records)
+    return f"works, {family.label}, {size} x {size}{cost}", True

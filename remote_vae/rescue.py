@@ -109,6 +109,10 @@ def load_latents(path: Path) -> Rescued:
         raise InvalidRequest(f"{path} cannot be read: {error}") from None
     key = metadata.get("family", "")
     family = load_families().get(key) or Family(key, "custom VAE", channels, downscale, scaling, shift)
+    if latents.ndim != 4 or latents.shape[1] != family.latent_channels or not latents.numel():
+        raise InvalidRequest(
+            f"{path}: got latents of shape {list(latents.shape)}, expected [B, {family.latent_channels}, h, w]"
+        )
     return Rescued(latents, family)
 
 

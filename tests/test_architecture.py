@@ -38,9 +38,8 @@ ALLOWED = {
     "hosts": ROUTER,
     "extension": BASE | {"hosts", "server"},
     "server": LOCAL - {"history"},
-    "commands": ROUTER | {"server"},
     "demo": ROUTER | {"hosts"},
-    "cli": ROUTER | {"server", "commands", "demo"},
+    "cli": ROUTER | {"server", "demo"},
     "__main__": {"cli"},
     "__init__": ROUTER | {"hosts"},
 }
@@ -117,7 +116,7 @@ def test_the_package_imports_and_decodes_without_gradio_diffusers_and_fastapi() 
     modules = [
         "remote_vae",
         "remote_vae.cli",
-        *(f"remote_vae.{name}" for name in ("router", "commands", "rescue", "hosts.a1111", "hosts.diffusers", "tiled")),
+        *(f"remote_vae.{name}" for name in ("router", "cli", "rescue", "hosts.a1111", "hosts.diffusers", "tiled")),
         *(f"remote_vae.{name}" for name in ("extension.start", "extension.settings_panel", "extension.share", "vae.at_work")),
         *(f"remote_vae.{name}" for name in ("remote.route", "wire")),
     ]
@@ -145,7 +144,7 @@ sys.exit(main(["serve", "--vae", "assets/demo_vae", "--port", "0"]))
 """
     result = run_without(BLOCKED, code)
     assert result.returncode == 1
-    assert "[server]" in result.stderr
+    assert "-m pip install accelerate diffusers fastapi uvicorn" in result.stderr
     assert "Traceback" not in result.stderr
 
 

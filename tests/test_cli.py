@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,9 @@ import torch
 from diffusers.models.autoencoders.vae import Decoder
 from PIL import Image
 
-from remote_vae.cli import _PANEL_ONLY, main
-from remote_vae.rescue import load_latents, save_latents
-from remote_vae.server.models import LoadedVae
+from remote_vae.cli import PANEL_ONLY, main
+from remote_vae.rescue import load_latents, save, write
+from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.settings import load_options
 from remote_vae.vae.families import find_family, recognise
 from remote_vae.wire.pixels import image_to_pixels, to_uint8
@@ -25,9 +27,18 @@ from tests.nearness import out_of_memory
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """The level of the log, which every command sets."""
+    log = logging.getLogger("remote_vae")
+    before = log.level
+    yield
+    log.setLevel(before)
+
+
 @pytest.fixture
 def rescued(tmp_path: Path, loaded: LoadedVae, latents: torch.Tensor) -> Path:
-    return save_latents(latents.repeat(2, 1, 1, 1), loaded.family, tmp_path, "out of memory")
+    return save(latents.repeat(2, 1, 1, 1), loaded.family, [tmp_path], "out of memory")
 
 
 def local(loaded: LoadedVae, latents: torch.Tensor) -> np.ndarray:
@@ -73,6 +84,7 @@ def test_a_picture_becomes_latents_and_a_picture_again(
     assert main(["encode", str(tmp_path / "photo.png"), "--family", "sd1", *endpoint]) == 0
     file = Path(capsys.readouterr().out.strip())
     assert file == tmp_path / "photo.safetensors"
+    (tmp_path / "photo.png").unlink()
     with torch.inference_mode():
         expected = loaded.vae.encode(image_to_pixels(picture)).latent_dist.mode()
     assert torch.equal(load_latents(file).latents, expected)
@@ -80,10 +92,89 @@ def test_a_picture_becomes_latents_and_a_picture_again(
     assert np.array_equal(np.asarray(Image.open(tmp_path / "photo.png")), local(loaded, expected)[0])
 
 
+def test_what_is_there_is_not_overwritten_unless_it_was_named(
+    server: ServerThread, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Web UIs keep a checkpoint's preview beside it: model.png beside model.safetensors."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "model.png")
+    picture = (tmp_path / "model.png").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(b"a checkpoint")
+    encode = ["encode", str(tmp_path / "model.png"), "--family", "sd1", "--endpoint", server.url]
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        assert main(encode) == 0
+        assert capsys.readouterr().out == f"{tmp_path / name}\n"
+    latents = tmp_path / "model-1.safetensors"
+    latents.rename(tmp_path / "model.latents")
+    for name in ("model-1.png", "model-2.png"):
+        assert main(["decode", str(tmp_path / "model.latents"), "--endpoint", server.url]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / name}\n"
+    assert (tmp_path / "model.safetensors").read_bytes() == b"a checkpoint"
+    assert (tmp_path / "model.png").read_bytes() == picture
+    assert main([*encode, "--out", str(tmp_path / "model.safetensors")]) == 0
+    assert load_latents(tmp_path / "model.safetensors").family == find_family("sd1")
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Iterator[ServerThread]:
+    """A server that says that it has an SDXL VAE, and takes nothing for another."""
+    running = ServerThread(load_vae(str(DEMO_VAE), family="sdxl", dtype="float32", device="cpu"))
+    yield running
+    running.close()
+
+
+def test_check_and_encode_take_the_family_from_the_endpoint(
+    sdxl: ServerThread, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--endpoint", sdxl.url]) == 0
+    assert capsys.readouterr().out.count("works, SDXL, 256 x 256") == 2
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    assert main(["encode", str(tmp_path / "photo.png"), "--endpoint", sdxl.url]) == 0
+    assert load_latents(tmp_path / "photo.safetensors").family == find_family("sdxl")
+    capsys.readouterr()
+    assert main(["check", "--endpoint", sdxl.url, "--family", "sd1"]) == 1
+    assert capsys.readouterr().out.count("SDXL") == 2
+
+
+def test_a_vae_without_a_name_is_known_by_its_factors(server: ServerThread, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    assert main(["encode", str(tmp_path / "photo.png"), "--endpoint", server.url]) == 0
+    family = load_latents(tmp_path / "photo.safetensors").family
+    assert (family.key, family.scaling_factor) == ("custom", 0.08489)
+
+
+def test_a_photo_is_encoded_upright_and_a_16_bit_picture_by_its_white(
+    server: ServerThread, loaded: LoadedVae, tmp_path: Path
+) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    upright = Image.fromarray(levels)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    upright.rotate(90, expand=True).save(tmp_path / "photo.png", exif=turned)
+    Image.fromarray(levels[..., 0].astype(np.uint16) * 257).save(tmp_path / "grey.png")
+    for name, expected in (("photo", upright), ("grey", Image.fromarray(levels[..., 0]).convert("RGB"))):
+        assert main(["encode", str(tmp_path / f"{name}.png"), "--endpoint", server.url, "--transfer", "raw"]) == 0
+        with torch.inference_mode():
+            latents = loaded.vae.encode(image_to_pixels(expected)).latent_dist.mode()
+        assert torch.equal(load_latents(tmp_path / f"{name}.safetensors").latents, latents)
+
+
+def test_where_the_endpoint_does_not_say_its_family_encode_says_what_to_name(
+    chaos: Chaos, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chaos.info = "404 html"
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    assert main(["encode", str(tmp_path / "photo.png"), "--endpoint", chaos.url]) == 1
+    assert "--family sd1" in capsys.readouterr().err
+    assert main(["encode", str(tmp_path / "photo.png")]) == 1
+    assert "--endpoint" in capsys.readouterr().err
+    assert chaos.requests == []
+
+
 def test_check_says_that_an_endpoint_works(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--endpoint", server.url]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines] == ["decode: works", "encode: works"]
+    assert all("bytes up" in line for line in lines)
 
 
 def test_check_says_what_is_wrong_with_an_endpoint(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,10 +192,19 @@ def test_check_says_what_is_wrong_with_an_endpoint(chaos: Chaos, capsys: pytest.
     [
         (["decode", "missing.safetensors", "--endpoint", "http://127.0.0.1:9"], "cannot be read"),
         (["check", "--transfer", "gif"], "transfer"),
-        (["check", "--family", "sd77"], "sd77"),
+        (["check", "--family", "sd77", "--endpoint", "http://127.0.0.1:9"], "sd77"),
         (["encode", "missing.png", "--family", "sd1"], "cannot be read"),
         (["serve", "--vae", "missing", "--port", "0"], "missing"),
         (["serve", "--vae", "missing", "--host", "203.0.113.7", "--port", "0"], "cannot listen"),
+        (["serve", "--vae", "missing", "--port", "99999"], "--port must be from 0 to 65535, not 99999"),
+        (["serve", "--vae", "missing", "--port", "-1"], "--port must be"),
+        (["serve", "--vae", "missing", "--device", "banana"], "not banana"),
+        (["serve", "--vae", "missing", "--device", ""], "--device must be"),
+        (["decode", "missing.safetensors", "--out", "nowhere/x.png"], "there is no folder nowhere"),
+        (["decode", "missing.safetensors", "--out", "x.doc"], "x.doc: name a picture file, such as picture.png"),
+        (["decode", "missing.safetensors", "--out", "x"], "name a picture file"),
+        (["encode", "missing.png", "--out", "x.png"], "name a .safetensors file"),
+        (["encode", "missing.png", "--out", "nowhere/x.safetensors"], "there is no folder nowhere"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_that_says_why(
@@ -118,15 +218,86 @@ def test_what_cannot_be_done_is_one_line_that_says_why(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "environment"),
+    [
+        ("http://a..b:77", {}),
+        ("http://studio.invalid", {}),
+        ("http://studio.invalid", {"http_proxy": "ht!tp://:x:y"}),
+        ("http://studio.invalid", {"http_proxy": "http://[::1"}),
+        ("http://studio.invalid", {"http_proxy": "socks5://127.0.0.1:9"}),
+        ("https://studio.invalid", {"REQUESTS_CA_BUNDLE": "/missing.pem"}),
+    ],
+)
+def test_whatever_is_wrong_with_the_way_to_an_endpoint_is_a_line_without_a_traceback(
+    endpoint: str,
+    environment: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    file = write_zeros(tmp_path)
+    assert main(["decode", str(file), "--endpoint", endpoint]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("remote-vae: ")
+    assert error.count("\n") == 1
+
+
+def write_zeros(folder: Path) -> Path:
+    write(torch.zeros(1, 4, 8, 8), find_family("sd1"), folder / "zeros.safetensors", "")
+    return folder / "zeros.safetensors"
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 2, 8, 8), (0, 4, 8, 8), (1, 4, 0, 8), (4,), ()])
+def test_latents_of_a_shape_that_no_vae_takes_are_refused_before_anybody_is_asked(
+    shape: tuple[int, ...], chaos: Chaos, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(torch.zeros(shape), find_family("sd1"), tmp_path / "x.safetensors", "")
+    assert main(["decode", str(tmp_path / "x.safetensors"), "--endpoint", chaos.url]) == 1
+    assert f"got latents of shape {list(shape)}, expected [B, 4, h, w]" in capsys.readouterr().err
+    assert chaos.requests == []
+
+
+def test_a_place_that_cannot_be_written_is_named(chaos: Chaos, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.png").mkdir()
+    assert main(["decode", str(write_zeros(tmp_path)), "--endpoint", chaos.url, "--out", str(tmp_path / "out.png")]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out.png'} cannot be written: " in error
+    assert "--out" in error
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["zeros.safetensors"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_verbose_is_a_line_for_every_call(before: bool, server: ServerThread, tmp_path: Path) -> None:
+    command = ["-v", "check"] if before else ["check", "-v"]
+    result = subprocess.run(
+        [sys.executable, "-m", "remote_vae", *command, "--endpoint", server.url],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [line.split(",")[0] for line in result.stderr.splitlines()] == [
+        "decode 256x256: remote (u8)",
+        "encode 256x256: remote (u8)",
+    ]
+
+
+def test_a_decode_on_this_machine_is_a_line_too(rescued: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    assert main(["decode", str(rescued), "--vae", str(DEMO_VAE), "--out", str(tmp_path / "x.png"), "-v"]) == 0
+    assert "decode 2 x 96x64: tiled (exact)" in caplog.text
+
+
 def test_decoding_with_nothing_says_what_to_name(rescued: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["decode", str(rescued)]) == 1
     assert "--endpoint" in capsys.readouterr().err
 
 
 def test_latents_of_another_vae_are_not_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = save_latents(
-        torch.zeros(1, 16, 4, 4), recognise(latent_channels=16, scaling_factor=1.0, shift_factor=0), tmp_path, ""
-    )
+    family = recognise(latent_channels=16, scaling_factor=1.0, shift_factor=0)
+    file = save(torch.zeros(1, 16, 4, 4), family, [tmp_path], "")
     assert main(["decode", str(file), "--vae", str(DEMO_VAE)]) == 1
     assert "16" in capsys.readouterr().err
 
@@ -135,7 +306,7 @@ def test_the_options_of_the_panel_are_flags(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["check", "--help"])
     text = capsys.readouterr().out
-    for key in set(load_options()) - _PANEL_ONLY:
+    for key in set(load_options()) - PANEL_ONLY:
         assert "--" + key.replace("_", "-") in text
 
 
@@ -162,6 +333,6 @@ def test_serve_prints_its_address_and_answers_there_until_interrupted(tmp_path: 
 def test_family_of_a_rescued_file_is_told_to_the_server(
     chaos: Chaos, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = save_latents(torch.zeros(1, 4, 8, 8), find_family("sdxl"), tmp_path, "")
+    file = save(torch.zeros(1, 4, 8, 8), find_family("sdxl"), [tmp_path], "")
     assert main(["decode", str(file), "--endpoint", chaos.url]) == 0
     assert "family=sdxl" in chaos.queries[-1]
