@@ -90,6 +90,10 @@ def _has(name: str) -> bool:
         found = importlib.import_module(module)
     except ImportError:
         return False
+    except Exception:
+        # A host's module may do anything when it is loaded, and fail at it.
+        log.debug("%s could not be loaded", module, exc_info=True)
+        return False
     for attribute in filter(None, attributes.split(".")):
         if not hasattr(found, attribute):
             return False

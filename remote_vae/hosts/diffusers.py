@@ -16,13 +16,13 @@ from typing import Any, Union
 import torch
 
 from remote_vae.call import Answer, User, VaeCall
-from remote_vae.errors import UnsupportedLayout
+from remote_vae.errors import UnsupportedLayout, VaeCallFailed
 from remote_vae.history import History
 from remote_vae.local.own import own_tiling
 from remote_vae.router import Router
 from remote_vae.settings import Settings
 from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior
-from remote_vae.vae.families import Family, recognise_config
+from remote_vae.vae.families import Family, not_for_pictures, recognise_config
 from remote_vae.wire import DecodeAnswer
 
 log = logging.getLogger("remote_vae")
@@ -60,6 +60,9 @@ def attach(
     # A compiled module passes calls on to the one that it was made of.
     vae = getattr(vae, "_orig_mod", vae)
     family = recognise_config(getattr(vae, "config", None) or {})
+    why_not = not_for_pictures(type(vae).__name__)
+    if why_not:
+        raise UnsupportedLayout(f"{type(vae).__name__} cannot be done remotely: {why_not}")
     if family is None or not all(callable(getattr(vae, op, None)) for op in _OPS):
         raise UnsupportedLayout(
             f"{type(pipe).__name__} is not a diffusers pipeline with a VAE, nor a VAE with a scaling factor"
@@ -124,12 +127,13 @@ class Handle:
         """What ``original(*args, **kwargs)`` gives, by the router where that knows such calls."""
         try:
             call = vae_call(VaeAtWork(vae, self._family), op, original, names, args, kwargs)
+            if call is not None:
+                return self._router.run(replace(call, user=User(cancelled=self._cancelled)), self.settings)
+        except VaeCallFailed:
+            raise
         except Exception:
-            log.exception("this call was not understood; the VAE answers it itself")
-            call = None
-        if call is None:
-            return original(*args, **kwargs)
-        return self._router.run(replace(call, user=User(cancelled=self._cancelled)), self.settings)
+            log.exception("this call went wrong in Remote VAE; the VAE answers it itself")
+        return original(*args, **kwargs)
 
 
 class _Hook:

@@ -14,6 +14,13 @@ from remote_vae.settings import read_toml
 
 CUSTOM = "custom"
 
+# VAEs of diffusers that latents alone are not enough for, and why.
+_NOT_FOR_PICTURES: Mapping[str, str] = {
+    "AutoencoderKLTemporalDecoder": "it decodes frames, and wants their number beside the latents",
+    "AutoencoderKLAllegro": "it decodes videos in its own tiles only",
+    "AutoencoderKLMagvit": "it decodes videos whose latents overlap in time",
+}
+
 # As UIs list VAE files.
 _FILE_ENDINGS = re.compile(r"\.(safetensors|sft|ckpt|pth?|bin)$")
 
@@ -85,6 +92,11 @@ def find_family(name: str) -> Family:
             return family
     known = sorted(set(families).union(*(family.shared_by for family in families.values())))
     raise SettingsError(f"unknown VAE family {name!r}; known are {', '.join(known)}")
+
+
+def not_for_pictures(name: str) -> str:
+    """Why the VAE class ``name`` cannot be asked for a picture of latents; "" where it can."""
+    return _NOT_FOR_PICTURES.get(name, "")
 
 
 def recognise(

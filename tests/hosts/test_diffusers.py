@@ -493,3 +493,82 @@ def test_an_attached_vae_can_be_called_in_every_way_that_diffusers_allows(
     for way in (vae.decode(z=latents).sample, vae.decode(latents, False, torch.Generator())[0]):
         assert torch.equal(way, decoded)
     assert torch.equal(vae.encode(x=pixels).latent_dist.mode(), encoded)
+
+
+@torch.no_grad()
+def test_positional_arguments_are_the_vaes_own_parameters(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
+    handle = remote_vae.attach(vae, {"endpoint": chaos.url})
+    assert isinstance(vae.decode(latents, False), tuple)
+    assert vae.decode(latents, True).sample.shape == (1, 3, 64, 96)
+    assert [record.route for record in handle.history.records()] == ["remote"] * 2
+    # AutoencoderTiny's second one is a generator.
+    tiny = diffusers.AutoencoderTiny().eval()
+    remote_vae.attach(tiny, {})
+    assert tiny.decode(latents, torch.Generator()).sample.shape == (1, 3, 64, 96)
+
+
+@torch.no_grad()
+def test_what_the_wire_does_not_carry_is_the_vaes_own_call(chaos: Chaos, latents: torch.Tensor) -> None:
+    """The asymmetric VAE blends picture and mask in, as diffusers' inpaint pipeline hands them over."""
+    vae = asymmetric_decoder_vae()
+    picture, mask = torch.rand(1, 3, 64, 96) * 2 - 1, (torch.rand(1, 1, 64, 96) > 0.5).float()
+    expected = vae.decode(latents, image=picture, mask=mask).sample
+    chaos.reset("503")
+    handle = remote_vae.attach(vae, {"endpoint": chaos.url})
+    assert torch.equal(vae.decode(latents, image=picture, mask=mask).sample, expected)
+    assert torch.equal(vae.decode(latents, None, picture, mask).sample, expected)
+    assert not handle.history.records()
+    # Without them it is a call as any other.
+    vae.decode(latents, image=None, mask=None)
+    assert len(handle.history.records()) == 1
+
+
+@torch.no_grad()
+def test_a_number_of_frames_is_the_vaes_own_business(chaos: Chaos) -> None:
+    vae = diffusers.AutoencoderKLTemporalDecoder(block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",)).eval()
+    latents = torch.randn(4, 4, 8, 8)
+    expected = vae.decode(latents, 4).sample
+    with pytest.raises(UnsupportedLayout, match="frames"):
+        remote_vae.attach(vae, {"endpoint": chaos.url})
+    assert torch.equal(vae.decode(latents, 4).sample, expected)
+
+
+def test_gradients_flow_through_the_vae_itself(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
+    remote_vae.attach(vae, {"endpoint": chaos.url})
+    latents.requires_grad_()
+    vae.decode(latents).sample.mean().backward()
+    assert latents.grad is not None
+    assert float(latents.grad.abs().sum()) > 0
+    assert not chaos.requests
+    with torch.no_grad():
+        vae.decode(latents)
+    assert chaos.requests == ["/decode"]
+
+
+@torch.no_grad()
+def test_a_deep_copy_has_its_own_weights_and_is_not_attached(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
+    remote_vae.attach(vae, {"endpoint": chaos.url})
+    copied = copy.deepcopy(copy.deepcopy(vae))
+    for parameter in copied.parameters():
+        parameter.zero_()
+    assert not copied.decode(latents).sample.any()
+    assert not chaos.requests
+
+
+@torch.no_grad()
+def test_a_compiled_vae_is_attached_to(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
+    pipe = pipeline("StableDiffusionPipeline", vae)
+    pipe.vae = torch.compile(vae, backend="eager")
+    handle = remote_vae.attach(pipe, {"endpoint": chaos.url})
+    pipe.vae.decode(latents)
+    assert chaos.requests == ["/decode"]
+    handle.detach()
+    assert "decode" not in vars(vae)
+
+
+@torch.no_grad()
+def test_an_error_of_ours_costs_no_picture(vae: AutoencoderKL, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = vae.decode(latents).sample
+    handle = remote_vae.attach(vae, {})
+    monkeypatch.setattr(handle, "_router", None)
+    assert torch.equal(vae.decode(latents).sample, expected)
