@@ -54,7 +54,12 @@ _KNOWN = (
     _Known(
         sdnext.adapter,
         "modules.modeldata",
-        ("modules.modeldata:model_data", "modules.processing_vae:vae_decode", "diffusers:AutoencoderKL"),
+        (
+            "modules.modeldata:model_data",
+            "modules.processing_diffusers:process_diffusers",
+            "modules.processing_vae:vae_decode",
+            "diffusers:AutoencoderKL",
+        ),
     ),
     _Known(
         a1111.adapter,
@@ -88,14 +93,12 @@ def _has(name: str) -> bool:
     module, _, attributes = name.partition(":")
     try:
         found = importlib.import_module(module)
-    except ImportError:
+        for attribute in filter(None, attributes.split(".")):
+            found = getattr(found, attribute)
+    except (ImportError, AttributeError):
         return False
     except Exception:
         # A host's module may do anything when it is loaded, and fail at it.
         log.debug("%s could not be loaded", module, exc_info=True)
         return False
-    for attribute in filter(None, attributes.split(".")):
-        if not hasattr(found, attribute):
-            return False
-        found = getattr(found, attribute)
     return True

@@ -159,6 +159,20 @@ def test_a_missing_module_is_told_as_well(bare: Ui, monkeypatch: pytest.MonkeyPa
     assert bare.callables() == bare.before
 
 
+def test_a_module_that_fails_when_it_is_loaded_counts_as_missing(
+    bare: Ui, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fails:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "modules.call_queue":
+                raise RuntimeError("CUDA is not here")
+
+    monkeypatch.delitem(sys.modules, "modules.call_queue")
+    monkeypatch.setattr(sys, "meta_path", [Fails(), *sys.meta_path])
+    bare.host.load_extension()
+    assert "no modules.call_queue.queue_lock" in caplog.text
+
+
 def test_after_uninstalling_every_function_is_the_hosts_own_again(ui: Ui) -> None:
     during = ui.callables()
     ui.host.script_callbacks.script_unloaded_callback()
