@@ -20,7 +20,7 @@ from remote_vae.call import NOBODY, Answer, User, VaeCall
 from remote_vae.errors import EndpointError, MalformedAnswer, RemoteVaeError, RouteFailed, SettingsError
 from remote_vae.history import Record
 from remote_vae.remote.client import Deadlines, beside, client_for, shown
-from remote_vae.remote.route import endpoint_for
+from remote_vae.remote.endpoints import endpoint_for
 from remote_vae.router import Router
 from remote_vae.settings import Option, Settings, load_options
 from remote_vae.vae.at_work import Op, VaeAtWork

@@ -12,7 +12,8 @@ from remote_vae.call import Outcome, T, VaeCall
 from remote_vae.errors import RouteFailed, VaeCallFailed
 from remote_vae.history import History, Record
 from remote_vae.remote.client import shown
-from remote_vae.remote.route import RemoteRoute, endpoint_for
+from remote_vae.remote.endpoints import endpoint_for
+from remote_vae.remote.route import RemoteRoute
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import forget_frames
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,6 +52,10 @@ def _toml_reader() -> ModuleType:
 Value = Union[bool, float, str]
 
 _URL_KEYS = frozenset({"endpoint", "decode_endpoint", "encode_endpoint"})
+
+_QUOTES = " \t\r\n\"'`<>\u201c\u201d\u201e\u2018\u2019"
+_SCHEME = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*):/+)?(.*)", re.S)
+_OWN_PATHS = re.compile(r"/*(/(decode|encode|info|health|docs))?/*(?=$|\?)")
 
 # Of a value that is not what it should be, so much is shown.
 _SHORT = reprlib.Repr()
@@ -142,26 +147,14 @@ class Option:
         if self.choices and text not in self.choices:
             raise self._error(value, "must be one of " + ", ".join(self.choices))
         if self.key in _URL_KEYS and text:
-            text = self._parse_url(text)
+            try:
+                text = _address(text)
+            except ValueError as problem:
+                raise SettingsError(f"{self.key}: {problem}") from None
+        if self.key == "endpoint":
+            # What a browser or another client was pointed at; the path for each kind of call is added.
+            text = _OWN_PATHS.sub("", text)
         return text
-
-    def _parse_url(self, text: str) -> str:
-        # "studio:7870" is what people type; urlsplit would take "studio" for the scheme.
-        candidate = text if "://" in text else f"http://{text}"
-        try:
-            parts = urlsplit(candidate)
-            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            valid = False
-        if not valid or any(character.isspace() for character in text):
-            raise self._error(text, "must be an address such as http://192.168.1.20:7870")
-        if parts.username or parts.password:
-            # The address is shown in logs and records.
-            raise SettingsError(
-                f"{self.key}: the address must not hold a user name or password; "
-                "put the token into the environment variable REMOTE_VAE_TOKEN"
-            )
-        return candidate
 
     def _error(self, value: object, what: str) -> SettingsError:
         try:
@@ -169,6 +162,35 @@ class Option:
         except Exception:  # a number of more digits than Python prints
             shown = f"this {type(value).__name__}"
         return SettingsError(f"{self.key}: {what}, not {shown}")
+
+
+def _address(text: str) -> str:
+    """What a user typed, as a URL with scheme and host. Raises ValueError: why it is none, without a password in it."""
+    text = text.strip(_QUOTES).replace("\\", "/")
+    if "@" in text.partition("?")[0]:
+        # The address is shown in logs and records.
+        raise ValueError(
+            "the address must not hold a user name or password; put the token into the environment variable REMOTE_VAE_TOKEN"
+        )
+    plain = text.partition("?")[0]  # a query may hold a key
+    like = f"must be an address such as http://192.168.1.20:7870, not {_SHORT.repr(plain)}"
+    if re.search(r"\s|[,;]\s*\S*:", plain):
+        raise ValueError(f"{like}: it holds blanks, or is more than one address")
+    scheme, rest = _SCHEME.fullmatch(text).groups()  # type: ignore[union-attr]  # it takes any text
+    # "studio:7870" is what people type, and "http:/studio:7870".
+    scheme = (scheme or "http").lower()
+    if scheme not in ("http", "https"):
+        raise ValueError(f"{like}: it must begin with http:// or https://")
+    try:
+        url = urlsplit(f"{scheme}://{rest}")._replace(fragment="")
+        host, port = url.hostname or "", url.port
+        host.encode("idna")
+    except ValueError as error:
+        why = "the name of the host is none" if isinstance(error, UnicodeError) else "a port is a number from 1 to 65535"
+        raise ValueError(f"{like}: {why}") from None
+    if not host or port == 0:
+        raise ValueError(f"{like}: {'no host is named' if not host else 'a port is a number from 1 to 65535'}")
+    return url.geturl()
 
 
 def _shown(value: Value) -> str:

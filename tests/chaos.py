@@ -17,8 +17,9 @@ class Chaos:
     """Listens on the loopback, on a free port unless one is named.
 
     Attributes:
-        mode: "pass" (to ``target``), "hang", "503", "400", "404 html", "200 html", "nan", "short", "cut" (dies in mid-body),
-            "drop" (closes without a word), "slow" (a byte now and then, for ever), "redirect".
+        mode: "pass" (to ``target``), "hang", "late" (passes after half a second), "working" (says that it works), "503", "400",
+            "404 html", "200 html", "nan", "short", "cut" (dies in mid-body), "drop" (closes without a word), "slow" (a byte now
+            and then, for ever), "redirect".
         fail_at: number of the request, from 0, that ``mode`` is for; the others pass. None: for all.
         drops: keys of the query that do not reach the target, which makes a plain endpoint of our own server.
         info: "mode" (GET /info is treated as a VAE call is), or a mode of its own: "pass", "hang", "503", "404 html" ...
@@ -88,8 +89,12 @@ class Chaos:
             handler.close_connection = True
             return
         body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        if mode == "late":
+            self.released.wait(0.5)
         if mode == "drop":
             handler.close_connection = True
+        elif mode == "working":
+            self._send(handler, 200, {"Content-Type": "application/json"}, b'{"status": "ok", "running": true, "waiting": 0}')
         elif mode == "503":
             self._send(handler, 503, {"Content-Type": "application/json"}, b'{"error": "no replica is ready"}')
         elif mode == "400":

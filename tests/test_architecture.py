@@ -24,7 +24,7 @@ ROUTER = REMOTE | {"rescue", "router"}
 ALLOWED = {
     "errors": set(),
     "version": set(),
-    "tokens": set(),
+    "tokens": {"settings"},
     "history": set(),
     "settings": {"errors"},
     "vae": {"errors", "settings"},

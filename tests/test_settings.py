@@ -47,6 +47,15 @@ def test_settings_cannot_be_changed_in_place() -> None:
         ("endpoint", "https://host/vae?key=1", "https://host/vae?key=1"),
         ("endpoint", None, ""),
         ("endpoint", "[::1]:7870", "http://[::1]:7870"),
+        ("endpoint", "HTTP:/studio:7870/", "http://studio:7870"),
+        ("endpoint", "http:\\\\studio:7870", "http://studio:7870"),
+        ("endpoint", '"http://studio:7870"', "http://studio:7870"),
+        ("endpoint", "<http://studio>\n", "http://studio"),
+        ("endpoint", "http://studio:7870/decode", "http://studio:7870"),
+        ("endpoint", "http://studio:7870/vae/encode/?key=1", "http://studio:7870/vae?key=1"),
+        ("endpoint", "http://studio:7860/remote-vae/", "http://studio:7860/remote-vae"),
+        ("endpoint", "http://studio:7870/docs#top", "http://studio:7870"),
+        ("decode_endpoint", "http://studio:7870/decode", "http://studio:7870/decode"),
         ("transfer", "png", "png"),
     ],
 )
@@ -64,7 +73,15 @@ def test_values_are_brought_to_their_type(key: str, value: object, expected: obj
         ("connect_timeout", True, "number"),
         ("connect_timeout", float("nan"), "finite"),
         ("transfer", "gif", "raw, u8, png, jpg"),
-        ("endpoint", "ftp://host", "address such as"),
+        ("endpoint", "ftp://host", "begin with http:// or https://"),
+        ("endpoint", "http://a:7870, http://b:7870", "more than one address"),
+        ("endpoint", "http://studio :7870", "blanks"),
+        ("endpoint", "http://studio:78700", "a port is a number from 1 to 65535"),
+        ("endpoint", "http://studio:0", "a port is a number"),
+        ("endpoint", "http://studio:port", "a port is a number"),
+        ("endpoint", "http://a..b:7870", "the name of the host"),
+        ("endpoint", f"http://{'a' * 70}.local", "the name of the host"),
+        ("endpoint", "http://[::1:7870", "address such as"),
         ("endpoint", "http://", "address such as"),
         ("endpoint", "http://host:99999", "address such as"),
         ("endpoint", "two words", "address such as"),
@@ -78,9 +95,10 @@ def test_what_cannot_be_used_is_refused_with_what_to_do(key: str, value: object,
 
 
 def test_a_password_in_an_address_is_not_repeated_in_the_error() -> None:
-    with pytest.raises(SettingsError) as caught:
-        Settings(endpoint="http://me:secret@host")
-    assert "secret" not in str(caught.value)
+    for address in ("http://me:secret@host", "ftp://me:secret@host:99999", "me:secret@host x"):
+        with pytest.raises(SettingsError) as caught:
+            Settings(endpoint=address)
+        assert "secret" not in str(caught.value)
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones() -> None:

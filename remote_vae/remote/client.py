@@ -50,6 +50,8 @@ _HEALTH_SECONDS = 2.0
 _HEALTH_EVERY = 5.0
 _HEALTH_LIMIT = 4096
 _MAX_REDIRECTS = 3
+# What proxies answer by themselves.
+_BY_PROXIES = (403, 407, 502, 503, 504)
 # The settings are for a picture of so many pixels.
 _USUAL_PIXELS = 1024 * 1024
 
@@ -286,6 +288,9 @@ class _Call(Generic[A]):
         detail = _read_error(answer)
         if 300 <= status < 400 and to:
             detail = f"it redirects to {shown(to)}; if that is the endpoint, enter it as its address"
+        by = _by_proxy(self._transport, url) if status in _BY_PROXIES else ""
+        if by:
+            detail = f"{detail}; it came through{by}"
         if status in (404, 405):
             detail = f"{detail}; is that the address of a Remote VAE server?"
         raise EndpointError(status, detail, self.where, retry_after=pause)
@@ -463,13 +468,16 @@ def _retry_after(answer: Answer) -> float | None:
 
 def _unreachable(transport: Transport, url: str, error: Exception) -> EndpointUnreachable:
     reason, advice = reason_of(error, url)
-    proxy = getattr(transport, "proxy_for", lambda _: "")
-    try:
-        by = proxy(url)
-    except (ValueError, OSError):
-        by = ""
+    by = _by_proxy(transport, url)
     if by:
         reason = f"by a proxy: {reason}"
-        name = urlsplit(url).hostname
-        advice = f"{advice}; the environment names the proxy {by}: if {name} needs none, add it to the variable no_proxy"
-    return EndpointUnreachable(f"{shown(url)}: {reason}{advice}", reason=reason)
+    return EndpointUnreachable(f"{shown(url)}: {reason}{advice}{by and '; it goes through'}{by}", reason=reason)
+
+
+def _by_proxy(transport: Transport, url: str) -> str:
+    """What to say of the proxy before ``url``; "" where there is none."""
+    try:
+        proxy = transport.proxy_for(url)
+    except (ValueError, OSError):
+        return ""
+    return proxy and f" the proxy {proxy}: if {urlsplit(url).hostname} needs none, add it to the variable no_proxy"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Union
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -26,14 +27,13 @@ from remote_vae.errors import (
     OutOfMemory,
     RouteFailed,
 )
-from remote_vae.remote.breaker import Breakers, Gate
 from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_for, shown
+from remote_vae.remote.endpoints import DEFAULT_PORT, Endpoints, InPause, Turn, endpoint_for, in_pause
 from remote_vae.remote.functions import in_parallel, one_by_one
 from remote_vae.remote.same_vae import SameVae
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import free_memory, is_out_of_memory
-from remote_vae.vae.at_work import Op
-from remote_vae.vae.families import Family, public_max_pixels
+from remote_vae.vae.families import public_max_pixels
 from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeAnswer, EncodeRequest, Output
 from remote_vae.wire.pixels import to_uint8
 from remote_vae.wire.tensors import DTYPES
@@ -43,6 +43,8 @@ log = logging.getLogger("remote_vae")
 _OUTPUTS = {"raw": Output.TENSOR, "u8": Output.UINT8, "png": Output.PNG, "jpg": Output.JPG}
 # Refusals that are about this request; the endpoint itself is well.
 _REQUEST_ERRORS = frozenset({400, 409, 413, 415, 422})
+# Seconds for the question whether an endpoint that was silent is there again.
+_UP_SECONDS = 0.5
 
 
 class RemoteRoute:
@@ -50,55 +52,81 @@ class RemoteRoute:
 
     name = "remote"
 
-    def __init__(self, breakers: Breakers | None = None, same_vae: SameVae | None = None) -> None:
-        self._breakers = breakers or Breakers()
+    def __init__(self, endpoints: Endpoints | None = None, same_vae: SameVae | None = None) -> None:
+        self._endpoints = endpoints or Endpoints()
         self._same_vae = same_vae or SameVae()
 
     def run(self, call: VaeCall[T], settings: Settings) -> Outcome[T]:
         """Raises RouteFailed for whatever goes wrong outside the host."""
         url, public = endpoint_for(call.op, call.vae.family, settings)
         if not url:
-            raise NotOffered("no endpoint is set for this VAE: Settings, Remote VAE, Endpoint", reason="no endpoint")
+            raise NotOffered("no endpoint is set for this VAE: Settings, Remote VAE, Endpoint", reason="no endpoint is set")
         if public:
             _check_public_limits(call)
             # What those servers were seen to take.
             call = replace(call, tensor=call.tensor.to(DTYPES[call.vae.family.dtype]))
-        breaker = self._breakers.of(url)
-        refusal = breaker.enter(settings.cooldown)
-        if refusal is not None:
-            raise NotOffered(f"{url}: {refusal}", reason=refusal)
+        failures: list[RouteFailed] = []
+        for address in self._endpoints.addresses(url):
+            try:
+                outcome = self._run_at(address, call, settings, public=public)
+            except RouteFailed as error:
+                failures.append(error)
+                if not _may_be_another_port(error):
+                    break
+            else:
+                self._endpoints.found(url, address)
+                return outcome
+        raise _of_all(failures)
+
+    def _run_at(self, url: str, call: VaeCall[T], settings: Settings, *, public: bool) -> Outcome[T]:
+        client = client_for(url, public=public)
+        turn = self._endpoints.turn(url, settings)
         try:
-            return self._asked(call, settings, url, breaker, public=public)
+            turn.enter(partial(_is_up, client, settings))
+        except InPause as refusal:
+            raise in_pause(url, refusal) from None
+        try:
+            return self._asked(call, settings, client, turn, public=public)
         except RouteFailed:
             raise
         except Exception as error:
-            # A name that cannot be looked up, certificates that are not there, no memory for the upload: whatever it is, it is
-            # not the host's VAE that went wrong.
+            # No memory for the upload, an answer that the host cannot take: whatever it is, it is not the host's VAE that went
+            # wrong.
             log.exception("the remote route failed")
-            breaker.failed(type(error).__name__, answered=True)
-            raise RouteFailed(f"{shown(url)}: {type(error).__name__}: {error}", reason=type(error).__name__) from error
+            failure = RouteFailed(f"{shown(url)}: {type(error).__name__}: {error}", reason=type(error).__name__)
+            turn.failed(failure)
+            raise failure from error
 
-    def _asked(self, call: VaeCall[T], settings: Settings, url: str, breaker: Gate, *, public: bool) -> Outcome[T]:
-        call.user.tell(f"{call.doing} on {urlsplit(url).netloc.rpartition('@')[2]}")
+    def _asked(self, call: VaeCall[T], settings: Settings, client: EndpointClient, turn: Turn, *, public: bool) -> Outcome[T]:
+        url = client.url
+        call.user.tell(f"{call.doing} on {urlsplit(url).netloc}")
+        batch, height, width = call.size
+        pixels = batch * height * width
+        deadlines = Deadlines.of(settings, pixels, self._endpoints.expected(url, pixels))
         try:
-            client = client_for(url, public=public)
             ask = partial(_ask_test_picture, client, call, settings)
             note = self._same_vae.admit(call, url, settings, ask, public=public)
-            reply = _Asking(client, call, settings.transfer, Deadlines.of(settings)).ask()
+            started = time.monotonic()
+            reply = _Asking(client, call, settings.transfer, deadlines).ask()
         except (CallCancelled, InvalidRequest) as error:
-            breaker.left()
+            if isinstance(error, CallCancelled) and call.user.gave_up():
+                # The user waits no longer, neither now nor with the next picture.
+                turn.failed(DeadlineExceeded(str(error), reason="skipped"))
+            else:
+                turn.left()
             raise _as_route_failure(error) from None
         except RouteFailed as error:
             if _is_about_the_call(error):
-                breaker.left()
+                turn.left()
             else:
-                breaker.failed(error.reason, answered=not isinstance(error, (DeadlineExceeded, EndpointUnreachable)))
+                turn.failed(error)
                 self._same_vae.forget(url)
             raise
         except BaseException:
-            breaker.left()
+            turn.left()
             raise
-        breaker.succeeded()
+        turn.succeeded()
+        self._endpoints.took(url, pixels, time.monotonic() - started)
         return Outcome(
             _adopted(call, reply.answer),
             self.name,
@@ -107,22 +135,6 @@ class RemoteRoute:
             bytes_up=reply.bytes_up,
             bytes_down=reply.bytes_down,
         )
-
-
-def endpoint_for(op: Op, family: Family, settings: Settings) -> tuple[str, bool]:
-    """The URL for a call, and whether it is a public endpoint; "" where there is none.
-
-    An endpoint without a path is a Remote VAE server: /decode or /encode is added. Otherwise the exact URL counts.
-    """
-    exact = settings.decode_endpoint if op == "decode" else settings.encode_endpoint
-    if exact:
-        return exact, False
-    if settings.endpoint:
-        parts = urlsplit(settings.endpoint)
-        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{op}")), False
-    if settings.public_endpoints and family.is_known:
-        return family.public_endpoint(op), True
-    return "", False
 
 
 class _Asking:
@@ -138,7 +150,6 @@ class _Asking:
         self._truncate = call.truncates
         self._deadlines = deadlines
         self._cancelled = call.user.cancelled
-        self._failure: BaseException | None = None
 
     def ask(self) -> Reply[Answer]:
         """The answer, checked. Raises RouteFailed."""
@@ -150,35 +161,38 @@ class _Asking:
         if self._transfer not in ("png", "jpg") or self._tensor.shape[0] == 1:
             return self._ask(self._tensor)
         # The protocol's picture answer holds one picture.
-        try:
-            replies = in_parallel(self._ask_one, one_by_one(self._tensor))
-        except Exception as error:
-            raise self._failure or error from None
+        pictures = one_by_one(self._tensor)
+        asked = in_parallel(self._ask_one, pictures)
+        missing = [index for index, each in enumerate(asked) if not isinstance(each, Reply)]
+        if 0 < len(missing) < len(pictures) and not any(map(_is_final, asked)):
+            # What has arrived is kept, and the rest asked for once more.
+            for index, again in zip(missing, in_parallel(self._ask_one, [pictures[index] for index in missing]), strict=True):
+                asked[index] = again
+        replies = [each for each in asked if isinstance(each, Reply)]
+        for each in asked:
+            if not isinstance(each, Reply):
+                raise each
         return Reply(
             _joined([reply.answer for reply in replies]),
             sum(reply.bytes_up for reply in replies),
             sum(reply.bytes_down for reply in replies),
         )
 
-    def _ask_one(self, tensor: torch.Tensor) -> Reply[Answer]:
+    def _ask_one(self, tensor: torch.Tensor) -> Reply[Answer] | RouteFailed | InvalidRequest:
+        """The reply, or why there is none: the other pictures of the batch are wanted all the same."""
         try:
             return self._ask(tensor)
-        except Exception as error:
-            # One picture that fails takes the batch with it; the others stop waiting, and their errors do not count.
-            self._failure = self._failure or error
-            raise
-
-    def _stop(self) -> bool:
-        return self._failure is not None or self._cancelled()
+        except (RouteFailed, InvalidRequest) as error:
+            return error
 
     def _decode(self, latents: torch.Tensor) -> Reply[Answer]:
         request = DecodeRequest(latents, _OUTPUTS[self._transfer], family=self._family, truncate=self._truncate)
-        reply = self._client.decode(request, self._deadlines, self._stop)
+        reply = self._client.decode(request, self._deadlines, self._cancelled)
         return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
 
     def _encode(self, pixels: torch.Tensor) -> Reply[Answer]:
         request = EncodeRequest(_upload_form(pixels, self._transfer), posterior=True, family=self._family)
-        reply = self._client.encode(request, self._deadlines, self._stop)
+        reply = self._client.encode(request, self._deadlines, self._cancelled)
         return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
 
 
@@ -257,6 +271,35 @@ def _check_public_limits(call: VaeCall[T]) -> None:
 def _is_about_the_call(error: RouteFailed) -> bool:
     """Whether the endpoint itself is well."""
     return isinstance(error, (NotOffered, OneColour)) or (isinstance(error, EndpointError) and error.status in _REQUEST_ERRORS)
+
+
+def _is_final(asked: Reply[Answer] | RouteFailed | InvalidRequest) -> bool:
+    """Whether asking once more for this picture would bring nothing else."""
+    if isinstance(asked, Reply):
+        return False
+    return isinstance(asked, (CallCancelled, InvalidRequest, DeadlineExceeded)) or _is_about_the_call(asked)
+
+
+def _may_be_another_port(error: RouteFailed) -> bool:
+    """Whether what the user means may listen elsewhere on that machine."""
+    not_there = isinstance(error, EndpointError) and error.status in (404, 405)
+    return not_there or isinstance(error, (EndpointUnreachable, DeadlineExceeded, MalformedAnswer, InPause))
+
+
+def _of_all(failures: list[RouteFailed]) -> RouteFailed:
+    """The failure at the address that the user gave, with a word on the other."""
+    first = failures[0]
+    if len(failures) > 1:
+        first.args = (f"{first}; no port is given, and at port {DEFAULT_PORT}: {failures[1].reason}",)
+    return first
+
+
+def _is_up(client: EndpointClient, settings: Settings) -> bool:
+    try:
+        client.health(min(_UP_SECONDS, settings.connect_timeout))
+    except RouteFailed:
+        return False
+    return True
 
 
 def _as_route_failure(error: CallCancelled | InvalidRequest) -> RouteFailed:

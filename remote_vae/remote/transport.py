@@ -165,6 +165,10 @@ class Transport(Protocol):
         """Send ``sent`` and give the head of the answer; at the end of the context the connection is kept or closed."""
         ...
 
+    def proxy_for(self, url: str) -> str:
+        """The proxy before ``url``, without its password; "" for none."""
+        ...
+
 
 class Urllib3Transport:
     """Keeps connections to any number of servers. May be used from many threads."""
@@ -258,6 +262,8 @@ def _new_manager(proxy: str, *, secure: bool) -> Any:
             user, password = requests.utils.get_auth_from_url(proxy)
             headers = urllib3.make_headers(proxy_basic_auth=f"{user}:{password}") if user else {}
             manager = urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
+    except ProxyUnusable:
+        raise
     except (ValueError, HTTPError):
         raise ProxyUnusable("the environment names a proxy whose address cannot be used: see http_proxy, https_proxy") from None
     manager.pool_classes_by_scheme = {scheme: _watched_pool(pool) for scheme, pool in manager.pool_classes_by_scheme.items()}

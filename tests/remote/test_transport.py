@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
+import os
+import re
 import socket
 import socketserver
 import ssl
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +31,15 @@ from remote_vae.errors import (
     MalformedAnswer,
     RouteFailed,
 )
-from remote_vae.remote.client import Deadlines, EndpointClient, client_for, never
+from remote_vae.remote import transport
+from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_for, never
 from remote_vae.remote.transport import Urllib3Transport
 from remote_vae.server.engine import Limits
 from remote_vae.server.models import LoadedVae
-from remote_vae.wire import DecodeRequest, EncodeRequest, Output
+from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeRequest, Output
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
+from tests.remote.canned import BODY, HEAD, REQUEST
 
 Fresh = Callable[[str], EndpointClient]
 QUICK = Deadlines(connect=2.0, first_byte=5.0, total=20.0)
@@ -48,9 +56,9 @@ def fresh() -> Iterator[Fresh]:
     with contextlib.ExitStack() as stack:
 
         def make(url: str) -> EndpointClient:
-            transport = Urllib3Transport()
-            stack.callback(transport.close)
-            return EndpointClient(url, transport)
+            own = Urllib3Transport()
+            stack.callback(own.close)
+            return EndpointClient(url, own)
 
         yield make
 
@@ -197,48 +205,6 @@ def test_a_wait_that_was_ended_gives_the_server_its_connection_back(request_: De
         assert closed.wait(2.0)
 
 
-def test_a_connection_that_the_server_closed_meanwhile_is_made_anew(
-    request_: DecodeRequest, server: ServerThread, fresh: Fresh
-) -> None:
-    """The race between an idle connection's end and the next request on it."""
-    accepted: list[socket.socket] = []
-    target = int(server.url.rpartition(":")[2])
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def relay() -> None:
-            while True:
-                try:
-                    near, _ = listener.accept()
-                except OSError:
-                    return
-                accepted.append(near)
-                far = socket.create_connection(("127.0.0.1", target))
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=pump, args=(source, sink), daemon=True).start()
-
-        def pump(source: socket.socket, sink: socket.socket) -> None:
-            try:
-                while data := source.recv(65536):
-                    if len(accepted) == 1 and source is accepted[0] and served.is_set():
-                        # The second request arrives on the first connection: reset it unread.
-                        source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                        source.close()
-                        return
-                    sink.sendall(data)
-            except OSError:
-                return
-
-        served = threading.Event()
-        threading.Thread(target=relay, daemon=True).start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/decode"
-        endpoint = fresh(url)
-        first = endpoint.decode(request_, QUICK)
-        served.set()
-        second = endpoint.decode(request_, QUICK)
-    assert len(accepted) == 2
-    assert torch.equal(first.answer.tensor, second.answer.tensor)
-
-
 def test_connections_are_kept_alive_between_calls(request_: DecodeRequest, chaos: Chaos) -> None:
     endpoint = client(chaos)
     peers = set()
@@ -369,3 +335,352 @@ def test_a_proxy_of_the_environment_is_asked_for_the_whole_address(
     url = "http://studio.invalid/decode"
     assert fresh(url).decode(request_, QUICK).bytes_down == 64 * 96 * 3
     assert seen == [(url, "Basic bWU6cGFzcw==")]
+
+
+@pytest.mark.parametrize("host", ["studio..local:7870", f"{'a' * 70}.local"])
+def test_an_address_that_cannot_even_be_looked_up_is_an_endpoint_that_cannot_be_reached(
+    request_: DecodeRequest, host: str
+) -> None:
+    with pytest.raises(EndpointUnreachable, match="the name of the host cannot be looked up"):
+        client_for(f"http://{host}").decode(request_, QUICK)
+
+
+def test_certificates_that_are_not_there_are_named(
+    request_: DecodeRequest, monkeypatch: pytest.MonkeyPatch, fresh: Fresh
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
+    with pytest.raises(EndpointUnreachable, match=r"REQUESTS_CA_BUNDLE names cannot be read: /nowhere/ca\.pem"):
+        fresh("https://certificates.invalid").decode(request_, QUICK)
+
+
+# --- connections that are kept -------------------------------------------------------------------------------------------
+
+ANSWER_HEAD = HEAD + b"Content-Length: 192\r\n\r\n"
+
+
+def take_request(connection: socket.socket) -> bytes:
+    """One request to its end; b"" where the client has left."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = connection.recv(65536)
+        if not piece:
+            return b""
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    while length and len(body) < int(length[1]):
+        body += connection.recv(65536)
+    return head
+
+
+@contextlib.contextmanager
+def listening(serve: Callable[[socket.socket, int], None], context: ssl.SSLContext | None = None) -> Iterator[str]:
+    """A server that has ``serve`` talk to each connection, with its number, on a thread of its own."""
+    closing = threading.Event()
+
+    def talk(connection: socket.socket, number: int) -> None:
+        with contextlib.suppress(OSError):
+            if context is not None:
+                connection = context.wrap_socket(connection, server_side=True)
+            serve(connection, number)
+            closing.wait(20)
+        connection.close()
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            for number in itertools.count():
+                threading.Thread(target=talk, args=(listener.accept()[0], number), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"{'https' if context else 'http'}://localhost:{listener.getsockname()[1]}/decode"
+        closing.set()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ssl.SSLContext:
+    """The TLS of a server whose authority the user has named."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "authority.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    return context
+
+
+def levels(reply: Reply[DecodeAnswer]) -> bytes:
+    return reply.answer.tensor.numpy().tobytes()
+
+
+@pytest.mark.parametrize("ending", ["end", "reset"])
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_a_kept_connection_that_has_died_is_made_anew(ending: str, secure: bool, trusted: ssl.SSLContext, fresh: Fresh) -> None:
+    numbers = []
+
+    def serve(connection: socket.socket, number: int) -> None:
+        while take_request(connection):
+            numbers.append(number)
+            connection.sendall(ANSWER_HEAD + BODY)
+            if number == 0:
+                # It dies when the next request is already on its way.
+                connection.recv(1)
+                if ending == "reset":
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                else:
+                    take_request(connection)
+                connection.close()
+
+    with listening(serve, trusted if secure else None) as url:
+        endpoint = fresh(url)
+        for _ in range(2):
+            assert levels(endpoint.decode(REQUEST, QUICK)) == BODY
+    assert numbers == [0, 1]
+
+
+def test_a_server_that_dies_of_a_request_is_asked_once_more_and_not_for_ever(fresh: Fresh) -> None:
+    requests = []
+
+    def serve(connection: socket.socket, number: int) -> None:
+        while take_request(connection):
+            requests.append(number)
+            if len(requests) > 1:
+                connection.close()
+                return
+            connection.sendall(ANSWER_HEAD + BODY)
+
+    with listening(serve) as url:
+        endpoint = fresh(url)
+        endpoint.decode(REQUEST, QUICK)
+        with pytest.raises(EndpointUnreachable, match="connection lost"):
+            endpoint.decode(REQUEST, QUICK)
+    assert requests == [0, 0, 1]
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_a_stray_late_answer_is_not_the_answer_to_the_next_request(secure: bool, trusted: ssl.SSLContext, fresh: Fresh) -> None:
+    stray_sent = threading.Event()
+
+    def serve(connection: socket.socket, number: int) -> None:
+        while take_request(connection):
+            connection.sendall(ANSWER_HEAD + (BODY if number == 0 else BODY[::-1]))
+            if number == 0:
+                time.sleep(0.1)
+                connection.sendall(ANSWER_HEAD + bytes(192))
+                stray_sent.set()
+
+    with listening(serve, trusted if secure else None) as url:
+        endpoint = fresh(url)
+        assert levels(endpoint.decode(REQUEST, QUICK)) == BODY
+        assert stray_sent.wait(5)
+        assert levels(endpoint.decode(REQUEST, QUICK)) == BODY[::-1]
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_a_refusal_is_seen_while_the_request_is_still_being_sent(secure: bool, trusted: ssl.SSLContext, fresh: Fresh) -> None:
+    """A server that has read the head, refuses, and neither reads on nor hangs up."""
+
+    def serve(connection: socket.socket, _: int) -> None:
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 413 Too large\r\nContent-Length: 4\r\n\r\nsize")
+
+    with listening(serve, trusted if secure else None) as url, pytest.raises(EndpointError, match="413: size"):
+        fresh(url).encode(EncodeRequest(torch.zeros(1, 3, 2048, 2048)), Deadlines(2.0, 10.0, 20.0))
+
+
+def test_an_answer_to_a_request_that_was_not_through_is_not_believed(fresh: Fresh) -> None:
+    def serve(connection: socket.socket, _: int) -> None:
+        connection.sendall(ANSWER_HEAD + BODY)
+
+    big = replace(REQUEST, latents=torch.zeros(1, 4, 2048, 2048))
+    with listening(serve) as url, pytest.raises(MalformedAnswer, match="before the whole request was sent"):
+        fresh(url).decode(big, QUICK)
+
+
+def test_the_text_of_an_error_that_never_comes_is_not_waited_for(fresh: Fresh) -> None:
+    def serve(connection: socket.socket, _: int) -> None:
+        take_request(connection)
+        connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 1000\r\n\r\nno")
+
+    with listening(serve) as url, pytest.raises(EndpointError, match="503: no message"):
+        fresh(url).decode(REQUEST, Deadlines(2.0, 30.0, 60.0))
+
+
+def closed_by_client(idle: float, monkeypatch: pytest.MonkeyPatch, fresh: Fresh, *, server_closes: bool) -> bool:
+    """Whether the client hangs up by itself after a call."""
+    monkeypatch.setattr(transport, "SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr(transport, "IDLE_SECONDS", idle)
+    hung_up = threading.Event()
+
+    def serve(connection: socket.socket, _: int) -> None:
+        take_request(connection)
+        connection.sendall(ANSWER_HEAD + BODY)
+        if server_closes:
+            connection.shutdown(socket.SHUT_WR)
+        if not connection.recv(1):
+            hung_up.set()
+
+    with listening(serve) as url:
+        fresh(url).decode(REQUEST, QUICK)
+        return hung_up.wait(2.0)
+
+
+def test_idle_connections_go(monkeypatch: pytest.MonkeyPatch, fresh: Fresh) -> None:
+    # One that the server has closed would stay in CLOSE_WAIT.
+    assert closed_by_client(100.0, monkeypatch, fresh, server_closes=True)
+    assert closed_by_client(0.1, monkeypatch, fresh, server_closes=False)
+    assert not closed_by_client(100.0, monkeypatch, fresh, server_closes=False)
+
+
+def test_file_descriptors_beyond_a_thousand_are_as_good_as_others(chaos: Chaos, request_: DecodeRequest, fresh: Fresh) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard not in (-1, resource.RLIM_INFINITY) and hard < 2048:
+        pytest.skip("this machine opens fewer files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(1100):
+                stack.enter_context(open(os.devnull))
+            endpoint = fresh(f"{chaos.url}/decode")
+            for _ in range(2):
+                assert endpoint.decode(request_, QUICK).bytes_down == 64 * 96 * 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# --- a server that takes long --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("health", "patience", "answered"),
+    [("working", 0.0, True), ("404 html", 10.0, True), ("404 html", 0.0, False), ("pass", 10.0, False), ("hang", 10.0, False)],
+    ids=["it says that it works", "it says nothing", "nothing, and time is up", "it has nothing to do", "it hangs"],
+)
+def test_a_server_that_works_is_waited_for(
+    chaos: Chaos, request_: DecodeRequest, health: str, patience: float, answered: bool
+) -> None:
+    chaos.reset("late" if answered else "hang")
+    chaos.info = health
+    deadlines = Deadlines(5.0, 0.2, 10.0, patience)
+    if answered:
+        assert client(chaos).decode(request_, deadlines).bytes_down > 0
+    else:
+        with pytest.raises(DeadlineExceeded, match=r"no answer in 0\.2 s"):
+            client(chaos).decode(request_, deadlines)
+    assert chaos.infos == ["/health"]
+
+
+def test_the_user_ends_the_wait_for_a_server_that_says_it_works(chaos: Chaos, request_: DecodeRequest) -> None:
+    chaos.reset("hang")
+    chaos.info = "working"
+    with pytest.raises(CallCancelled):
+        client(chaos).decode(request_, Deadlines(5.0, 0.1, 20.0), lambda: bool(chaos.infos))
+
+
+def test_the_user_ends_the_wait_for_a_connection(full_backlog: str, request_: DecodeRequest) -> None:
+    with pytest.raises(CallCancelled):
+        client_for(full_backlog).decode(request_, Deadlines(20.0, 20.0, 20.0), lambda: True)
+
+
+# --- proxies -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proxied(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def through(proxy: str) -> None:
+        monkeypatch.setenv("http_proxy", proxy)
+        monkeypatch.setenv("https_proxy", proxy)
+        monkeypatch.setenv("no_proxy", "")
+
+    return through
+
+
+def test_https_goes_through_the_tunnel_of_a_proxy(
+    trusted: ssl.SSLContext, proxied: Callable[[str], None], fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "is_loopback", lambda url: False)
+    asked = []
+
+    def proxy(connection: socket.socket, _: int) -> None:
+        asked.append(take_request(connection).decode())
+        connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        inner = trusted.wrap_socket(connection, server_side=True)
+        with inner:
+            while take_request(inner):
+                inner.sendall(ANSWER_HEAD + BODY)
+
+    with listening(proxy) as url:
+        proxied(url.replace("//", "//me:pass@").removesuffix("/decode"))
+        endpoint = fresh("https://localhost:1/decode")
+        for _ in range(2):
+            assert levels(endpoint.decode(REQUEST, QUICK)) == BODY
+    assert len(asked) == 1
+    assert asked[0].startswith("CONNECT localhost:1 ")
+    assert "basic bWU6cGFzcw==" in asked[0].replace("Basic", "basic")
+
+
+def test_a_proxy_that_does_not_answer_is_named_without_its_password_and_no_proxy_proposed(
+    proxied: Callable[[str], None], fresh: Fresh
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    proxied(f"http://me:secret@127.0.0.1:{port}")
+    for scheme in ("http", "https"):
+        with pytest.raises(EndpointUnreachable) as caught:
+            fresh(f"{scheme}://studio.lan:7870/decode").decode(REQUEST, QUICK)
+        assert caught.value.reason == "by a proxy: connection refused"
+        assert f"the proxy http://127.0.0.1:{port}: if studio.lan needs none, add it to the variable no_proxy" in str(
+            caught.value
+        )
+        assert "secret" not in str(caught.value)
+
+
+def test_what_a_proxy_refuses_is_said_to_be_the_proxys(chaos: Chaos, proxied: Callable[[str], None], fresh: Fresh) -> None:
+    chaos.reset("503")
+    proxied(chaos.url)
+    with pytest.raises(EndpointError, match=r"no replica is ready; it came through the proxy http://127.* no_proxy"):
+        fresh("http://studio.lan:7870/decode").decode(REQUEST, QUICK)
+
+
+@pytest.mark.parametrize("proxy", ["::garbage::", "http://a..b:1", "http://[::1:7", "ftp://host:1", "http://host:99999"])
+def test_garbage_for_a_proxy_is_said_to_be_that(proxy: str, proxied: Callable[[str], None], fresh: Fresh) -> None:
+    proxied(proxy)
+    with pytest.raises(EndpointUnreachable, match=r"proxy"):
+        fresh("http://studio.lan:7870/decode").decode(REQUEST, QUICK)
+
+
+def test_socks_without_its_package_is_a_clear_no(
+    proxied: Callable[[str], None], fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socks", None)
+    monkeypatch.delitem(sys.modules, "urllib3.contrib.socks", raising=False)
+    proxied("socks5://127.0.0.1:1080")
+    with pytest.raises(EndpointUnreachable, match="pip install pysocks"):
+        fresh("http://studio.lan:7870/decode").decode(REQUEST, QUICK)
+
+
+# --- secrets -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_in_a_query_is_sent_and_reaches_no_log(
+    chaos: Chaos, request_: DecodeRequest, fresh: Fresh, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        fresh(f"{chaos.url}/decode?key=secret").decode(request_, QUICK)
+    assert "key=secret" in chaos.queries[0]
+    assert "shape=1" in chaos.queries[0]
+    assert "secret" not in caplog.text
+
+
+def test_a_user_name_is_not_in_the_host_header(chaos: Chaos, request_: DecodeRequest, fresh: Fresh) -> None:
+    hosts: list[tuple[str, str]] = []
+    original = chaos._answer
+
+    def noting(handler: Any) -> None:
+        hosts.append((handler.headers["Host"], handler.headers["Authorization"]))
+        original(handler)
+
+    chaos._answer = noting  # type: ignore[method-assign]
+    fresh(f"{chaos.url.replace('//', '//me:pass@')}/decode").decode(request_, QUICK)
+    assert hosts == [(chaos.url.removeprefix("http://"), "Basic bWU6cGFzcw==")]
