@@ -1,1 +1,1 @@
-"""Endpoints: one POST, one client, the breaker, the route, and the two public functions."""
+"""Endpoints: transport and waiting (one request), client (one endpoint), endpoints (which one), the route, two public functions."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
 from remote_vae.errors import DeadlineExceeded, EndpointError, EndpointUnreachable, NotOffered, RouteFailed
-from remote_vae.remote.client import shown
+from remote_vae.remote.addresses import shown
 from remote_vae.settings import Settings
 from remote_vae.vae.at_work import Op
 from remote_vae.vae.families import Family

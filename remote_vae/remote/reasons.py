@@ -8,23 +8,27 @@ import ssl
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from urllib3.exceptions import ConnectTimeoutError, LocationValueError, NewConnectionError, ProtocolError
+from urllib3.exceptions import ConnectTimeoutError, LocationValueError, NewConnectionError
 
-from remote_vae.remote.transport import ProxyUnusable
+from remote_vae.remote.environment import CertificatesUnreadable, ProxyUnusable
 from remote_vae.wire import one_line
 
 _PLAIN_HTTP = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
 
 
 def reason_of(error: BaseException, url: str) -> tuple[str, str]:
-    """Why ``error`` came of a request to ``url``: in short for a record, and what to do about it, "" for nothing."""
+    """Why ``error`` came of a request to ``url``.
+
+    Returns:
+        In short for the record, which goes out with pictures and names no machine; and what the message adds: details, advice.
+    """
     chain = list(_chain(error))
     for judge in (_of_tls, _of_protocol, _of_socket):
         for link in chain:
             found = judge(link, url)
             if found is not None:
                 return found
-    return one_line(str(error)) or type(error).__name__, ""
+    return "connection failed", f": {one_line(str(error)) or type(error).__name__}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -45,8 +49,8 @@ def _of_tls(error: BaseException, url: str) -> tuple[str, str] | None:
     # urllib3 1.26 compares names itself, and has an error of its own for it.
     if isinstance(error, ssl.SSLCertVerificationError) or type(error).__name__ == "CertificateError":
         why = one_line(getattr(error, "verify_message", "") or str(error)).rstrip(".")
-        return f"TLS failed: certificate not accepted: {why}", (
-            "; for a certificate of an authority of your own, name its file in the environment variable REQUESTS_CA_BUNDLE"
+        return "TLS failed: certificate not accepted", (
+            f": {why}; if it is of an authority of your own, name its file in the variable REQUESTS_CA_BUNDLE"
         )
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         if error.reason in _PLAIN_HTTP:
@@ -57,7 +61,9 @@ def _of_tls(error: BaseException, url: str) -> tuple[str, str] | None:
 
 def _of_protocol(error: BaseException, url: str) -> tuple[str, str] | None:
     if isinstance(error, ProxyUnusable):
-        return str(error), ""
+        return "the proxy of the environment cannot be used", f": {error}"
+    if isinstance(error, CertificatesUnreadable):
+        return "certificates cannot be read", f": {error}"
     if isinstance(error, (http.client.BadStatusLine, http.client.UnknownProtocol)) and not isinstance(error, ConnectionError):
         line = str(error)
         if line.startswith("\x15\x03"):
@@ -79,11 +85,11 @@ def _of_socket(error: BaseException, url: str) -> tuple[str, str] | None:
     if isinstance(error, (TimeoutError, ConnectTimeoutError)) and not isinstance(error, NewConnectionError):
         return "no connection in time", ""
     if isinstance(error, http.client.HTTPException) and type(error) is http.client.HTTPException:
-        return f"bad answer: {one_line(str(error))}", ""
+        return f"bad answer: {one_line(str(error), 80)}", ""
     if isinstance(error, (ConnectionError, http.client.HTTPException, ssl.SSLEOFError)):
         return "connection lost", ""
-    if isinstance(error, OSError) and not isinstance(error, (NewConnectionError, ProtocolError)):
-        return one_line(error.strerror or str(error)), ""
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(error.strerror).lower(), ""
     return None
 
 

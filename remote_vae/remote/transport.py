@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
-import os
 import socket
-import ssl
 import threading
 import time
 import weakref
@@ -22,21 +20,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import certifi
-import requests.utils
-import urllib3
 from urllib3.exceptions import ClosedPoolError, HTTPError
 from urllib3.util import Timeout, is_connection_dropped
-from urllib3.util.ssl_ import create_urllib3_context
 
-from remote_vae.tokens import is_loopback
+from remote_vae.remote.environment import new_manager, proxy_for
 from remote_vae.wire import one_line
 
 # Of a body that is sent: whoever watches hears of each, so an upload that moves at all moves by one of these.
 PIECE = 256 * 1024
 # How long one send may block before it is looked whether the server has answered already, in seconds.
 _SEND_SECONDS = 0.1
-_MAX_IDLE = 8
 # Seconds after which an idle connection is closed, and how often the idle ones are looked at.
 IDLE_SECONDS = 60.0
 SWEEP_SECONDS = 2.0
@@ -237,82 +230,12 @@ class Urllib3Transport:
         origin = parts.scheme, parts.netloc
         with self._lock:
             if origin not in self._managers:
-                proxy = _proxy_for(url)
-                self._managers[origin] = _new_manager(proxy, secure=parts.scheme == "https"), proxy
+                proxy = proxy_for(url)
+                manager = new_manager(proxy, secure=parts.scheme == "https")
+                pools = manager.pool_classes_by_scheme
+                manager.pool_classes_by_scheme = {scheme: _watched_pool(pool) for scheme, pool in pools.items()}
+                self._managers[origin] = manager, proxy
             return self._managers[origin]
-
-
-class ProxyUnusable(ValueError):
-    """The environment names a proxy that cannot be used."""
-
-
-def _new_manager(proxy: str, *, secure: bool) -> Any:
-    options: dict[str, Any] = {"maxsize": _MAX_IDLE, "block": False}
-    if secure:
-        options |= {"ssl_context": tls_context(*_authorities()), "cert_reqs": "CERT_REQUIRED"}
-    manager: Any
-    try:
-        if not proxy:
-            manager = urllib3.PoolManager(**options)
-        elif proxy.lower().startswith("socks"):
-            manager = _socks_manager(proxy, options)
-        else:
-            if proxy.lower().startswith("https:"):
-                options["proxy_ssl_context"] = tls_context(*_authorities())
-            user, password = requests.utils.get_auth_from_url(proxy)
-            headers = urllib3.make_headers(proxy_basic_auth=f"{user}:{password}") if user else {}
-            manager = urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
-    except ProxyUnusable:
-        raise
-    except (ValueError, HTTPError):
-        raise ProxyUnusable("the environment names a proxy whose address cannot be used: see http_proxy, https_proxy") from None
-    manager.pool_classes_by_scheme = {scheme: _watched_pool(pool) for scheme, pool in manager.pool_classes_by_scheme.items()}
-    return manager
-
-
-def _socks_manager(proxy: str, options: dict[str, Any]) -> Any:
-    import warnings
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from urllib3.contrib.socks import SOCKSProxyManager
-    except ImportError:
-        raise ProxyUnusable(
-            "the environment names a SOCKS proxy, which needs the package PySocks: pip install pysocks"
-        ) from None
-    return SOCKSProxyManager(proxy, **options)
-
-
-def _proxy_for(url: str) -> str:
-    """The URL of the proxy that the environment names for ``url``, or "". None can reach this machine's own loopback."""
-    if is_loopback(url):
-        return ""
-    proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or ""
-    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
-
-
-def _authorities() -> tuple[str, str]:
-    """Where requests looks for certificates, and the name of the variable that says so."""
-    for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        if os.environ.get(variable):
-            return os.environ[variable], variable
-    return certifi.where(), "certifi"
-
-
-@functools.lru_cache(maxsize=4)
-def tls_context(bundle: str, named_by: str) -> ssl.SSLContext:
-    """One for all connections, as loading the certificates takes 15 ms. Verification is on. Raises OSError."""
-    # urllib3's own, as the two versions differ in how a host that is a number is checked.
-    context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
-    try:
-        if os.path.isdir(bundle):
-            context.load_verify_locations(capath=bundle)
-        else:
-            context.load_verify_locations(cafile=bundle)
-        return context
-    except OSError as error:
-        raise OSError(f"the certificates that {named_by} names cannot be read: {bundle}: {error.strerror or error}") from error
 
 
 # --- what is added to urllib3's connections ----------------------------------------------------------------------------

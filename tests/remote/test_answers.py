@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from remote_vae.errors import EndpointError, EndpointUnreachable, MalformedAnswer
+from remote_vae.errors import EndpointError, EndpointUnreachable, InvalidRequest, MalformedAnswer
 from remote_vae.remote.client import EndpointClient
 from tests.remote.canned import BODY, HEAD, REQUEST, Canned, ask, failure
 
@@ -247,3 +247,9 @@ def test_a_token_of_two_lines_does_not_become_two_headers(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="more than one line"):
         EndpointClient("http://studio/decode", transport).decode(REQUEST)
     assert transport.sent == []
+
+
+@pytest.mark.parametrize("url", ["studio:7870/decode", "ftp://studio/decode", "", "http//studio"])
+def test_what_is_no_address_of_the_web_is_an_invalid_request(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="begins with http:// or https://"):
+        EndpointClient(url, Canned()).decode(REQUEST)

@@ -31,7 +31,7 @@ from remote_vae.errors import (
     MalformedAnswer,
     RouteFailed,
 )
-from remote_vae.remote import transport
+from remote_vae.remote import environment, transport
 from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_for, never
 from remote_vae.remote.transport import Urllib3Transport
 from remote_vae.server.engine import Limits
@@ -349,7 +349,10 @@ def test_certificates_that_are_not_there_are_named(
     request_: DecodeRequest, monkeypatch: pytest.MonkeyPatch, fresh: Fresh
 ) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
-    with pytest.raises(EndpointUnreachable, match=r"REQUESTS_CA_BUNDLE names cannot be read: /nowhere/ca\.pem"):
+    with pytest.raises(
+        EndpointUnreachable,
+        match=r"certificates cannot be read: those that REQUESTS_CA_BUNDLE names: /nowhere/ca\.pem: No such file",
+    ):
         fresh("https://certificates.invalid").decode(request_, QUICK)
 
 
@@ -599,7 +602,7 @@ def proxied(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def test_https_goes_through_the_tunnel_of_a_proxy(
     trusted: ssl.SSLContext, proxied: Callable[[str], None], fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "is_loopback", lambda url: False)
+    monkeypatch.setattr(environment, "is_loopback", lambda url: False)
     asked = []
 
     def proxy(connection: socket.socket, _: int) -> None:

@@ -1,0 +1,273 @@
+"""One request and the wait for its answer.
+
+A thread carries the request; the caller's thread waits for it, looks for Interrupt and for the deadlines, and breaks it off by
+closing its socket.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import numpy as np
+
+from remote_vae.errors import CallCancelled, DeadlineExceeded, EndpointError, MalformedAnswer
+from remote_vae.remote.addresses import is_same_place, shown
+from remote_vae.remote.transport import Answer, Exchange, Sent, Transport
+from remote_vae.settings import Settings
+from remote_vae.wire import ERROR_LIMIT, Expected, error_detail
+
+A = TypeVar("A")
+Expect = Callable[[Mapping[str, str]], Expected[A]]
+Cancelled = Callable[[], bool]
+
+# How often the user is asked for Interrupt. The promise is 0.2 s.
+POLL_SECONDS = 0.05
+# The text of an error is worth so many seconds.
+_ERROR_SECONDS = 2.0
+# While a server says that it works it is asked again after so many seconds.
+_HEALTH_EVERY = 5.0
+# What proxies answer by themselves.
+_BY_PROXIES = (403, 407, 502, 503, 504)
+# The settings are for a picture of so many pixels.
+_USUAL_PIXELS = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds for one call.
+
+    Attributes:
+        connect: until connected.
+        first_byte: from the last sent piece to the first byte of the answer. Then ``GET /health`` is asked: a server that
+            works is waited for until ``total``, and one that does not answer no longer.
+        total: for all of it.
+        patience: as ``first_byte``, for an endpoint that has no /health; at least ``first_byte``.
+    """
+
+    connect: float
+    first_byte: float
+    total: float
+    patience: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Settings, pixels: int = _USUAL_PIXELS, expected: float = 0.0) -> Deadlines:
+        """The user's, which are for a picture of 1024 x 1024, for a call of ``pixels`` that is ``expected`` to take so long."""
+        size = max(1.0, pixels / _USUAL_PIXELS)
+        patience = max(settings.first_byte_timeout * size, 3.0 * expected)
+        total = max(settings.total_timeout * size, 3.0 * expected)
+        return cls(settings.connect_timeout, settings.first_byte_timeout, total, patience)
+
+    @property
+    def quick(self) -> Deadlines:
+        """For what is small: who has not sent it by the time that its first byte is due does not answer."""
+        return replace(self, total=min(self.total, self.connect + self.first_byte), patience=0.0)
+
+
+class Redirected(Exception):
+    """The server sends the request to another of its addresses."""
+
+    def __init__(self, to: str) -> None:
+        super().__init__(shown(to))
+        self.to = to
+
+
+class Call(Generic[A]):
+    """A request that a thread of its own carries."""
+
+    def __init__(self, transport: Transport, sent: Sent, expect: Expect[A], exchange: Exchange, where: str) -> None:
+        self.exchange = exchange
+        self.where = where
+        self.done = threading.Event()
+        self.refusal: EndpointError | None = None
+        self.error: Exception | None = None
+        self.value: tuple[Expected[A], np.ndarray] | None = None
+        self._transport = transport
+        self._sent = sent
+        self._expect = expect
+        threading.Thread(target=self._run, name="remote-vae-call", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            with self._transport.open(self._sent, self.exchange) as answer:
+                self.value = self._read(answer)
+        except Exception as error:  # whatever it is, it belongs to the thread that waits
+            self.error = error
+        finally:
+            self.done.set()
+
+    def _read(self, answer: Answer) -> tuple[Expected[A], np.ndarray]:
+        if answer.status != 200:
+            self._refuse(answer)
+        if not self.exchange.is_sent:
+            raise MalformedAnswer("an answer that came before the whole request was sent").by(self.where)
+        try:
+            expected = self._expect(answer.named)
+            return expected, _read_body(answer, expected)
+        except MalformedAnswer as error:
+            raise error.by(self.where) from None
+
+    def _refuse(self, answer: Answer) -> None:
+        url = f"{self._sent.url}?{self._sent.query}" if self._sent.query else self._sent.url
+        location = answer.named.get("location", "")
+        to = urljoin(url, location) if location else ""
+        if answer.status in (307, 308) and to and is_same_place(url, to):
+            raise Redirected(to)
+        status, pause = answer.status, _retry_after(answer)
+        # Who waits need not wait for words that never come.
+        self.refusal = EndpointError(status, "no message", self.where, retry_after=pause)
+        detail = _read_error(answer)
+        if 300 <= status < 400 and to:
+            detail = f"it redirects to {shown(to)}; if that is the endpoint, enter it as its address"
+        by = by_proxy(self._transport, url) if status in _BY_PROXIES else ""
+        if by:
+            detail = f"{detail}; it came through{by}"
+        if status in (404, 405):
+            detail = f"{detail}; is that the address of a Remote VAE server?"
+        raise EndpointError(status, detail, self.where, retry_after=pause)
+
+
+class Wait(Generic[A]):
+    """The caller's side of a call: the clock, and the user's word."""
+
+    def __init__(
+        self, call: Call[A], deadlines: Deadlines, cancelled: Cancelled, works: Callable[[Cancelled], bool | None] | None
+    ) -> None:
+        self._call = call
+        self._exchange = call.exchange
+        self._deadlines = deadlines
+        self._cancelled = cancelled
+        self._works = works
+        self._started = time.monotonic()
+        self._longer_until = 0.0
+        self._refused_at: float | None = None
+
+    def result(self) -> tuple[Expected[A], np.ndarray]:
+        """What the answer is to be, and its body. Raises what stopped it."""
+        call = self._call
+        try:
+            while not call.done.wait(self._pause()):
+                self._check()
+        except BaseException:
+            self._exchange.break_off()
+            raise
+        if call.error is not None:
+            raise call.error
+        if call.value is None:
+            raise ConnectionError("no answer")
+        return call.value
+
+    def _pause(self) -> float:
+        return max(0.001, min(POLL_SECONDS, self._next()[0] - time.monotonic()))
+
+    def _check(self) -> None:
+        if self._cancelled():
+            raise CallCancelled(f"interrupted while waiting for {self._call.where}", reason="interrupted")
+        deadline, what = self._next()
+        if time.monotonic() < deadline or self._is_worth_waiting(what):
+            return
+        if self._call.refusal is not None:
+            raise self._call.refusal
+        raise DeadlineExceeded(f"{self._call.where}: {what}", reason=what)
+
+    def _next(self) -> tuple[float, str]:
+        """The next deadline, and what it means."""
+        limits, exchange = self._deadlines, self._exchange
+        total = self._started + limits.total, f"not done in {limits.total:g} s"
+        if self._call.refusal is not None:
+            self._refused_at = self._refused_at or time.monotonic()
+            return min(total, (self._refused_at + _ERROR_SECONDS, "no message"))
+        if exchange.is_answering:
+            return total
+        if not exchange.is_connected:
+            return min(total, (exchange.moved + limits.connect, f"no connection in {limits.connect:g} s"))
+        until = max(exchange.moved + limits.first_byte, self._longer_until)
+        return min(total, (until, f"no answer in {until - exchange.moved:.3g} s"))
+
+    def _is_worth_waiting(self, what: str) -> bool:
+        """Whether the server works on it, asked when the first byte is overdue."""
+        if not what.startswith("no answer") or self._works is None:
+            return False
+        now, asked_for = time.monotonic(), self._exchange.moved
+        works = self._works(lambda: self._cancelled() or self._call.done.is_set())
+        if works is None:
+            self._longer_until = asked_for + self._deadlines.patience
+            return now < self._longer_until
+        if works:
+            self._longer_until = time.monotonic() + _HEALTH_EVERY
+        # The answer may be on its way from a server that has just finished.
+        return works or self._call.done.wait(POLL_SECONDS)
+
+
+def sleep(seconds: float, url: str, cancelled: Cancelled) -> None:
+    """Wait until the server at ``url`` wants to be asked again. Raises CallCancelled."""
+    until = time.monotonic() + seconds
+    while (rest := until - time.monotonic()) > 0:
+        if cancelled():
+            raise CallCancelled(f"interrupted while waiting for {shown(url)}", reason="interrupted")
+        time.sleep(min(POLL_SECONDS, rest))
+
+
+def _read_body(answer: Answer, expected: Expected[Any]) -> np.ndarray:
+    length = answer.length if not answer.chunked else None
+    if expected.exact is not None and length is not None and length != expected.exact:
+        raise MalformedAnswer(f"{length} bytes, expected {expected.exact} by shape and dtype")
+    if length is not None and length > expected.limit:
+        raise MalformedAnswer(f"{length} bytes, expected at most {expected.limit}")
+    size = length if length is not None else expected.exact
+    if size is None:
+        return _read_unknown(answer, expected.limit)
+    body = np.empty(size, dtype=np.uint8)
+    filled = answer.fill(body.data) if size else 0
+    if length is not None and filled < size:
+        raise http.client.IncompleteRead(b"", size - filled)
+    if filled < size or (length is None and answer.read(1)):
+        raise MalformedAnswer(f"{'more than ' if filled == size else ''}{filled} bytes, expected {size} by shape and dtype")
+    return body
+
+
+def _read_unknown(answer: Answer, limit: int) -> np.ndarray:
+    """A body whose size nobody knows before its end."""
+    data = bytearray()
+    while piece := answer.read(64 * 1024):
+        data += piece
+        if len(data) > limit:
+            raise MalformedAnswer(f"more than {limit} bytes, which is the most that was expected")
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def _read_error(answer: Answer) -> str:
+    data = b""
+    try:
+        data = answer.read(ERROR_LIMIT)
+    except (OSError, http.client.HTTPException) as error:
+        data = getattr(error, "partial", b"")
+    return error_detail(data)
+
+
+def _retry_after(answer: Answer) -> float | None:
+    """Seconds after which a busy server wants to be asked again."""
+    text = answer.named.get("retry-after", "").strip()
+    if answer.status not in (429, 503) or not text:
+        return None
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def by_proxy(transport: Transport, url: str) -> str:
+    """What to say of the proxy before ``url``; "" where there is none."""
+    try:
+        proxy = transport.proxy_for(url)
+    except (ValueError, OSError):
+        return ""
+    return proxy and f" the proxy {proxy}: if {urlsplit(url).hostname} needs none, add it to the variable no_proxy"
