@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 
 from remote_vae.errors import InvalidRequest, MalformedAnswer
 from remote_vae.wire import whole_files
@@ -109,29 +108,14 @@ def image_from_bytes(data: Buffer, *, max_pixels: int) -> Image.Image:
     Raises:
         InvalidRequest: not such a file, a cut or damaged one, or more than ``max_pixels``.
     """
-    file = bytes(data)
     try:
-        if file.startswith(whole_files.PNG):
-            file, name = whole_files.png_pixels(file), "png"
-        elif file.startswith(whole_files.JPEG):
-            name = "jpeg"
-            whole_files.check_jpeg(file)
-        else:
-            raise InvalidRequest("got a body that is not a PNG or JPEG picture")
-        with Image.open(io.BytesIO(file), formats=(name,)) as image:
-            if image.width * image.height > max_pixels:
-                raise InvalidRequest(
-                    f"got a picture of {image.width} x {image.height}, expected at most {max_pixels} pixels in all"
-                )
-            whole_files.load(cast(ImageFile.ImageFile, image))
-            if name == "png":
-                whole_files.check_png_rows(file, image)
-            rgb = to_rgb(image)
+        image = whole_files.decoded_picture(bytes(data), max_pixels)
+        rgb = to_rgb(image)
     except InvalidRequest:
         raise
-    except Exception as error:  # Pillow raises a dozen kinds, down to struct.error and SyntaxError, for a damaged file
-        raise InvalidRequest(f"got a picture that cannot be read: {one_line(str(error))}") from None
-    rgb.format = name
+    except Exception as error:  # as above
+        raise InvalidRequest(f"the picture cannot be read: {one_line(str(error))}") from None
+    rgb.format = (image.format or "").lower()
     return rgb
 
 

@@ -6,11 +6,14 @@ takes cut and damaged files, and leaves black what is missing.
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from types import FunctionType
 
 from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
@@ -27,7 +30,46 @@ _ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 _MAX_SCANS = 100
 
 
-def png_pixels(data: bytes) -> bytes:
+def decoded_picture(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    """The picture of a whole PNG or JPEG file, its pixels decoded; its size is checked before.
+
+    Raises:
+        ValueError: another kind of file, a cut or damaged one, or more than ``max_pixels``.
+        Exception: whatever else Pillow raises for a damaged one, down to struct.error and SyntaxError.
+    """
+    kind: type[ImageFile.ImageFile]
+    if data.startswith(PNG):
+        kind, data = PngImageFile, _png_pixels(data)
+    elif data.startswith(JPEG):
+        kind = JpegImageFile
+        _check_jpeg(data)
+    else:
+        raise ValueError("it is not a PNG or JPEG file")
+    # Not Image.open, which has a limit of pixels that is one of the whole process as well.
+    image = kind(io.BytesIO(data))
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most {max_pixels} in all")
+    _load(image)
+    if kind is PngImageFile:
+        _check_png_rows(data, image)
+    return image
+
+
+def _load(image: ImageFile.ImageFile) -> None:
+    """Decode the pixels as Pillow does with LOAD_TRUNCATED_IMAGES off, whatever the switch says, in whichever thread.
+
+    Raises:
+        OSError: they are cut or damaged.
+    """
+    # Pillow has no other way: its function reads the switch from its module, so it is given another view of the module.
+    usual = ImageFile.ImageFile.load
+    strict = FunctionType(
+        usual.__code__, {**usual.__globals__, "LOAD_TRUNCATED_IMAGES": False}, None, usual.__defaults__, usual.__closure__
+    )
+    strict(image)
+
+
+def _png_pixels(data: bytes) -> bytes:
     """The PNG file with nothing in it but what its pixels need; every checksum is right.
 
     Raises:
@@ -50,8 +92,8 @@ def png_pixels(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def check_png_rows(data: bytes, image: Image.Image) -> None:
-    """Whether a file of ``png_pixels`` holds all the rows that its header promises; Pillow leaves black what is missing.
+def _check_png_rows(data: bytes, image: Image.Image) -> None:
+    """Whether a file of ``_png_pixels`` holds all the rows that its header promises; Pillow leaves black what is missing.
 
     Counting takes as long again as decoding. So it is done only where the last row is black, or the rows are not in order.
 
@@ -85,7 +127,7 @@ def _idat(data: bytes) -> bytes:
     return b"".join(found)
 
 
-def check_jpeg(data: bytes) -> None:
+def _check_jpeg(data: bytes) -> None:
     """Whether a JPEG file reaches its end. It has no checksums: damage within its pixels cannot be told from a picture.
 
     Raises:
@@ -117,17 +159,3 @@ def check_mp4(data: bytes) -> None:
         start += length
     if start != len(data) or b"moov" not in names:
         raise ValueError("the mp4 file is cut off")
-
-
-def load(image: ImageFile.ImageFile) -> None:
-    """Decode the pixels as Pillow does with LOAD_TRUNCATED_IMAGES off, whatever the switch says, in whichever thread.
-
-    Raises:
-        OSError: they are cut or damaged.
-    """
-    # Pillow has no other way: its function reads the switch from its module, so it is given another view of the module.
-    usual = ImageFile.ImageFile.load
-    strict = FunctionType(
-        usual.__code__, {**usual.__globals__, "LOAD_TRUNCATED_IMAGES": False}, None, usual.__defaults__, usual.__closure__
-    )
-    strict(image)

@@ -213,8 +213,13 @@ def test_an_interlaced_png_is_read_whole_or_not_at_all(size: tuple[int, int]) ->
 
 def test_a_picture_that_is_too_large_is_refused_before_it_is_decoded() -> None:
     # There are no rows: decoding would fail, and the size is refused first.
-    with pytest.raises(InvalidRequest, match="got a picture of 9000 x 9000, expected at most 100"):
+    with pytest.raises(InvalidRequest, match="it has 9000 x 9000 pixels, expected at most 100"):
         px.image_from_bytes(png(9000, 9000, b""), max_pixels=100)
+
+
+def test_others_limits_of_pixels_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert all(read(data).shape == (24, 40, 3) for data in FILES.values())
 
 
 @pytest.mark.usefixtures("lenient")
