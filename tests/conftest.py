@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import uvicorn
@@ -18,6 +19,10 @@ from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.settings import settings_folder
 from tests.chaos import Chaos
 from tests.pretend_gpu import Card, pretended
+
+# Its own deadline of 200 ms an example is the machine's, and not a promise of ours.
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
 
 DEMO_VAE = settings_folder().parent / "assets" / "demo_vae"
 

@@ -438,7 +438,7 @@ def _check_head(request: DecodeRequest, head: TensorHead) -> None:
     else:
         fits = len(shape) == 4 and shape[0] == request.batch
     if not fits or shape[1] != 3 or not _fits_picture(request, *shape[-2:]):
-        raise MalformedAnswer(f"got {head}, expected {request.batch} of {_expected_size(request)}")
+        raise MalformedAnswer(f"got {head}, expected {request.batch} x 3 channels x {_expected_size(request)}")
 
 
 def _fits_picture(request: DecodeRequest, height: int, width: int) -> bool:
@@ -458,9 +458,9 @@ def _packed_size(request: DecodeRequest) -> tuple[int, int]:
 def _expected_size(request: DecodeRequest) -> str:
     """The pixels that may come, for messages."""
     if request.is_packed:
-        return " x ".join(map(str, _packed_size(request)))
+        return "{} x {} pixels".format(*_packed_size(request))
     rows, columns = request.latents.shape[-2:]
-    return " or ".join(f"{rows * scale} x {columns * scale}" for scale in KNOWN_DOWNSCALES) + " pixels"
+    return f"{rows} x {columns} times {', '.join(map(str, KNOWN_DOWNSCALES[:-1]))} or {KNOWN_DOWNSCALES[-1]} pixels"
 
 
 def _max_pixels(request: DecodeRequest) -> int:

@@ -32,7 +32,7 @@ from remote_vae.wire import (
 )
 from remote_vae.wire.pixels import image_to_bytes
 
-MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 
 SIZES = st.sampled_from(["0", "1", "2", "4", "8", "16", "64", "65536", "65537", "-1", "1.5", "9" * 5000, "\u0664", " 4", ""])
 WORDS = st.sampled_from(
