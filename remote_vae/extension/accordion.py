@@ -83,7 +83,7 @@ def pasted_mode(pasted: Mapping[str, Any], *, switched_on: bool) -> str:
 
 def pasted_transfer(pasted: Mapping[str, Any], usual: str) -> str:
     """The transfer that was named, or that took place, where it is not the ``usual`` one."""
-    took_place = re.search(r"remote \S+ \((\w+)\)", str(pasted.get(INFOTEXT, "")))
+    took_place = re.search(r"remote \S+ \((\w+)[,)]", str(pasted.get(INFOTEXT, "")))
     found = pasted.get(TRANSFER_TEXT) or (took_place[1] if took_place else None)
     return str(found) if found in transfers() and found != usual else FOLLOW
 

@@ -48,6 +48,7 @@ def test_a_pasted_infotext_restores_the_mode(pasted: dict[str, str], switched_on
         ({}, "u8", FOLLOW),
         ({"Remote VAE": HAPPENED}, "u8", "raw"),
         ({"Remote VAE": HAPPENED}, "raw", FOLLOW),
+        ({"Remote VAE": "decode remote studio (raw, another VAE)"}, "u8", "raw"),
         ({"Remote VAE": "decode local (503)"}, "u8", FOLLOW),
         ({"Remote VAE": HAPPENED, "Remote VAE transfer": "png"}, "u8", "png"),
         ({"Remote VAE transfer": "banana"}, "u8", FOLLOW),

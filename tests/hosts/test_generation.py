@@ -73,6 +73,7 @@ def test_a_cell_of_a_plot_wins_over_the_accordion() -> None:
     ("records", "text"),
     [
         ([REMOTE], "decode remote studio (u8)"),
+        ([replace(REMOTE, detail="u8, another VAE")], "decode remote studio (u8, another VAE)"),
         ([as_encode(FELL_BACK), REMOTE], "decode remote studio (u8), encode local (503)"),
         ([FELL_BACK, FELL_BACK], "decode local (503)"),
         ([REMOTE, FELL_BACK], "decode remote studio (u8) and local (503)"),
