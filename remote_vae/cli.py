@@ -179,7 +179,7 @@ def _serve(options: argparse.Namespace) -> int:
         raise SettingsError(
             f"--device must be auto, cpu, cuda, cuda:1, mps or another of torch's, not {options.device}"
         ) from None
-    from remote_vae.server.engine import Limits
+    from remote_vae.server.admission import Limits
     from remote_vae.server.run import serve
 
     serve(

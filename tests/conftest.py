@@ -10,12 +10,12 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-import uvicorn
 from diffusers import AutoencoderKL
 
-from remote_vae.server.app import create_app
-from remote_vae.server.engine import Engine, Limits
+from remote_vae.server.admission import Limits
 from remote_vae.server.models import LoadedVae, load_vae
+from remote_vae.server.protocol import BoundedProtocol
+from remote_vae.server.run import listen, make_server
 from remote_vae.settings import settings_folder
 from tests.chaos import Chaos
 from tests.pretend_gpu import Card, pretended
@@ -57,18 +57,20 @@ def vae() -> AutoencoderKL:
 
 
 class ServerThread:
-    """The real app under the real uvicorn, on a free loopback port."""
+    """The real server on a free loopback port, in a thread. ``protocol``: other bounds of its connections."""
 
-    def __init__(self, loaded: LoadedVae, token: str = "", limits: Limits | None = None) -> None:
-        self.engine = Engine(loaded, limits)
-        config = uvicorn.Config(create_app(self.engine, token), host="127.0.0.1", port=0, log_level="warning")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()), daemon=True)
+    def __init__(
+        self, loaded: LoadedVae, token: str = "", limits: Limits | None = None, protocol: type[BoundedProtocol] | None = None
+    ) -> None:
+        self.loaded = loaded
+        listener = listen("127.0.0.1", 0)
+        self.port: int = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = make_server(loaded, token, limits, protocol)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([listener])), daemon=True)
         self._thread.start()
         while not self._server.started:
             time.sleep(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
 
     def close(self) -> None:
         self._server.should_exit = True

@@ -84,7 +84,7 @@ def is_served(vae: Any, server: ServerThread | None) -> bool:
     """Whether it answers a decode and an encode, and the decode is what the VAE gives."""
     if server is None:
         return False
-    family = server.engine.loaded.family
+    family = server.loaded.family
     latents = torch.zeros(1, family.latent_channels, *((1,) if family.video else ()), 2, 2)
     try:
         pixels = remote_decode(f"{server.url}/decode", latents, output_type="pt", return_type="pt", do_scaling=False)
@@ -115,7 +115,7 @@ def is_taken(vae: Any, server: ServerThread | None) -> bool:
         handle = attach(vae, {"endpoint": server.url})
     except RemoteVaeError:
         return False
-    family = server.engine.loaded.family
+    family = server.loaded.family
     latents = torch.zeros(1, family.latent_channels, 2, 2)
     vae.encode(PIXELS.unsqueeze(2) if family.video else PIXELS)
     vae.decode(latents.unsqueeze(2) if family.video else latents, **BESIDE.get(type(vae).__name__, {}))

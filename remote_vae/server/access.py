@@ -7,7 +7,7 @@ import ipaddress
 from collections.abc import Callable
 from typing import Optional
 
-from fastapi import Request
+from starlette.requests import Request
 
 from remote_vae.tokens import TOKEN_VARIABLE, is_loopback
 from remote_vae.wire import HttpResponse, error_response

@@ -1,145 +1,282 @@
-"""The HTTP face of the server: reads bounded bodies, speaks JSON on every error."""
+"""The HTTP face of the server: a place first, then the body, then the VAE; JSON on every error."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 
-from remote_vae.errors import InvalidRequest, OutOfMemory, RemoteVaeError, SettingsError
+from remote_vae.errors import InvalidRequest, NotFinite, OutOfMemory, RemoteVaeError, SettingsError
 from remote_vae.server.access import Access, by_token
-from remote_vae.server.engine import Busy, ClientGone, IsGone, NoModel, VaeEngine
+from remote_vae.server.admission import Busy, ClientGone, Place, Receive, Stalled, TooLarge, read_body
+from remote_vae.server.engine import Engine, NoModel
 from remote_vae.version import __version__
-from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse, error_response, tensor_head
+from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse, error_detail, error_response, tensor_head
 
 log = logging.getLogger("remote_vae")
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Work = Callable[[bytearray], HttpResponse]
 
 # JSON and base64 around the values of a legacy body.
 _BASE64_OVERHEAD = 4 / 3
 _SLACK = 4096
 # A PNG of noise is a little larger than its values.
 _IMAGE_BYTES_PER_PIXEL = 4
+# An answer goes out in such pieces: what a client has not read yet of it waits here once, and not in the connection again.
+_PIECE = 512 * 1024
+# A client that is refused before its body was read gets so long (seconds) to read why.
+_LINGER = 2.0
+# The server's own connections end with a stalled answer; under a host's this does it, a little later.
+_STALL_SLACK = 5.0
 
-_STATUS: dict[type[Exception], int] = {Busy: 503, OutOfMemory: 507, ClientGone: 499, NoModel: 503}
+_STATUS: dict[type[Exception], int] = {
+    TooLarge: 413,
+    Stalled: 408,
+    Busy: 503,
+    NoModel: 503,
+    OutOfMemory: 507,
+    NotFinite: 422,
+}
+_PAGE = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Remote VAE</title>
+<h1>Remote VAE {__version__}</h1>
+<p>This server does VAE decode and encode for image generators. There is nothing to see here for a browser: put the
+address of this page into your UI as the endpoint (Settings, Remote VAE), or try it with
+<code>remote-vae check --endpoint ADDRESS</code>.</p>
+<p><a href="info">info</a> says which VAE it has, <a href="health">health</a> whether it is at work.</p>
+"""
 
 
-def create_app(engine: VaeEngine, token: str = "", access: Access | None = None) -> FastAPI:
-    """The server's app. With ``token``, every path but /health wants ``Authorization: Bearer <token>``.
+def create_app(engine: Engine, token: str = "", access: Access | None = None) -> Starlette:
+    """The server's app. With ``token``, every path but / and /health wants ``Authorization: Bearer <token>``.
 
     Args:
         engine: the VAE.
         token: "" lets everyone in.
         access: another rule than that of the token, which then has no meaning.
     """
-    app = FastAPI(title="Remote VAE", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    endpoints = _Endpoints(engine, access or by_token(token))
-    app.add_api_route("/health", endpoints.health, methods=["GET"])
-    app.add_api_route("/info", endpoints.info, methods=["GET"])
-    # A Hugging Face endpoint has no path; its clients are pointed at one URL and decode there.
-    for path in ("/", "/decode"):
-        app.add_api_route(path, endpoints.decode, methods=["POST"])
-    app.add_api_route("/encode", endpoints.encode, methods=["POST"])
-    app.add_exception_handler(HTTPException, _http_error)
-    return app
+    refusal = access or by_token(token)
 
+    async def page(_: Request) -> Response:
+        return HTMLResponse(_PAGE)
 
-class _Endpoints:
-    def __init__(self, engine: VaeEngine, access: Access) -> None:
-        self._engine = engine
-        self._refusal = access
+    async def health(request: Request) -> Response:
+        # How busy it is, is for those who may use it.
+        return JSONResponse({"status": "ok"} if refusal(request) else engine.health())
 
-    async def health(self) -> dict[str, Any]:
-        return self._engine.health()
-
-    async def info(self, request: Request) -> Response:
-        return await self._answer(request, self._info)
-
-    async def decode(self, request: Request) -> Response:
-        return await self._answer(request, self._decode)
-
-    async def encode(self, request: Request) -> Response:
-        return await self._answer(request, self._encode)
-
-    async def _answer(self, request: Request, do: Callable[[Request], Awaitable[HttpResponse]]) -> Response:
-        refusal = self._refusal(request)
-        if refusal is not None:
-            return _response(refusal)
+    async def info(request: Request) -> Response:
+        refused = refusal(request)
+        if refused is not None:
+            return _starlette(refused)
         try:
-            return _response(await do(request))
-        except (InvalidRequest, SettingsError) as error:
-            return _response(error_response(400, str(error)))
-        except RemoteVaeError as error:
-            return _response(error_response(_STATUS.get(type(error), 500), str(error)))
+            return JSONResponse({"server": "remote-vae", "version": __version__, **await engine.ask_info()})
         except Exception as error:
-            log.exception("the call failed")
-            return _response(error_response(500, f"{type(error).__name__}: {error}"))
+            return _starlette(_error(error))
 
-    async def _info(self, _: Request) -> HttpResponse:
-        document = {"server": "remote-vae", "version": __version__, **await self._engine.ask_info()}
-        return HttpResponse(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
-
-    async def _decode(self, request: Request) -> HttpResponse:
-        query = request.query_params.multi_items()
-        head = tensor_head(query)
-        if head is None:
-            raise InvalidRequest("the query lacks shape and dtype; a picture is encoded at /encode")
-        values = dict(query)
-        self._engine.check_decode(head, _whole(values.get("height")), _whole(values.get("width")), values.get("family"))
-        body = await _read_body(request, int(head.nbytes * _BASE64_OVERHEAD) + _SLACK)
-        decode = DecodeRequest.from_http(query, _headers(request), body)
-        return await self._engine.run(lambda is_gone: self._engine.decode(decode, is_gone), _leaving(request))
-
-    async def _encode(self, request: Request) -> HttpResponse:
-        query = request.query_params.multi_items()
-        head = tensor_head(query)
-        limits = self._engine.limits
-        self._engine.check_encode(head, dict(query).get("family"))
-        limit = head.nbytes if head is not None else limits.max_pixels * _IMAGE_BYTES_PER_PIXEL
-        body = await _read_body(request, limit + _SLACK)
-
-        def work(is_gone: IsGone) -> HttpResponse:
-            # A PNG is decoded in the engine's thread, as a large one would hold up every other request.
-            encode = EncodeRequest.from_http(query, body, max_pixels=limits.max_pixels)
-            return self._engine.encode(encode, is_gone)
-
-        return await self._engine.run(work, _leaving(request))
+    decode, encode = _Call(engine, refusal, _decode), _Call(engine, refusal, _encode)
+    routes = [Route("/", page, methods=["GET"])]
+    for slash in ("", "/"):
+        routes += [
+            Route(f"/health{slash}", health, methods=["GET"]),
+            Route(f"/info{slash}", info, methods=["GET"]),
+            Route(f"/decode{slash}", decode, methods=["POST"]),
+            Route(f"/encode{slash}", encode, methods=["POST"]),
+        ]
+    # A Hugging Face endpoint has no path; its clients are pointed at one URL and decode there.
+    routes.append(Route("/", decode, methods=["POST"]))
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
 
-async def _read_body(request: Request, limit: int) -> bytearray:
-    """The body, as long as it stays under ``limit`` bytes. Raises InvalidRequest beyond."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise InvalidRequest(f"the body is longer than the {limit} bytes that belong to this request")
-    return body
+@dataclass(frozen=True)
+class _Wanted:
+    """What a request wants, by its head: what it takes, how long its body may be, and what to do with that."""
+
+    place: Place
+    limit: int
+    work: Work
 
 
-async def _leaving(request: Request) -> None:
-    """Ends when the client hangs up; to be awaited after the body is read.
+def _decode(engine: Engine, request: Request) -> _Wanted:
+    query = request.query_params.multi_items()
+    head = tensor_head(query)
+    if head is None:
+        raise InvalidRequest("the query lacks shape and dtype; a picture is encoded at /encode")
+    values = dict(query)
+    pixels = engine.check_decode(head, _whole(values.get("height")), _whole(values.get("width")), values.get("family"))
+    limit = int(head.nbytes * _BASE64_OVERHEAD) + _SLACK
+    answer = int(3 * pixels * max(head.dtype.itemsize, 2) * _BASE64_OVERHEAD)
+    place = engine.admission.enter("decode", pixels, _length(request, limit) + answer)
+    headers = {name.lower(): value for name, value in request.headers.items()}
 
-    Not ``request.is_disconnected``, which never tells behind the middleware of the web UIs (Starlette's BaseHTTPMiddleware).
-    """
-    while (await request.receive())["type"] != "http.disconnect":
+    def work(body: bytearray) -> HttpResponse:
+        return engine.decode(DecodeRequest.from_http(query, headers, body), place)
+
+    return _Wanted(place, limit, work)
+
+
+def _encode(engine: Engine, request: Request) -> _Wanted:
+    query = request.query_params.multi_items()
+    head = tensor_head(query)
+    limits = engine.limits
+    pixels = engine.check_encode(head, dict(query).get("family"))
+    limit = (head.nbytes if head is not None else limits.max_pixels * _IMAGE_BYTES_PER_PIXEL) + _SLACK
+    length = _length(request, limit)
+    # Of a picture's file nobody knows how much it holds.
+    place = engine.admission.enter("encode", pixels or length, length)
+
+    def work(body: bytearray) -> HttpResponse:
+        # In the engine's thread, as a large picture's file would hold up every other request.
+        return engine.encode(EncodeRequest.from_http(query, body, max_pixels=limits.max_pixels), place)
+
+    return _Wanted(place, limit, work)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The ASGI app of a path that does VAE calls."""
+
+    engine: Engine
+    refusal: Access
+    wanted: Callable[[Engine, Request], _Wanted]
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        request = Request(scope)
+        refused = self.refusal(request)
+        if refused is None:
+            try:
+                wanted = self.wanted(self.engine, request)
+            except Exception as error:
+                refused = _error(error)
+        if refused is not None:
+            await self._refuse(request, refused, receive, send)
+            return
+        try:
+            await self._serve(request, wanted, receive, send)
+        finally:
+            self.engine.admission.leave(wanted.place)
+
+    async def _serve(self, request: Request, wanted: _Wanted, receive: Receive, send: Send) -> None:
+        place, stall = wanted.place, self.engine.limits.stall
+        try:
+            body = await read_body(receive, place, wanted.limit, stall)
+        except ClientGone as error:
+            log.debug("%s: %s", _who(request), error)
+            return
+        except (TooLarge, Stalled) as error:
+            await self._refuse(request, _error(error), receive, send)
+            return
+        try:
+            answer = await self.engine.run(place, partial(wanted.work, body), _leaving(receive))
+        except ClientGone as error:
+            log.debug("%s: %s", _who(request), error)
+            return
+        except Exception as error:
+            answer = _error(error)
+        # A slow reader need not keep what he sent in memory.
+        del body
+        waited, took = place.times()
+        size = f"{len(answer.body) / 1e6:.1f} MB" if answer.status == 200 else error_detail(answer.body)
+        log.info(
+            "%s of %d pixels for %s: %d, %s; waited %.2f s, took %.2f s",
+            *(place.op, place.pixels, _who(request), answer.status, size, waited, took),
+        )
+        if not await _send(answer, send, stall + _STALL_SLACK):
+            log.debug("%s does not read its answer", _who(request))
+
+    async def _refuse(self, request: Request, answer: HttpResponse, receive: Receive, send: Send) -> None:
+        """Answer before the body was read. The connection ends with it, so that nobody reads on without an end."""
+        log.info("%s for %s: %d, %s", request.url.path, _who(request), answer.status, error_detail(answer.body))
+        answer = replace(answer, headers={**answer.headers, "Connection": "close"})
+        await _send_head(answer, send)
+        await send({"type": "http.response.body", "body": bytes(answer.body), "more_body": True})
+        with suppress(asyncio.TimeoutError):
+            # To close at once what still sends would tear the answer down with it.
+            await asyncio.wait_for(_discard(receive), _LINGER)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send(answer: HttpResponse, send: Send, stall: float) -> bool:
+    """Send it in pieces. False: a piece was not read in ``stall`` seconds, and the rest is not sent."""
+    await _send_head(answer, send)
+    body = memoryview(answer.body)
+    for start in range(0, max(len(body), 1), _PIECE):
+        piece = bytes(body[start : start + _PIECE])
+        message = {"type": "http.response.body", "body": piece, "more_body": start + _PIECE < len(body)}
+        try:
+            await asyncio.wait_for(send(message), stall)
+        except asyncio.TimeoutError:
+            return False
+    return True
+
+
+async def _send_head(answer: HttpResponse, send: Send) -> None:
+    headers = {**answer.headers, "Content-Length": str(len(answer.body))}
+    raw = [(name.lower().encode("latin1"), value.encode("latin1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": answer.status, "headers": raw})
+
+
+async def _discard(receive: Receive) -> None:
+    while (await receive()).get("more_body", False):
         pass
 
 
-def _headers(request: Request) -> dict[str, str]:
-    return {name.lower(): value for name, value in request.headers.items()}
+async def _leaving(receive: Receive) -> None:
+    """Ends when the client hangs up; to be awaited after the body was read.
+
+    Not ``request.is_disconnected``, which never tells behind the middleware of the web UIs (Starlette's BaseHTTPMiddleware).
+    """
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _length(request: Request, limit: int) -> int:
+    """Bytes of the body, as far as the head says them. Raises TooLarge."""
+    declared = request.headers.get("content-length", "")
+    if not declared.isdigit():
+        return limit if "transfer-encoding" in request.headers else 0
+    if len(declared) > len(str(limit)) or int(declared) > limit:
+        raise TooLarge(f"a body of {declared[:20]} bytes, and at most {limit} belong to this request")
+    return int(declared)
+
+
+def _error(error: Exception) -> HttpResponse:
+    """The answer to a request that failed so."""
+    if isinstance(error, RecursionError):
+        return error_response(400, "the body is nested too deeply")
+    if isinstance(error, (InvalidRequest, SettingsError)):
+        return error_response(400, str(error))
+    if not isinstance(error, RemoteVaeError):
+        log.error("the call failed", exc_info=error)
+        return error_response(500, f"{type(error).__name__}: {error}")
+    answer = error_response(_STATUS.get(type(error), 500), str(error))
+    if isinstance(error, Busy):
+        return replace(answer, headers={**answer.headers, "Retry-After": str(error.retry_after)})
+    return answer
+
+
+def _who(request: Request) -> str:
+    return request.client.host if request.client else "someone"
 
 
 def _whole(text: str | None) -> int | None:
     return int(text) if text and text.isascii() and text.isdigit() and len(text) <= 6 else None
 
 
-def _response(answer: HttpResponse) -> Response:
+def _starlette(answer: HttpResponse) -> Response:
     return Response(bytes(answer.body), status_code=answer.status, headers=dict(answer.headers))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     status, detail = getattr(error, "status_code", 500), getattr(error, "detail", str(error))
-    return _response(error_response(status, f"{detail}: {request.method} {request.url.path}"))
+    return _starlette(error_response(status, f"{detail}: {request.method} {request.url.path}"))

@@ -172,7 +172,7 @@ def test_a_call_holds_the_hosts_lock_and_waits_while_the_host_has_it(ui: Ui, lat
     assert ui.lock.asked.wait(10)
     # A generation runs; who asks what there is does not wait for it.
     assert ui.get("/info").ok
-    assert ui.get("/health").json() == {"status": "ok"}
+    assert ui.get("/health").json() == {"status": "ok", "running": True, "waiting": 0}
     assert (made, held) == ([], [])
     ui.lock.lock.release()
     client.join(10)

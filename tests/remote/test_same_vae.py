@@ -171,7 +171,7 @@ def test_a_server_that_failed_is_asked_who_it_is_before_the_minute_is_over(
 
 def test_a_vae_of_another_family_is_another_vae(caller: Caller, chaos: Chaos, server: ServerThread) -> None:
     # A server of the same weights, which takes them for those of SD 1.
-    sd1 = ServerThread(replace(server.engine.loaded, family=find_family("sd1")))
+    sd1 = ServerThread(replace(server.loaded, family=find_family("sd1")))
     try:
         chaos.target = sd1.url
         with pytest.raises(AnotherVae, match=r"has a VAE for SD 1 / SD 2, .* is for SDXL"):

@@ -34,7 +34,7 @@ from remote_vae.errors import (
 from remote_vae.remote import environment, transport
 from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_for, never
 from remote_vae.remote.transport import Urllib3Transport
-from remote_vae.server.engine import Limits
+from remote_vae.server.admission import Limits
 from remote_vae.server.models import LoadedVae
 from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeRequest, Output
 from tests.chaos import Chaos

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from remote_vae.errors import SettingsError
-from remote_vae.server.models import LoadedVae, describe, load_vae
+from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.vae.fingerprint import fingerprint
 from tests.conftest import DEMO_VAE
 from tests.vaes import small_kl
@@ -99,7 +99,7 @@ def test_a_hub_id_is_loaded_from_the_hubs_cache(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     loaded = load_vae("someone/some-vae", device="cpu")
     assert decodes_alike(loaded, vae)
-    assert describe(loaded)["model"] == "someone/some-vae"
+    assert loaded.current().model == "someone/some-vae"
 
 
 def test_the_family_on_the_command_line_wins(tmp_path: Path) -> None:
@@ -128,7 +128,12 @@ def other_class(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("prepare", "message"),
-    [(lambda folder: None, "no VAE found"), (no_vae, "not a VAE"), (other_class, "not a VAE"), (pickle_only, "safetensors")],
+    [
+        (lambda folder: None, "no VAE found"),
+        (no_vae, "not a VAE's"),
+        (other_class, "not a VAE's"),
+        (pickle_only, "safetensors"),
+    ],
 )
 def test_a_folder_without_a_safe_vae_is_refused(tmp_path: Path, prepare: object, message: str) -> None:
     prepare(tmp_path)  # type: ignore[operator]

@@ -11,14 +11,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from remote_vae.errors import RemoteVaeError
-from remote_vae.server import engine as engine_module
-from remote_vae.server.engine import ClientGone, Limits, NoModel
-from remote_vae.server.shared import SharedEngine, create_shared_app
+from remote_vae.server.admission import ClientGone, Limits, Place
+from remote_vae.server.engine import Engine, NoModel
+from remote_vae.server.shared import create_shared_app
+from remote_vae.vae.at_work import whole_diffusers
 from remote_vae.vae.fingerprint import fingerprint
-from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse, Output
+from remote_vae.wire import DecodeRequest, HttpResponse, Output
 from tests.hosts.a1111_standin import LdmVae
-from tests.nearness import no_room_for_the_whole, out_of_memory, psnr, psnr_of_moments
+from tests.nearness import no_room_for_the_whole, out_of_memory, psnr
 from tests.sharing import QueueLock, Sharing, asked
 
 
@@ -27,12 +27,12 @@ def provider(vae: AutoencoderKL) -> Sharing:
     return Sharing(LdmVae(vae))
 
 
-def engine(provider: Sharing, lock: Any = None, limits: Limits | None = None) -> SharedEngine:
-    return SharedEngine(provider, lock or threading.Lock(), limits)
+def engine(provider: Sharing, lock: Any = None) -> Engine:
+    return Engine(provider, turn=lock)
 
 
-def raw(latents: torch.Tensor) -> DecodeRequest:
-    return DecodeRequest(latents, Output.TENSOR)
+def decode(own: Engine, latents: torch.Tensor) -> HttpResponse:
+    return own.decode(DecodeRequest(latents, Output.TENSOR), Place("decode", latents.numel(), latents.nbytes))
 
 
 def tensor(answer: HttpResponse, like: torch.Tensor) -> torch.Tensor:
@@ -40,55 +40,20 @@ def tensor(answer: HttpResponse, like: torch.Tensor) -> torch.Tensor:
 
 
 def test_without_a_model_the_user_is_told_what_to_do(latents: torch.Tensor) -> None:
-    for act in (lambda own: own.info(), lambda own: own.decode(raw(latents))):
+    for act in (lambda own: own.info(), lambda own: decode(own, latents)):
         with pytest.raises(NoModel, match="generate something first"):
             act(engine(Sharing()))
 
 
-def test_half_precision_that_gives_nan_is_done_in_float32_and_the_vae_stays_as_it_is(
-    provider: Sharing, vae: AutoencoderKL, latents: torch.Tensor, pixels: torch.Tensor
-) -> None:
-    half = vae.half()
-    nan = torch.tensor(float("nan"), dtype=torch.float16)
-    weights = {name: value.clone() for name, value in half.state_dict().items()}
-    provider.changes = {
-        "module": half, "dtype": torch.float16, "decode": lambda z: nan.expand(1, 3, 64, 96),
-        "encode": lambda x: nan.expand(1, 8, 8, 12),
-    }  # fmt: skip
-    exact = copy.deepcopy(half).float()
-    own = engine(provider)
-    for _ in range(2):
-        answer = own.decode(raw(latents.half()))
-        with torch.inference_mode():
-            expected = exact.decode(latents.half().float(), return_dict=False)[0]
-        assert psnr(tensor(answer, expected.half()), expected) >= 80
-    moments = own.encode(EncodeRequest(pixels.half(), posterior=True))
-    with torch.inference_mode():
-        expected = exact.encode(pixels.half().float()).latent_dist.parameters
-    # Rounding the result to half precision leaves this much; computing in it leaves 69 dB.
-    assert psnr_of_moments(tensor(moments, expected.half()), expected) >= 71
-    assert all(value.dtype == torch.float16 and torch.equal(value, weights[name]) for name, value in half.state_dict().items())
-
-
-def test_nan_of_a_vae_that_nothing_else_can_compute_is_an_error_and_not_a_black_picture(
-    provider: Sharing, latents: torch.Tensor
-) -> None:
-    provider.changes = {
-        "module": torch.nn.Linear(1, 1), "dtype": torch.float16, "decode": lambda z: torch.full((1, 3, 64, 96), float("nan")),
-    }  # fmt: skip
-    with pytest.raises(RemoteVaeError, match="gives NaN"):
-        engine(provider).decode(raw(latents))
-
-
 def test_the_switch_to_another_model_is_noticed(provider: Sharing, vae: AutoencoderKL, latents: torch.Tensor) -> None:
     own = engine(provider)
-    first, before = own.info(), own.decode(raw(latents)).body
+    first, before = own.info(), decode(own, latents).body
     other = copy.deepcopy(vae)
     with torch.no_grad():
         other.decoder.conv_out.bias += 0.25
         expected = other.decode(latents, return_dict=False)[0]
     provider.vae = LdmVae(other)
-    after = own.decode(raw(latents))
+    after = decode(own, latents)
     assert after.body != before
     assert torch.equal(tensor(after, expected), expected)
     assert own.info()["fingerprint"] != first["fingerprint"]
@@ -137,10 +102,11 @@ def test_a_vae_that_does_not_fit_is_brought_and_tiled_in_its_context(
         happened.append("brought")
         return tensor
 
-    provider.changes = {"module": vae, "bring": bring, "calling": Context}
-    answer = engine(provider).decode(raw(latents))
+    provider.changes = {"module": vae, "whole": whole_diffusers, "bring": bring}
+    provider.serving = Context
+    answer = decode(engine(provider), latents)
     assert psnr(tensor(answer, whole), whole) >= 100
-    assert happened == ["in", "brought", "out"]
+    assert (happened[0], "brought" in happened[1:-1], happened[-1]) == ("in", True, "out")
     assert not vae.use_tiling
 
 
@@ -149,9 +115,8 @@ def test_without_room_for_the_vae_on_its_device_the_call_goes_on(
 ) -> None:
     with torch.no_grad():
         whole = vae.decode(latents, return_dict=False)[0]
-    monkeypatch.setattr(engine_module, "whole_fits", lambda *_: False)
-    provider.changes = {"module": vae, "bring": out_of_memory}
-    assert psnr(tensor(engine(provider).decode(raw(latents)), whole), whole) >= 100
+    provider.changes = {"module": vae, "whole": whole_diffusers, "bring": out_of_memory}
+    assert psnr(tensor(decode(engine(provider), latents), whole), whole) >= 100
 
 
 def test_weights_that_are_moved_in_a_call_can_be_written_to_later(provider: Sharing, latents: torch.Tensor) -> None:
@@ -164,23 +129,25 @@ def test_weights_that_are_moved_in_a_call_can_be_written_to_later(provider: Shar
             parameter.data = parameter.data.clone()
 
     provider.watch = move
-    engine(provider).decode(raw(latents))
+    decode(engine(provider), latents)
     module.load_state_dict(copy.deepcopy(module.state_dict()))
     assert not any(parameter.is_inference() for parameter in module.parameters())
 
 
 def test_a_client_that_left_while_the_host_generated_is_not_served(provider: Sharing, latents: torch.Tensor) -> None:
     assert provider.vae is not None
+    place = Place("decode", 1, 1)
+    place.leave()
     with pytest.raises(ClientGone):
-        engine(provider).decode(raw(latents), lambda: True)
+        engine(provider).decode(DecodeRequest(latents, Output.TENSOR), place)
     assert provider.vae.calls == []
 
 
 def test_the_lock_is_free_again_after_an_error(provider: Sharing, latents: torch.Tensor) -> None:
     lock = QueueLock()
-    provider.changes = {"decode": lambda z: torch.zeros(())[0]}
+    provider.changes = {"whole": lambda *_: torch.zeros(())[0]}
     with pytest.raises(IndexError):
-        engine(provider, lock).decode(raw(latents))
+        decode(engine(provider, lock), latents)
     assert not lock.lock.locked()
 
 

@@ -1,0 +1,246 @@
+"""Who is let in: what a request may ask for, and the place and the bytes that it takes before its body is read.
+
+Works in any ASGI server, so that it also bounds the VAE that a host shares under its own. What concerns connections without a
+request is in ``protocol``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from remote_vae.errors import InvalidRequest, RemoteVaeError
+from remote_vae.vae.at_work import Op
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+# An upload makes progress while so many bytes, or the rest of it, come within the time.
+_PROGRESS = 16 * 1024
+# Before the first call has been measured, so many may wait.
+_UNMEASURED = 8
+
+
+class Busy(RemoteVaeError):
+    """No place, or a longer wait than is worth it. ``retry_after``: when there is room again (whole seconds)."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = max(1, math.ceil(retry_after))
+
+
+class TooLarge(RemoteVaeError):
+    """The body is longer than this request's may be."""
+
+
+class Stalled(RemoteVaeError):
+    """The body stopped coming."""
+
+
+class ClientGone(RemoteVaeError):
+    """The client hung up."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests may ask for, and what all of them together may take.
+
+    Attributes:
+        max_pixels: of one picture.
+        max_batch: pictures in a request.
+        max_frames: latent frames of a video.
+        max_waiting: requests at once, in upload, in the queue or at work.
+        max_wait: seconds that a call may be expected to wait; clients look elsewhere after 20.
+        max_bytes: bodies and answers of all requests together. A request that is alone is always let in.
+        stall: seconds in which the body or the answer of a request must come further.
+        patience: seconds after which a body that does not come gives up its place where another request wants it.
+    """
+
+    max_pixels: int = 4096 * 4096
+    max_batch: int = 32
+    max_frames: int = 257
+    max_waiting: int = 64
+    max_wait: float = 15.0
+    max_bytes: int = 1 << 30
+    stall: float = 20.0
+    patience: float = 2.0
+
+    @property
+    def max_total_pixels(self) -> int:
+        """Pixels of one request, all pictures and frames together: bounds the memory of its body and its answer."""
+        return 4 * self.max_pixels
+
+    def check(self, batch: int, frames: int, height: int, width: int) -> None:
+        """Raises InvalidRequest: so many pictures of so many (latent) frames and pixels are too much for one request."""
+        if height * width > self.max_pixels:
+            raise InvalidRequest(f"{width} x {height} pixels; this server takes at most {self.max_pixels} a picture")
+        if batch > self.max_batch:
+            raise InvalidRequest(f"{batch} pictures; this server takes at most {self.max_batch} at once")
+        if frames > self.max_frames:
+            raise InvalidRequest(f"{frames} latent frames; this server takes at most {self.max_frames}")
+        total = batch * frames * height * width
+        if total > self.max_total_pixels:
+            raise InvalidRequest(f"{total} pixels in all; this server takes at most {self.max_total_pixels} in one request")
+
+    def published(self) -> dict[str, int]:
+        """What ``GET /info`` says of them."""
+        names = ("max_pixels", "max_batch", "max_frames", "max_waiting", "max_total_pixels")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(eq=False)
+class Place:
+    """What one request holds from its head to the end of its answer. Times are those of ``time.monotonic``.
+
+    Attributes:
+        pixels: that the VAE has to make or read.
+        nbytes: of its body and its answer.
+        moved: when the body last came further; None once it is here.
+        begun, ended: of the VAE's work.
+        dropped: set when another request takes the place of this upload.
+    """
+
+    op: Op
+    pixels: int
+    nbytes: int
+    moved: float | None = field(default_factory=time.monotonic)
+    arrived: float = 0.0
+    begun: float | None = None
+    ended: float | None = None
+    dropped: asyncio.Event = field(default_factory=asyncio.Event)
+    _gone: threading.Event = field(default_factory=threading.Event)
+
+    def is_gone(self) -> bool:
+        """Whether the client hung up."""
+        return self._gone.is_set()
+
+    def leave(self) -> None:
+        """The client hung up."""
+        self._gone.set()
+
+    def begin(self) -> None:
+        """The VAE starts to work on it."""
+        self.begun = time.monotonic()
+
+    def end(self) -> None:
+        """It has done what it could."""
+        self.ended = time.monotonic()
+
+    def is_stalled(self, patience: float) -> bool:
+        """Whether its body has not come any further for so many seconds."""
+        return self.moved is not None and time.monotonic() - self.moved > patience
+
+    def times(self) -> tuple[float, float]:
+        """Seconds that it waited, and that the VAE took; 0 for what has not happened."""
+        begun = self.begun if self.begun is not None else (self.ended or self.arrived)
+        return begun - self.arrived, (self.ended or begun) - begun
+
+
+class Admission:
+    """The places of a server. All is called in its event loop, but ``measure``."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._places: set[Place] = set()
+        # Seconds and pixels of the calls of late, by what they were: their quotient is what a pixel takes.
+        self._measured: dict[Op, tuple[float, int]] = {}
+
+    def enter(self, op: Op, pixels: int, nbytes: int) -> Place:
+        """A place for a request whose body and answer have ``nbytes``; to be given back with ``leave``.
+
+        Uploads that have stopped give up theirs for it.
+
+        Raises:
+            Busy: there is none, or the call would wait for longer than ``max_wait``.
+        """
+        wait = self.expected_wait()
+        if wait > self.limits.max_wait:
+            # By then there is room for as much again.
+            raise Busy(f"calls for about {wait:.0f} s are waiting here; try again later", wait / 2)
+        for upload in sorted(self._stalled(), key=lambda place: place.moved or 0.0):
+            if self._has_room(nbytes):
+                break
+            upload.dropped.set()
+            self.leave(upload)
+        if not self._has_room(nbytes):
+            raise Busy(f"{len(self._places)} requests are being worked on here; try again later", wait / 2)
+        place = Place(op, pixels, nbytes)
+        self._places.add(place)
+        return place
+
+    def leave(self, place: Place) -> None:
+        """Give the place back; twice does no harm."""
+        self._places.discard(place)
+
+    def measure(self, place: Place) -> None:
+        """What an answered call took is what the next ones are expected to take. Called in the engine's thread."""
+        if place.begun is not None and place.ended is not None:
+            seconds, pixels = self._measured.get(place.op, (0.0, 0))
+            # Each weighs half of the one after it, so that the first, which also loads the GPU's kernels, is soon forgotten.
+            self._measured[place.op] = (seconds / 2 + place.ended - place.begun, pixels // 2 + place.pixels)
+
+    def expected_wait(self) -> float:
+        """Seconds of work that lie before a call that comes now."""
+        at_hand = self._places - self._stalled()
+        return sum(self._remaining(place) for place in at_hand if place.ended is None)
+
+    def _stalled(self) -> set[Place]:
+        return {place for place in self._places if place.is_stalled(self.limits.patience)}
+
+    def _remaining(self, place: Place) -> float:
+        seconds, pixels = self._measured.get(place.op, (0.0, 0))
+        whole = place.pixels * seconds / pixels if pixels else self.limits.max_wait / _UNMEASURED
+        return whole if place.begun is None else max(0.0, whole - (time.monotonic() - place.begun))
+
+    def _has_room(self, nbytes: int) -> bool:
+        taken = sum(place.nbytes for place in self._places)
+        fits = not self._places or taken + nbytes <= self.limits.max_bytes
+        return fits and sum(place.ended is None for place in self._places) < self.limits.max_waiting
+
+
+async def read_body(receive: Receive, place: Place, limit: int, stall: float) -> bytearray:
+    """The body of the request that holds ``place``.
+
+    Args:
+        receive: of the ASGI server.
+        place: is stalled, and may be dropped, while the body does not come.
+        limit: bytes that it may have at most.
+        stall: seconds in which it must come further.
+
+    Raises:
+        TooLarge: it is longer than ``limit``. Stalled: it does not come. ClientGone: the client hung up.
+    """
+    body = bytearray()
+    mark = 0
+    dropped = asyncio.ensure_future(place.dropped.wait())
+    try:
+        while True:
+            message = await _next(receive, dropped, (place.moved or 0.0) + stall)
+            if message["type"] == "http.disconnect":
+                raise ClientGone(f"the client hung up after {len(body)} bytes of the body")
+            body += message.get("body", b"")
+            if len(body) > limit:
+                raise TooLarge(f"the body is longer than the {limit} bytes that belong to this request")
+            if not message.get("more_body", False):
+                place.moved = None
+                place.arrived = time.monotonic()
+                return body
+            if len(body) - mark >= _PROGRESS:
+                mark, place.moved = len(body), time.monotonic()
+    finally:
+        dropped.cancel()
+
+
+async def _next(receive: Receive, dropped: asyncio.Future[Any], deadline: float) -> MutableMapping[str, Any]:
+    coming = asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({coming, dropped}, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            raise Stalled("the body did not come any further, and others wait" if dropped.done() else "the body did not come")
+        return coming.result()
+    finally:
+        coming.cancel()
