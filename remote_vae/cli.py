@@ -36,7 +36,7 @@ PANEL_ONLY = frozenset(
     {"enabled", "decode", "encode", "when_vae_differs", "cooldown", "rescue_folder", "share", "name_endpoint"}
 )
 # What "serve" and "decode --vae" need: one of them missing, the others are hardly there.
-_SERVER = ("accelerate", "diffusers", "fastapi", "uvicorn")
+_SERVER = ("accelerate", "diffusers", "starlette", "uvicorn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
