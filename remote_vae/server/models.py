@@ -16,6 +16,7 @@ from torch import nn
 
 from remote_vae.errors import SettingsError, UnsupportedLayout
 from remote_vae.server.weights import SUFFIXES, infer_config, load_into, read_weights
+from remote_vae.tiled.memory import is_out_of_memory
 from remote_vae.vae.at_work import VaeAtWork, has_posterior, whole_diffusers
 from remote_vae.vae.families import Family, find_family, recognise_config
 from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
@@ -120,7 +121,12 @@ def load_vae(source: str, *, family: str | None = None, dtype: str = "auto", dev
     try:
         return replace(loaded, family=_tried(loaded))
     except Exception as error:
-        raise SettingsError(f"--vae {source}: {type(vae).__name__} cannot be served: {_line(error)}") from error
+        if is_out_of_memory(error):
+            # A call will be done in tiles.
+            return loaded
+        raise SettingsError(
+            f"--vae {source}: {type(vae).__name__} does not make pictures of latents: {_line(error)}"
+        ) from error
 
 
 def _tried(loaded: LoadedVae) -> Family:
