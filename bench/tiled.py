@@ -4,7 +4,7 @@ Two VAEs in float32: "sd" is the real architecture with random weights, "small" 
 and times are each measured in a fresh process, after a call on a small corner that loads the libraries:
 
 - memory: how far peak RSS rises during one call (on a GPU: its allocator's peak);
-- live: peak of the bytes of all tensors alive on the compute device (``bench.live_bytes``), the result included;
+- live: peak of the bytes of all tensors alive on the compute device (``bench.live_bytes``), the result included and files not;
 - x time: of exact, the median over pairs of calls in turns with the whole VAE in one process; of the others, their one call
   against the whole VAE's one call.
 
@@ -219,7 +219,7 @@ def _peers(folder: str) -> tuple[str, ...]:
 
 
 def print_bounded(bench: Bench, vae: str, size: int) -> None:
-    """A tenth of the whole VAE's live bytes; the host's memory keeps the rest."""
+    """A tenth of the whole VAE's live bytes; what finds no room waits in files, or in the host's memory beside a GPU."""
     whole = Call(vae, "decode", size)
     whole_live = bench.live(whole)["live"]
     bounded = replace(whole, method="exact", max_bytes=int(BOUNDED_SHARE * whole_live))

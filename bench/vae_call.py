@@ -39,7 +39,7 @@ class Call:
         size: side of the square picture in pixels.
         method: "whole", "exact", "diffusers tiling", "multidiffusion" or "multidiffusion fast".
         weights: dtype of the VAE.
-        dtype: what the exact method is told to compute in; "" leaves it to the VAE.
+        dtype: what the exact method computes in; "" leaves it to the VAE.
         max_bytes: what the exact method may take; 0 is as much as it likes.
         peer: folder of multidiffusion's Tiled VAE.
     """
@@ -135,7 +135,7 @@ def measure_memory(folder: Path, call: Call, result_name: str) -> dict[str, Any]
 
 
 def measure_ticks(folder: Path, call: Call) -> dict[str, Any]:
-    """The longest time between two looks at ``cancelled``: how long an Interrupt may have to wait."""
+    """The longest time between two questions to ``cancelled``: how long an Interrupt may have to wait."""
     run, batch = _warm(folder, call)
     times = [time.perf_counter()]
     with torch.inference_mode():

@@ -34,7 +34,7 @@ def attend(
         keys, values: ``[1, heads, N, d]``.
         flops: how many there may be between two ticks.
         scores_bytes: how large the scores of a portion may be, which torch may compute as a whole.
-        tick: told of the floating point operations that were done.
+        tick: called with the floating point operations that were done.
 
     Returns:
         ``[1, heads, n, d]``.

@@ -44,7 +44,7 @@ class Limits:
         max_bytes: live bytes on the compute device above what there is at the start, the result included; None: as many as are
             fastest. Strips get thinner; then they wait elsewhere: a GPU's in the host's memory, a processor's in a file in
             TMPDIR, /var/tmp or the system's temporary folder, the first that is no memory.
-        device: where to compute; None: where the input is, and the host is told to bring the VAE there. Else each layer's
+        device: where to compute; None: where the input is, and the host is asked to bring the VAE there. Else each layer's
             weights are copied there when they are needed.
         dtype: what to compute in; None: the dtype of the VAE's weights, or autocast's. Half precision that gives NaN is done
             again in float32.

@@ -54,11 +54,11 @@ class Run:
         device, dtype: of the computation.
         strip_bytes: how large a strip should be.
         pixels: rows x columns where there are most of them.
-        strip_flops: how much work may be done between two looks at ``cancelled``.
+        strip_flops: how much work may be done before ``cancelled`` is asked again.
         store: for strips that wait.
         channels_last: the memory format of strips.
         finite: whether to stop at the first NaN.
-        progress: told the share of the work that is done.
+        progress: called with the share of the work that is done.
     """
 
     device: torch.device
@@ -374,7 +374,7 @@ class Attended(Rows):
         return self._source.normalise(strip).to(self.run.dtype).flatten(2).transpose(1, 2)
 
     def _whole(self, weights: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-        """Room for all positions, ``[1, heads, H W, C / heads]``."""
+        """Memory for all positions, ``[1, heads, H W, C / heads]``."""
         shape = (1, self._step.heads, self.height * self.width, weights[0].shape[0] // self._step.heads)
         return torch.empty(shape, device=self.run.device, dtype=self.run.dtype)
 

@@ -45,7 +45,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that a computation on ``device`` could still get, or None where that cannot be told."""
+    """Bytes that a computation on ``device`` could still get, or None where that is not known."""
     try:
         if device.type == "cpu":
             # The web UIs ship it; without it the memory is found out by trying.

@@ -277,21 +277,21 @@ def test_nothing_is_computed_twice(name: str) -> None:
 
 
 def test_progress_rises_with_every_strip_and_ends_at_one(vae: Any) -> None:
-    told: list[float] = []
-    tiled.decode(vae, random(2, 4, 16, 16), progress=told.append)
-    assert len(told) > 100
-    assert told == sorted(told)
-    assert 0 < told[0] < 0.05
-    assert told[-1] == pytest.approx(1.0)
-    assert any(0.45 < share < 0.5 for share in told)
-    assert any(0.5 < share < 0.55 for share in told)
+    shares: list[float] = []
+    tiled.decode(vae, random(2, 4, 16, 16), progress=shares.append)
+    assert len(shares) > 100
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 0.05
+    assert shares[-1] == pytest.approx(1.0)
+    assert any(0.45 < share < 0.5 for share in shares)
+    assert any(0.5 < share < 0.55 for share in shares)
 
 
 def test_cancelling_ends_the_call_at_the_next_strip(vae: Any) -> None:
-    told: list[float] = []
+    shares: list[float] = []
     with pytest.raises(CallCancelled):
-        tiled.encode(vae, random(1, 3, 128, 128), progress=told.append, cancelled=lambda: len(told) == 7)
-    assert len(told) == 7
+        tiled.encode(vae, random(1, 3, 128, 128), progress=shares.append, cancelled=lambda: len(shares) == 7)
+    assert len(shares) == 7
 
 
 # --- the VAE is left alone ---------------------------------------------------------------------------------------------

@@ -79,10 +79,10 @@ def test_files_have_no_name_while_they_are_used_and_are_gone_after_it(folder: Pa
     seen: set[tuple[bool, tuple[str, ...]]] = set()
     before = open_files()
 
-    def look(done: float) -> None:
+    def note(done: float) -> None:
         seen.add((len(open_files()) > len(before), tuple(os.listdir(folder))))
 
-    tiled.decode(plain_kl(), latents, max_bytes=LITTLE, progress=look)
+    tiled.decode(plain_kl(), latents, max_bytes=LITTLE, progress=note)
     assert (True, ()) in seen
     assert all(not names for _, names in seen)
     assert open_files() == before
