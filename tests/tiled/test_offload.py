@@ -112,10 +112,11 @@ def test_a_disk_that_is_full_is_no_error_of_its_own_and_leaves_nothing(latents: 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_001, hard))
     try:
-        with pytest.raises(OutOfMemory, match=str(folder)):
+        with pytest.raises(OutOfMemory, match=str(folder)) as error:
             tiled.decode(plain_kl(), latents, max_bytes=LITTLE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.__traceback__ is not None
     assert open_files() == before
 
 
