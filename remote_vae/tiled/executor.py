@@ -8,9 +8,9 @@ largest size are alive at the most, where the whole VAE has three, and its tempo
 Where that is more than may be taken, strips wait elsewhere (``offload.py``), on a processor in a file. The other way, to
 compute rows again from what is before a norm, was here and is gone. A decode in a tenth of the whole VAE's bytes takes so many
 times the operations: sd 6.6 at 512 px, 6.4 at 1024 px and 5.7 at 2048 px, small 4.8, 4.1 and 2.8; an encode 1.1 to 3.3.
-Measured for small at 1024 px (bench.vae_call's VAE, one thread, medians of four and five runs in turns): rows again 27 s of the
-processor and 74 MB of RSS, files 8.9 s and 75 MB, with 0.5 GB of files at the peak; 11 s where every strip had to reach the
-disk and be read from it.
+Measured (small decode 1024 px, one thread, medians of four runs each in turns): rows again 27 s of the processor, RSS rises by
+75 MB; files 9.1 s and 76 MB, with 0.5 GB of files at the peak; 11 s where every strip had to reach the disk and be read from
+it. One run each of sd encode 512 px: rows again 40 s and 71 MB, files 15 s and 77 MB.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from remote_vae.tiled.memory import trim_heap
 from remote_vae.tiled.offload import HostMemory, TemporaryFiles
 
 # Strips that come and go leave holes in the C library's heap, which may add up to half of what is alive: on a processor it has
-# to give them back whenever so many bytes have been added (``trim_heap`` has the numbers). The holes are as large as strips are, and matter less in a
-# larger picture.
+# to give them back whenever so many bytes have been added (``trim_heap`` has the numbers). The holes are as large as strips
+# are, and matter less in a larger picture.
 _TRIM_EVERY = 64 << 20
 _TRIMS_A_PICTURE = 4
 
