@@ -1,1 +1,1 @@
-"""Endpoints: transport and waiting (one request), client (one endpoint), endpoints (which one), the route, two public functions."""
+"""Endpoints: transport and waiting (a request), client (an endpoint), endpoints (which one), the route, public functions."""
