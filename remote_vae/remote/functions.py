@@ -79,8 +79,8 @@ def remote_decode(
         request = DecodeRequest(latents, output, scaling, height=height, width=width)
         return client.decode(request).answer
 
-    batch = DecodeRequest(tensor, height=height, width=width).batch
-    if output.is_image and batch > 1:
+    # What has one picture only need not be looked through twice.
+    if output.is_image and len(tensor) > 1 and DecodeRequest(tensor, height=height, width=width).batch > 1:
         # The protocol's picture answer holds one picture.
         answers = in_parallel(decode, one_by_one(tensor))
         return [_picture(answer) for answer in answers]
