@@ -8,6 +8,7 @@ what it took longer is what was lost.
 
 from __future__ import annotations
 
+import json
 import socket
 import statistics
 import threading
@@ -23,7 +24,8 @@ from diffusers import AutoencoderKL
 
 from bench.client_overhead import canned_server, photo_pixels
 from remote_vae import Handle, Settings, attach
-from remote_vae.wire import DecodeRequest, HttpResponse, Output, decode_response
+from remote_vae.vae.fingerprint import fingerprint_of
+from remote_vae.wire import FINGERPRINT_KEYS, DecodeRequest, HttpResponse, Output, decode_response
 from tests.chaos import Chaos
 
 DEMO_VAE = Path(__file__).resolve().parent.parent / "assets" / "demo_vae"
@@ -133,11 +135,19 @@ def _ms(function: Callable[[], Any]) -> float:
 
 
 def _canned_answers() -> dict[str, HttpResponse]:
+    """What a server with the same VAE says that has nothing to do."""
     request = DecodeRequest(torch.zeros(1, 4, SIDE // 8, SIDE // 8), Output.TENSOR)
-    return {
-        "decode": decode_response(request, photo_pixels(SIDE)),
-        "info": HttpResponse(200, {"Content-Type": "application/json"}, b"{}"),
+    found = fingerprint_of(AutoencoderKL.from_pretrained(DEMO_VAE, torch_dtype=torch.float32))
+    if found is None:
+        raise AssertionError("the small VAE has no fingerprint")
+    documents = {
+        "info": {FINGERPRINT_KEYS[found[0]]: found[1]},
+        "health": {"status": "ok", "running": False, "waiting": 0},
     }
+    answers = {"decode": decode_response(request, photo_pixels(SIDE))}
+    for name, document in documents.items():
+        answers[name] = HttpResponse(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
+    return answers
 
 
 def _refused_url() -> str:
@@ -173,6 +183,7 @@ def _rows(bench: Bench, chaos: Chaos) -> Iterator[Row]:
     yield bench.lost("in its pause after a failure", QUICK_ROUNDS, settings(endpoint=_refused_url(), cooldown=30.0))
     chaos.reset("503")
     yield bench.lost("answers 503", QUICK_ROUNDS, settings())
+    chaos.info = "pass"
     chaos.reset("nan")
     yield bench.lost("answers NaN", QUICK_ROUNDS, settings())
     chaos.reset("hang")
