@@ -10,19 +10,20 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 PREFIX = "remotevae_"
-# Settings of the extension while it is driven; a situation changes some of them.
+# Settings of the extension while it is driven, its defaults but for the switch; a situation changes some of them.
 EXTENSION: dict[str, object] = {
     "enabled": False,
     "decode": True,
     "encode": True,
-    "transfer": "raw",
-    "cooldown": 0.0,
+    "transfer": "u8",
+    "cooldown": 30.0,
     "first_byte_timeout": 20.0,
     "cpu_bfloat16": False,
     "when_vae_differs": "local",
@@ -39,6 +40,7 @@ class Shot:
         ended: when the last one ended, on the monotonic clock.
         infotext: of the last picture.
         previews: at how many steps a live preview was seen.
+        saved: how many files the host has saved.
     """
 
     pictures: list[np.ndarray] = field(default_factory=list)
@@ -46,11 +48,12 @@ class Shot:
     ended: float = 0.0
     infotext: str = ""
     previews: int = 0
+    saved: int = 0
 
     def __add__(self, later: Shot) -> Shot:
         pictures = self.pictures + later.pictures
         seconds, previews = self.seconds + later.seconds, self.previews + later.previews
-        return Shot(pictures, seconds, later.ended, later.infotext, previews)
+        return Shot(pictures, seconds, later.ended, later.infotext, previews, self.saved + later.saved)
 
 
 class Host:
@@ -70,13 +73,12 @@ class Host:
         "live_previews_enable": True,
     }
     no_previews: ClassVar[dict[str, object]] = {"live_previews_enable": False}
-    # Whether it gives the picture after Interrupt.
-    finishes_interrupted = True
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
         # A proxy of the environment is not for loopback.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._saves: Path | None = None
 
     # --- the API -------------------------------------------------------------------------------------------------------
 
@@ -110,12 +112,23 @@ class Host:
         if found != url:
             raise SystemExit(f"{self.name} keeps its endpoint from its API: set Settings, Remote VAE, Endpoint to {url}")
 
+    def save_into(self, folder: Path) -> None:
+        """Have every picture saved into ``folder``, on this machine, and count them."""
+        self._saves = folder
+        self.options({f"outdir_{tab}_samples": str(folder) for tab in ("txt2img", "img2img")})
+        self.options({"samples_save": True, "grid_save": False})
+
     def generate(self, path: str, body: dict[str, Any]) -> Shot:
+        before = self._files()
         started = time.monotonic()
-        result = self.call(f"/sdapi/v1/{path}", body)
+        result = self.call(f"/sdapi/v1/{path}", {**body, "save_images": self._saves is not None})
         ended = time.monotonic()
         infotexts = json.loads(result.get("info") or "{}").get("infotexts") or [""]
-        return Shot([_picture(text) for text in result["images"]], ended - started, ended, infotexts[-1])
+        pictures = [_picture(text) for text in result["images"]]
+        return Shot(pictures, ended - started, ended, infotexts[-1], saved=self._files() - before)
+
+    def _files(self) -> int:
+        return 0 if self._saves is None else sum(path.suffix in (".png", ".jpg") for path in self._saves.rglob("*"))
 
     # --- what differs --------------------------------------------------------------------------------------------------
 
@@ -160,8 +173,6 @@ class SdNext(Host):
     pixel_upscaler = "Resize Lanczos"
     previews: ClassVar[dict[str, object]] = {"show_progress_type": "Full"}
     no_previews: ClassVar[dict[str, object]] = {"show_progress_type": "None"}
-    # It gives its last preview, or nothing, whatever the VAE has given.
-    finishes_interrupted = False
 
     def version(self) -> str:
         version = self.call("/sdapi/v1/version")
