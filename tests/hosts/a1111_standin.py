@@ -67,9 +67,11 @@ class FirstStage(nn.Module):
         self.calls.append("encode")
         return self.drawn(self.inner.encode(x, return_dict=False)[0].parameters)
 
-    def encoder(self, x: torch.Tensor) -> torch.Tensor:
-        moments: torch.Tensor = self.inner.encode(x, return_dict=False)[0].parameters
-        return moments
+    def __getattr__(self, name: str) -> Any:
+        # Some are laid out as ldm's, and have one of their own.
+        if name == "encoder" and name not in self._modules:
+            return lambda x: self.inner.encode(x, return_dict=False)[0].parameters
+        return super().__getattr__(name)
 
     def drawn(self, moments: torch.Tensor) -> Any:
         raise NotImplementedError
