@@ -165,13 +165,3 @@ def _written(data: bytes, folder: Path) -> Path:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
     raise OSError(f"{folder} already holds a thousand files named {stem}")
-
-
-def default_folder() -> Path:
-    """Until the router passes all places."""
-    return Path.home() / FOLDER
-
-
-def save_latents(latents: torch.Tensor, family: Family, folder: Path, why: str) -> Path:
-    """Until the router passes all places."""
-    return _written(_serialised(latents, family, why), folder)

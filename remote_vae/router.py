@@ -25,7 +25,7 @@ class Router:
 
     Args:
         history: where the records go; a new one by default.
-        rescue_folder: where latents go when all fails and the settings name no folder.
+        rescue_folder: where latents go when all fails and the settings name no folder, or one that cannot be written to.
     """
 
     def __init__(self, history: History | None = None, rescue_folder: Path | None = None) -> None:
@@ -68,7 +68,10 @@ class Router:
 
     def _asked(self, call: VaeCall[T], settings: Settings, reasons: list[str]) -> Outcome[T] | None:
         try:
-            return self._remote.run(call, settings) if wants_remote(call, settings) else None
+            if wants_remote(call, settings):
+                return self._remote.run(call, settings)
+            if settings.enabled and _wanted(call, settings):
+                reasons.append(_no_endpoint(call, settings))
         except RouteFailed as error:
             log.log(logging.DEBUG if error.was_said else logging.WARNING, "remote %s: %s", call.op, error)
             reasons.append(error.reason)
@@ -111,18 +114,30 @@ class Router:
     def _failed(self, call: VaeCall[T], settings: Settings, error: Exception) -> VaeCallFailed:
         if call.op == "encode":
             return VaeCallFailed(f"the picture could not be encoded: {error}")
-        folder = Path(settings.rescue_folder) if settings.rescue_folder else self._rescue_folder or rescue.default_folder()
+        folders = [folder for folder in (settings.rescue_folder, self._rescue_folder) if folder]
         latents = call.tensor if call.saved is None else call.saved
         try:
-            path = rescue.save_latents(latents, call.vae.family, folder, str(error))
+            path = rescue.save(latents, call.vae.family, folders, str(error))
         except Exception as problem:  # whatever stops the saving, the first error is the one to report
-            return VaeCallFailed(f"the latents could not be decoded: {error}. Nor could they be saved in {folder}: {problem}")
+            return VaeCallFailed(f"the latents could not be decoded: {error}. Nor could they be saved: {problem}")
         return VaeCallFailed(
-            f"the latents could not be decoded: {error}. They are saved: remote-vae decode {path}", rescued=str(path)
+            f"the latents could not be decoded: {error}. They are saved in {path}. To make pictures of them, type into a "
+            f"terminal, with --endpoint ADDRESS or --vae FILE after it: {rescue.command(path)}",
+            rescued=str(path),
         )
 
 
 def wants_remote(call: VaeCall[T], settings: Settings) -> bool:
-    """Whether the settings send this call away; an endpoint that is not set is not a failure."""
-    wanted = settings.decode if call.op == "decode" else settings.encode
-    return wanted and bool(endpoint_for(call.op, call.vae.family, settings)[0])
+    """Whether the settings send this call away, and there is somewhere to send it."""
+    return _wanted(call, settings) and bool(endpoint_for(call.op, call.vae.family, settings)[0])
+
+
+def _wanted(call: VaeCall[T], settings: Settings) -> bool:
+    return settings.decode if call.op == "decode" else settings.encode
+
+
+def _no_endpoint(call: VaeCall[T], settings: Settings) -> str:
+    """Why a call that was to go to an endpoint has none; "" where the user has set none for this kind of call."""
+    if settings.public_endpoints:
+        return "no public endpoint for this VAE"
+    return settings.no_endpoint(call.op)

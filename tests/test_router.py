@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from remote_vae import rescue
 from remote_vae.call import User, VaeCall
 from remote_vae.errors import VaeCallFailed
 from remote_vae.history import History
@@ -102,9 +104,26 @@ def test_whatever_goes_wrong_remotely_is_done_here_and_the_record_says_why(
 
 def test_without_an_endpoint_the_call_is_the_hosts_own(host: Host) -> None:
     router = Router()
-    assert router.run(host.call(), Settings()) == "whole"
+    for enabled, reason in ((True, "no endpoint is set"), (False, "")):
+        assert router.run(host.call(), Settings(enabled=enabled)) == "whole"
+        assert router.history.last is not None
+        assert (router.history.last.route, router.history.last.fallback_reason) == ("local", reason)
+
+
+@pytest.mark.parametrize(
+    ("stored", "reason"),
+    [
+        ({"endpoint": "ftp://host"}, "the endpoint cannot be used"),
+        ({"encode_endpoint": "host"}, ""),
+        ({"decode": False}, ""),
+        ({"public_endpoints": True}, "no public endpoint for this VAE"),
+    ],
+)
+def test_why_there_is_no_endpoint_for_a_call_is_in_the_record(host: Host, stored: dict[str, object], reason: str) -> None:
+    router = Router()
+    assert router.run(host.call(), Settings.forgiving({"enabled": True, **stored})[0]) == "whole"
     assert router.history.last is not None
-    assert (router.history.last.route, router.history.last.fallback_reason) == ("local", "")
+    assert router.history.last.fallback_reason == reason
 
 
 @pytest.mark.parametrize("op", ["decode", "encode"])
@@ -165,10 +184,11 @@ def decoded(loaded: LoadedVae, latents: torch.Tensor) -> torch.Tensor:
 def test_when_nothing_can_decode_the_latents_are_saved_and_the_error_says_where(host: Host, tmp_path: Path) -> None:
     router = Router(rescue_folder=tmp_path / "default")
     host.fails = dict.fromkeys(("whole", "tiles"), oom())
-    with pytest.raises(VaeCallFailed, match="remote-vae decode") as caught:
+    with pytest.raises(VaeCallFailed, match="They are saved in") as caught:
         router.run(host.call(), Settings())
     assert caught.value.rescued is not None
     assert Path(caught.value.rescued).parent == tmp_path / "default"
+    assert rescue.command(Path(caught.value.rescued)) in str(caught.value)
     rescued = load_latents(Path(caught.value.rescued))
     assert torch.equal(rescued.latents, host.latents)
     assert rescued.family == host.family
@@ -183,8 +203,24 @@ def test_the_users_folder_for_rescued_latents_counts(host: Host, tmp_path: Path)
     assert Path(caught.value.rescued or "").parent == tmp_path / "mine"
 
 
-def test_a_folder_that_cannot_be_written_does_not_hide_the_error(host: Host, tmp_path: Path) -> None:
+def test_where_the_users_folder_cannot_be_written_the_next_place_counts(host: Host, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    host.fails = dict.fromkeys(("whole", "tiles"), ValueError("a defect of the host"))
+    with pytest.raises(VaeCallFailed, match="a defect of the host") as caught:
+        Router(rescue_folder=tmp_path / "default").run(host.call(), Settings(rescue_folder=str(tmp_path / "file" / "below")))
+    assert Path(caught.value.rescued or "").parent == tmp_path / "default"
+
+
+def test_latents_that_cannot_be_saved_anywhere_do_not_hide_the_error(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("home", "temporary"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / rescue.FOLDER).write_text("")
+    (tmp_path / rescue.FOLDER).write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     host.fails = dict.fromkeys(("whole", "tiles"), ValueError("a defect of the host"))
     with pytest.raises(VaeCallFailed, match=r"a defect of the host.*Nor could they be saved") as caught:
         Router().run(host.call(), Settings(rescue_folder=str(tmp_path / "file" / "below")))

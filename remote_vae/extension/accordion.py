@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from remote_vae.hosts.base import WebUi
-from remote_vae.hosts.generation import FOLLOW, INFOTEXT, MODES, REQUEST, Request
+from remote_vae.hosts.generation import FOLLOW, INFOTEXT, MODE_TEXT, MODES, REQUEST, TRANSFER_TEXT, Request
 from remote_vae.settings import load_options
 
 log = logging.getLogger("remote_vae")
 
 TITLE = "Remote VAE"
-MODE_TEXT = f"{INFOTEXT} mode"
-TRANSFER_TEXT = f"{INFOTEXT} transfer"
 _HELP = (
     "auto: remote as the settings say, even while they are switched off. remote: every VAE call, also those that the settings "
     "keep here. Whatever fails is done on this machine."
@@ -64,11 +62,7 @@ def script_class(adapter: WebUi) -> type:
             return [mode, transfer]
 
         def before_process(self, p: Any, mode: object = None, transfer: object = None, *_: Any) -> None:
-            request = request_of(mode, transfer)
-            setattr(p, REQUEST, request)
-            for key, value in ((MODE_TEXT, request.mode), (TRANSFER_TEXT, request.transfer)):
-                if value != FOLLOW:
-                    p.extra_generation_params[key] = value
+            setattr(p, REQUEST, request_of(mode, transfer))
 
     return RemoteVaeScript
 
@@ -83,7 +77,7 @@ def pasted_mode(pasted: Mapping[str, Any], *, switched_on: bool) -> str:
 
 def pasted_transfer(pasted: Mapping[str, Any], usual: str) -> str:
     """The transfer that was named, or that took place, where it is not the ``usual`` one."""
-    took_place = re.search(r"remote \S+ \((\w+)[,)]", str(pasted.get(INFOTEXT, "")))
+    took_place = re.search(r"remote (?:\S+ )?\((\w+)[,)]", str(pasted.get(INFOTEXT, "")))
     found = pasted.get(TRANSFER_TEXT) or (took_place[1] if took_place else None)
     return str(found) if found in transfers() and found != usual else FOLLOW
 
@@ -93,5 +87,5 @@ def _one_of(choices: tuple[str, ...], value: object, what: str) -> str:
         return FOLLOW
     if value in choices:
         return str(value)
-    log.warning("%s %r is not one of %s: following the settings", what, value, ", ".join(choices))
+    log.warning("%s: got %r, expected one of %s; following the settings", what, value, ", ".join(choices))
     return FOLLOW

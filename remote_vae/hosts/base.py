@@ -233,6 +233,8 @@ class WebUi(ABC):
         # Another extension may have put its hook between two of ours.
         with self.passing_on(), self._shown(call) as shown:
             settings = self._settings()
+            if generation is not None:
+                generation.names_endpoint = settings.name_endpoint
 
             def run(asked: VaeCall[T]) -> T:
                 return self.router.run(asked, settings, remote=remote, because=because)
@@ -317,7 +319,7 @@ class WebUi(ABC):
         if tuple(problems) != self._problems:
             self._problems = tuple(problems)
             for problem in problems:
-                log.warning("Settings, Remote VAE: %s", problem)
+                log.warning("Settings: %s", problem)
         return settings
 
 

@@ -22,7 +22,12 @@ MODES = (FOLLOW, "off", "auto", "remote")
 # What the accordion, the API and the X/Y/Z plot leave on a host's processing object; the plot's cell wins.
 REQUEST = "remote_vae_request"
 CELL = "remote_vae_cell"
+# What is written into infotexts.
 INFOTEXT = "Remote VAE"
+MODE_TEXT = f"{INFOTEXT} mode"
+TRANSFER_TEXT = f"{INFOTEXT} transfer"
+# Letters of a reason there.
+_REASON = 60
 
 # Moments are an eighth of their picture in both directions: these are a few megabytes.
 _KEPT_ENCODINGS = 8
@@ -53,6 +58,8 @@ class Request:
         """The settings of this generation."""
         if self.transfer != FOLLOW:
             settings = replace(settings, transfer=self.transfer)
+        if self.enabled is not None:
+            settings = replace(settings, enabled=self.enabled)
         if self.mode == "remote":
             settings = replace(settings, decode=True, encode=True, when_vae_differs="remote")
         return settings
@@ -67,19 +74,25 @@ class Generation:
         outer: the generation that this one is a part of (a face detailer's).
         stops: whether no further picture of it is to be begun.
         hurried: whether the user has pressed something in one of its VAE calls.
+        names_endpoint: whether the endpoint's name goes into the infotext.
     """
 
     p: Any
     outer: Optional[Generation] = None
     stops: bool = False
     hurried: bool = False
+    names_endpoint: bool = False
     _records: list[tuple[int, Record]] = field(default_factory=list)
     _answers: OrderedDict[object, EncodeAnswer] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         # The cells of a plot share their infotext with the cell before; a pass within a generation shares it with that.
         if self.outer is None or self.outer.params is not self.params:
-            self.params.pop(INFOTEXT, None)
+            for key in (INFOTEXT, MODE_TEXT, TRANSFER_TEXT):
+                self.params.pop(key, None)
+            if self._asked.mode == "off":
+                # There will be no record.
+                self.params[MODE_TEXT] = "off"
 
     @property
     def params(self) -> dict[str, Any]:
@@ -90,35 +103,57 @@ class Generation:
     @property
     def request(self) -> Request:
         """What was asked for by a cell of a plot, else by the accordion or the API, else around this generation."""
-        asked = getattr(self.p, REQUEST, None)
         cell = getattr(self.p, CELL, None)
-        if not isinstance(asked, Request):
-            asked = self.outer.request if self.outer is not None else Request()
+        asked = self._asked if isinstance(getattr(self.p, REQUEST, None), Request) or self.outer is None else self.outer.request
         return replace(asked, **cell) if cell else asked
+
+    @property
+    def _asked(self) -> Request:
+        """What the accordion or the API asked for this very generation."""
+        asked = getattr(self.p, REQUEST, None)
+        return asked if isinstance(asked, Request) else Request()
 
     # --- infotext ------------------------------------------------------------------------------------------------------
 
     def record(self, record: Record) -> None:
         """Write what has happened into the infotext of the pictures to come."""
         self._records.append((self._iteration, record))
-        text = self.summary()
-        if text:
-            self.params[INFOTEXT] = text
-        else:
-            self.params.pop(INFOTEXT, None)
+        # What was asked for is said of a picture that was made so, and brought back when its infotext is pasted.
+        was_remote = any(each.route == "remote" for each in self._of_this_picture())
+        asked = self._asked if was_remote else Request()
+        texts = [(MODE_TEXT, asked.mode), (TRANSFER_TEXT, asked.transfer), (INFOTEXT, self.summary())]
+        # A pass within this generation, which was asked for nothing, leaves what was asked of that around it.
+        for key, value in texts if self._asked != Request() else texts[2:]:
+            if value and value != FOLLOW:
+                self.params[key] = value
+            else:
+                self.params.pop(key, None)
 
     def summary(self) -> str:
-        """Such as "decode remote studio (u8), encode local (503)"; empty where nothing was to be remote."""
-        # A source picture is encoded once for all iterations; what decoded an earlier one says nothing of this one.
-        records = [record for iteration, record in self._records if record.op == "encode" or iteration == self._iteration]
+        """Such as "decode remote (u8), encode local (503)"; empty where nothing was to be remote."""
+        records = self._of_this_picture()
         if all(record.route != "remote" and not record.fallback_reason for record in records):
             return ""
         parts = []
         for op in ("decode", "encode"):
-            ways = list(dict.fromkeys(_way(record) for record in records if record.op == op))
+            ways = list(dict.fromkeys(self._way(record) for record in records if record.op == op))
             if ways:
                 parts.append(f"{op} {' and '.join(ways)}")
         return ", ".join(parts)
+
+    def _of_this_picture(self) -> list[Record]:
+        # A source picture is encoded once for all iterations; what decoded an earlier one says nothing of this one.
+        return [record for iteration, record in self._records if record.op == "encode" or iteration == self._iteration]
+
+    def _way(self, record: Record) -> str:
+        host = urlsplit(record.endpoint).hostname or ""
+        if record.route == "remote":
+            return f"remote {host} ({record.detail})" if self.names_endpoint else f"remote ({record.detail})"
+        name = record.route if record.route == "failed" else "local"
+        reason = _shortly(record.fallback_reason)
+        if host and not self.names_endpoint:
+            reason = reason.replace(host, "the endpoint")
+        return f"{name} ({reason})" if reason else name
 
     @property
     def _iteration(self) -> int:
@@ -151,13 +186,12 @@ class Generation:
         return run(replace(call, tensor=picture, adopt=adopt))
 
 
-def _way(record: Record) -> str:
-    if record.route == "remote":
-        return f"remote {urlsplit(record.endpoint).hostname} ({record.detail})"
-    name = record.route if record.route == "failed" else "local"
-    # Without the details, such as the seconds of a pause, which would make another text for every call.
-    reason = record.fallback_reason.partition(";")[0].partition(":")[0]
-    return f"{name} ({reason})" if reason else name
+def _shortly(reason: str) -> str:
+    """Without the details, such as the seconds of a pause, which would make another text for every call."""
+    reason = " ".join(reason.partition(";")[0].split())
+    if reason.startswith("bad answer:"):
+        return "bad answer"
+    return reason if len(reason) <= _REASON else f"{reason[:_REASON].rpartition(' ')[0] or reason[:_REASON]} ..."
 
 
 def _repeated(answer: EncodeAnswer, batch: int) -> EncodeAnswer:

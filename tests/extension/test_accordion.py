@@ -7,7 +7,7 @@ import pytest
 from remote_vae.extension.accordion import pasted_mode, pasted_transfer, request_of, transfers
 from remote_vae.hosts.generation import FOLLOW, MODES, Request
 
-HAPPENED = "decode remote studio (raw), encode local (503)"
+HAPPENED = "decode remote (raw), encode local (503)"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -48,7 +48,8 @@ def test_a_pasted_infotext_restores_the_mode(pasted: dict[str, str], switched_on
         ({}, "u8", FOLLOW),
         ({"Remote VAE": HAPPENED}, "u8", "raw"),
         ({"Remote VAE": HAPPENED}, "raw", FOLLOW),
-        ({"Remote VAE": "decode remote studio (raw, another VAE)"}, "u8", "raw"),
+        ({"Remote VAE": "decode remote studio (png)"}, "u8", "png"),
+        ({"Remote VAE": "decode remote (png, another VAE)"}, "u8", "png"),
         ({"Remote VAE": "decode local (503)"}, "u8", FOLLOW),
         ({"Remote VAE": HAPPENED, "Remote VAE transfer": "png"}, "u8", "png"),
         ({"Remote VAE transfer": "banana"}, "u8", FOLLOW),

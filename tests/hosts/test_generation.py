@@ -11,7 +11,7 @@ import torch
 
 from remote_vae.call import VaeCall
 from remote_vae.history import Record
-from remote_vae.hosts.generation import CELL, FOLLOW, INFOTEXT, REQUEST, Generation, Request
+from remote_vae.hosts.generation import CELL, FOLLOW, INFOTEXT, MODE_TEXT, REQUEST, TRANSFER_TEXT, Generation, Request
 from remote_vae.settings import Settings
 from remote_vae.vae.at_work import VaeAtWork
 from remote_vae.vae.families import find_family
@@ -45,7 +45,7 @@ def test_following_the_settings_changes_nothing() -> None:
 
 def test_auto_keeps_what_the_settings_keep_here_and_remote_sends_everything() -> None:
     settings = Settings(decode=False, encode=False)
-    assert Request("auto").adjusted(settings) == settings
+    assert Request("auto").adjusted(settings) == replace(settings, enabled=True)
     sent = Request("remote").adjusted(settings)
     assert (sent.decode, sent.encode) == (True, True)
 
@@ -72,14 +72,19 @@ def test_a_cell_of_a_plot_wins_over_the_accordion() -> None:
 @pytest.mark.parametrize(
     ("records", "text"),
     [
-        ([REMOTE], "decode remote studio (u8)"),
-        ([replace(REMOTE, detail="u8, another VAE")], "decode remote studio (u8, another VAE)"),
-        ([as_encode(FELL_BACK), REMOTE], "decode remote studio (u8), encode local (503)"),
+        ([REMOTE], "decode remote (u8)"),
+        ([as_encode(FELL_BACK), REMOTE], "decode remote (u8), encode local (503)"),
         ([FELL_BACK, FELL_BACK], "decode local (503)"),
-        ([REMOTE, FELL_BACK], "decode remote studio (u8) and local (503)"),
+        ([REMOTE, FELL_BACK], "decode remote (u8) and local (503)"),
         ([replace(FELL_BACK, fallback_reason="503; asked again in 29 s")], "decode local (503)"),
         ([replace(FELL_BACK, fallback_reason="bad answer: values from nan to nan")], "decode local (bad answer)"),
-        ([LOCAL, as_encode(REMOTE)], "decode local, encode remote studio (u8)"),
+        ([replace(FELL_BACK, fallback_reason="latents: got shape [1, 4, 8]")], "decode local (latents: got shape [1, 4, 8])"),
+        ([replace(FELL_BACK, fallback_reason="x" * 99)], f"decode local ({'x' * 60} ...)"),
+        ([replace(FELL_BACK, fallback_reason="word " * 20)], f"decode local ({'word ' * 12}...)"),
+        ([replace(FELL_BACK, fallback_reason="studio: no answer")], "decode local (the endpoint: no answer)"),
+        ([replace(LOCAL, fallback_reason="no endpoint is set")], "decode local (no endpoint is set)"),
+        ([replace(REMOTE, detail="u8, another VAE")], "decode remote (u8, another VAE)"),
+        ([LOCAL, as_encode(REMOTE)], "decode local, encode remote (u8)"),
         ([LOCAL], None),
         ([], None),
     ],
@@ -92,6 +97,35 @@ def test_the_infotext_says_what_happened(records: list[Record], text: str | None
     assert p.extra_generation_params.get(INFOTEXT) == text
 
 
+def test_the_endpoint_is_named_where_the_user_wants_that() -> None:
+    p = processing()
+    generation = Generation(p, names_endpoint=True)
+    generation.record(REMOTE)
+    assert p.extra_generation_params[INFOTEXT] == "decode remote studio (u8)"
+    generation.record(replace(FELL_BACK, op="encode", fallback_reason="studio: no answer"))
+    assert p.extra_generation_params[INFOTEXT] == "decode remote studio (u8), encode local (studio: no answer)"
+
+
+def test_what_was_asked_for_stands_in_a_picture_that_was_made_so_and_in_no_other() -> None:
+    p = processing(iteration=0, **{REQUEST: Request("remote", "png")})
+    generation = Generation(p)
+    generation.record(REMOTE)
+    assert list(p.extra_generation_params.items()) == [
+        (MODE_TEXT, "remote"),
+        (TRANSFER_TEXT, "png"),
+        (INFOTEXT, "decode remote (u8)"),
+    ]
+    p.iteration = 1
+    generation.record(FELL_BACK)
+    assert p.extra_generation_params == {INFOTEXT: "decode local (503)"}
+
+
+def test_switched_off_for_one_generation_is_said_without_any_call() -> None:
+    p = processing(**{REQUEST: Request("off")})
+    Generation(p)
+    assert p.extra_generation_params == {MODE_TEXT: "off"}
+
+
 def test_what_decoded_an_earlier_iteration_says_nothing_of_the_next() -> None:
     p = processing(iteration=0)
     generation = Generation(p)
@@ -99,7 +133,7 @@ def test_what_decoded_an_earlier_iteration_says_nothing_of_the_next() -> None:
     generation.record(REMOTE)
     p.iteration = 1
     generation.record(FELL_BACK)
-    assert p.extra_generation_params[INFOTEXT] == "decode local (503), encode remote studio (u8)"
+    assert p.extra_generation_params[INFOTEXT] == "decode local (503), encode remote (u8)"
 
 
 def test_a_later_iteration_that_was_all_local_takes_the_text_away() -> None:
