@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -180,3 +183,143 @@ def test_single_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     (tmp_path / "vae.ckpt").write_bytes(b"")
     with pytest.raises(SettingsError, match="can run code"):
         load_vae(str(tmp_path / "vae.ckpt"), family="sd1", device="cpu")
+
+
+# --- files as people have them -------------------------------------------------------------------------------------------
+
+
+def contiguous(vae: diffusers.AutoencoderKL) -> dict[str, torch.Tensor]:
+    return {key: value.contiguous() for key, value in vae.state_dict().items()}
+
+
+def old_attention(state: dict[str, torch.Tensor], *, convolutions: bool) -> dict[str, torch.Tensor]:
+    """As diffusers named it before 0.15."""
+    renamed = {}
+    for key, value in state.items():
+        name = key
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f"attentions.0.{new}", f"attentions.0.{old}")
+        renamed[name] = value[:, :, None, None] if convolutions and name != key and value.ndim == 2 else value
+    return renamed
+
+
+@pytest.mark.parametrize("name", ["vae.safetensors", "ae.sft", "VAE.SAFETENSORS"])
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_old_attention_names_and_endings_are_read(tmp_path: Path, name: str, convolutions: bool) -> None:
+    vae = small_kl("sd1")
+    save_file(old_attention(contiguous(vae), convolutions=convolutions), str(tmp_path / name))
+    assert decodes_alike(load_vae(str(tmp_path / name), family="sd1", device="cpu"), vae)
+    # And with its config beside it, which needs no family.
+    (tmp_path / "config.json").write_text(vae.to_json_string())
+    assert decodes_alike(load_vae(str(tmp_path / name), device="cpu"), vae)
+
+
+def test_the_file_that_was_named_is_loaded_and_not_another_of_its_folder(tmp_path: Path) -> None:
+    small_kl("sd1").save_pretrained(tmp_path)
+    other = small_kl("sd1")
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 0.25
+    save_file(contiguous(other), str(tmp_path / "b.safetensors"))
+    loaded = load_vae(str(tmp_path / "b.safetensors"), device="cpu")
+    assert decodes_alike(loaded, other)
+    assert loaded.current().model == "b.safetensors"
+    assert loaded.fingerprint == fingerprint(other.state_dict())
+
+
+@pytest.mark.parametrize("config", ['{"_class_name": "UNet2DModel"}', "{}", "[]", "no json", None])
+def test_a_stray_config_beside_a_file_does_not_matter(tmp_path: Path, config: str | None) -> None:
+    vae = small_kl("sd1")
+    save_file(contiguous(vae), str(tmp_path / "vae.safetensors"))
+    text = small_kl("sd1", block_out_channels=(32, 64, 32, 32)).to_json_string() if config is None else config
+    (tmp_path / "config.json").write_text(text)
+    assert decodes_alike(load_vae(str(tmp_path / "vae.safetensors"), family="sd1", device="cpu"), vae)
+    with pytest.raises(SettingsError, match="--family" if config is not None else "config"):
+        load_vae(str(tmp_path / "vae.safetensors"), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "some_vae.safetensors"])
+def test_a_folder_whose_weights_have_another_name_is_loaded(tmp_path: Path, name: str) -> None:
+    vae = small_kl("sd1")
+    vae.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / name)
+    assert decodes_alike(load_vae(str(tmp_path), device="cpu"), vae)
+
+
+def test_a_file_that_is_no_weights_is_called_what_it_is(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.safetensors"
+    save_file(contiguous(small_kl("sd1")), str(whole))
+    data = whole.read_bytes()
+    file = tmp_path / "vae.safetensors"
+    for content, message in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>Sign in", "web page"),
+        (data[:-10], "only a part"),
+        (data[: len(data) // 2], "only a part"),
+        (data[:200], "only a part"),
+        (b"", "not a safetensors"),
+        (b"PK\x03\x04" * 9, "not a safetensors"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(SettingsError, match=message):
+            load_vae(str(file), family="sd1", device="cpu")
+
+
+# --- what is not served --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_another_family_than_named_is_refused() -> None:
+    with pytest.raises(SettingsError, match="4 latent channels, and Flux"):
+        load_vae(str(DEMO_VAE), family="flux", device="cpu")
+
+
+def test_a_vae_that_makes_no_picture_of_latents_is_refused(tmp_path: Path) -> None:
+    """Stable Video Diffusion's, whose decode wants a number of frames."""
+    vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1, latent_channels=4
+    )
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match="num_frames"):
+        load_vae(str(tmp_path), device="cpu")
+
+
+def test_what_a_vae_scales_by_is_seen_and_not_believed(tmp_path: Path) -> None:
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    small_kl("sd1", block_out_channels=(32, 32), down_block_types=down, up_block_types=up).save_pretrained(tmp_path)
+    assert load_vae(str(tmp_path), device="cpu").family.downscale == 2
+    with pytest.raises(SettingsError, match="2 pixels of a latent cell"):
+        load_vae(str(tmp_path), family="sd1", device="cpu")
+
+
+# --- devices and the hub -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta:x"])
+def test_a_device_that_cannot_be_used_is_one_line(device: str) -> None:
+    with pytest.raises(SettingsError, match=f"--device {device}") as caught:
+        load_vae(str(DEMO_VAE), device=device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("there", "chosen"), [((), "cpu"), (("mps",), "mps"), (("xpu",), "xpu"), (("xpu", "cuda"), "cuda")])
+def test_the_first_gpu_that_is_there_is_taken(there: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("cuda", "xpu"):
+        monkeypatch.setattr(getattr(torch, kind), "is_available", lambda kind=kind: kind in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    # There is none here, so that the choice is known by what it fails with.
+    if chosen == "cpu":
+        assert load_vae(str(DEMO_VAE)).device.type == "cpu"
+    else:
+        with pytest.raises(SettingsError, match=f"--device {chosen} cannot be used"):
+            load_vae(str(DEMO_VAE))
+
+
+def test_a_hub_id_without_a_network_is_one_line(tmp_path: Path) -> None:
+    """The hub's own client tries again for half a minute."""
+    code = "from remote_vae.cli import main; raise SystemExit(main(['serve', '--vae', 'someone/some-vae', '--port', '0']))"
+    # A port where nobody listens.
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "someone/some-vae: not on this machine" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Retrying" not in result.stderr
