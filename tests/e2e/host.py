@@ -9,6 +9,8 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -112,11 +114,19 @@ class Host:
         if found != url:
             raise SystemExit(f"{self.name} keeps its endpoint from its API: set Settings, Remote VAE, Endpoint to {url}")
 
-    def save_into(self, folder: Path) -> None:
-        """Have every picture saved into ``folder``, on this machine, and count them."""
+    @contextmanager
+    def saving_into(self, folder: Path) -> Iterator[None]:
+        """Within, every picture is saved into ``folder``, on this machine, and counted."""
+        values = {f"outdir_{tab}_samples": str(folder) for tab in ("txt2img", "img2img")}
+        wanted = {**values, "samples_save": True, "grid_save": False, "return_grid": False}
+        stored = self.call("/sdapi/v1/options")
+        self.options(wanted)
         self._saves = folder
-        self.options({f"outdir_{tab}_samples": str(folder) for tab in ("txt2img", "img2img")})
-        self.options({"samples_save": True, "grid_save": False})
+        try:
+            yield
+        finally:
+            self._saves = None
+            self.options({key: stored[key] for key in wanted if key in stored})
 
     def generate(self, path: str, body: dict[str, Any]) -> Shot:
         before = self._files()

@@ -218,14 +218,14 @@ def main() -> int:
     # What each row asks for is known from "remote raw".
     situations = [situation for situation in SITUATIONS if situation.name in (*names, "remote raw")]
     host.extension()
-    host.save_into(Path(tempfile.mkdtemp(prefix="remote-vae-e2e-")))
     host.set_endpoint(f"http://127.0.0.1:{options.port}")
     try:
-        report.local, report.again = driver.local(), driver.local()
-        for name, shot in report.local.items():
-            # Whatever comes first has something to load.
-            shot.seconds = min(shot.seconds, report.again[name].seconds)
-        driver.run(situations)
+        with tempfile.TemporaryDirectory() as folder, host.saving_into(Path(folder)):
+            report.local, report.again = driver.local(), driver.local()
+            for name, shot in report.local.items():
+                # Whatever comes first has something to load.
+                shot.seconds = min(shot.seconds, report.again[name].seconds)
+            driver.run(situations)
     finally:
         host.extension(**EXTENSION)
     report.seconds = time.monotonic() - started
