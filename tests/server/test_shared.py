@@ -19,7 +19,7 @@ from remote_vae.vae.fingerprint import fingerprint
 from remote_vae.wire import DecodeRequest, HttpResponse, Output
 from tests.hosts.a1111_standin import LdmVae
 from tests.nearness import no_room_for_the_whole, out_of_memory, psnr
-from tests.sharing import QueueLock, Sharing, asked
+from tests.sharing import QueueLock, Sharing, ask, asked
 
 
 @pytest.fixture
@@ -185,3 +185,24 @@ def test_calls_beyond_the_limit_of_waiting_are_a_503(provider: Sharing, latents:
 
     lock.lock.acquire()
     assert asyncio.run(two()) == (200, 503)
+
+
+def test_a_body_that_does_not_come_gives_its_place_back_under_a_hosts_server_too(provider: Sharing) -> None:
+    app = create_shared_app(provider, threading.Lock(), limits=Limits(stall=0.1, max_waiting=1))
+    query = b"shape=1&shape=4&shape=2&shape=2&dtype=float32&output_type=pt"
+    scope = {
+        "type": "http", "method": "POST", "path": "/decode", "raw_path": b"/decode", "root_path": "", "query_string": query,
+        "headers": [(b"host", b"127.0.0.1"), (b"content-length", b"64")], "client": ("127.0.0.1", 5), "http_version": "1.1",
+    }  # fmt: skip
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 408
+    assert ask(app, "/decode", body=bytes(64), query=query.decode()).status == 200
