@@ -381,7 +381,7 @@ def test_latents_of_another_family_are_not_adopted(host: Host, chaos: Chaos, pix
     assert router.run(call, Settings(encode_endpoint=f"{chaos.url}/encode")) == "whole"
     assert chaos.requests == ["/encode"]
     assert router.history.last is not None
-    assert "gives [1, 32" in router.history.last.fallback_reason
+    assert "expected [1, 32" in router.history.last.fallback_reason
 
 
 def test_pixels_of_another_scale_are_not_adopted(host: Host, chaos: Chaos) -> None:
@@ -389,7 +389,7 @@ def test_pixels_of_another_scale_are_not_adopted(host: Host, chaos: Chaos) -> No
     router = Router()
     assert router.run(host.call(vae=VaeAtWork(None, family)), Settings(decode_endpoint=f"{chaos.url}/decode")) == "whole"
     assert router.history.last is not None
-    assert "gives [128, 192]" in router.history.last.fallback_reason
+    assert "expected [128, 192]" in router.history.last.fallback_reason
 
 
 def test_a_record_that_nobody_can_take_does_not_cost_the_picture(host: Host, chaos: Chaos) -> None:

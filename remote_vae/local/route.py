@@ -190,7 +190,8 @@ def _tell(call: VaeCall[T], way: Way[T], error: Exception, *, memory: bool) -> N
     elif isinstance(error, UnsupportedLayout):
         log.info("%s cannot be used for %s: %s", name, _name(call), error)
     else:
-        log.warning("%s failed for %s", name, _name(call), exc_info=error)
+        log.warning("%s failed for %s: %s", name, _name(call), error)
+        log.debug("%s", name, exc_info=error)
 
 
 def _is_memory(error: Exception) -> bool:

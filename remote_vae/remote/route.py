@@ -219,7 +219,7 @@ def _check_answer(call: VaeCall[T], answer: Answer) -> None:
     else:
         came, wanted = answer.size, (height, width)
     if came != wanted:
-        raise MalformedAnswer(f"{list(came)} came, and the VAE of {family.label} gives {list(wanted)}")
+        raise MalformedAnswer(f"got {list(came)}, expected {list(wanted)} of the VAE of {family.label}")
 
 
 def _adopted(call: VaeCall[T], answer: Answer) -> T:
