@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+# Tests run side by side (pytest-xdist), and threads of several processes on the same cores wait for each other.
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import asyncio
 import gc
 import threading

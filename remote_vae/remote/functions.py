@@ -144,7 +144,7 @@ def _check_return(output: Output, return_type: str, processor: Any) -> None:
     if output.is_image and return_type == "pt":
         raise InvalidRequest("return_type pt needs output_type pt, or a processor")
     if output is Output.TENSOR and return_type == "pil" and not hasattr(processor, "postprocess"):
-        raise InvalidRequest("`processor` is required to make pictures of a tensor: pass diffusers' VaeImageProcessor, or ask for return_type pt")
+        raise InvalidRequest("`processor` is required to make pictures of a tensor; or ask for return_type pt")
 
 
 def _result(answer: DecodeAnswer, return_type: str, processor: Any, *, is_video: bool) -> Any:
