@@ -10,35 +10,42 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import AutoencoderKL
 
 from remote_vae.extension import axes, settings_panel
 from remote_vae.hosts.a1111 import adapter
+from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings, read_toml
-from tests.hosts import a1111_standin as standin
-from tests.hosts.a1111_standin import Host, LdmModel
-from tests.hosts.script_standin import paste
+from tests.hosts.a1111_standin import A1111Host
+from tests.hosts.standin import put_in_place
 
 # From the file, not from what the code makes of it.
 OPTIONS = read_toml("options.toml")
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+def host(loaded: LoadedVae, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[A1111Host]:
     """A host before its extensions are loaded."""
     log = logging.getLogger("remote_vae")
     before = list(log.handlers), list(log.filters), log.level, log.propagate
     log.handlers = []
-    running = standin.install(monkeypatch, tmp_path)
+    running = A1111Host(loaded.vae, tmp_path)
+    put_in_place(monkeypatch, running)
     adapter.router.history.clear()
     yield running
     adapter.uninstall()
     adapter.router.history.clear()
     log.handlers, log.filters, log.level, log.propagate = before
-    assert running.offences == []
 
 
-def test_the_start_registers_each_callback_once(host: Host) -> None:
+@pytest.fixture
+def ui(host: A1111Host) -> A1111Host:
+    """With the extension, and its UI made."""
+    host.load_extension()
+    host.create_ui()
+    return host
+
+
+def test_the_start_registers_each_callback_once(host: A1111Host) -> None:
     host.load_extension()
     callbacks = host.script_callbacks.callbacks
     # That one has a function of its own, which knows the adapter.
@@ -51,7 +58,7 @@ def test_the_start_registers_each_callback_once(host: Host) -> None:
     }
 
 
-def test_reload_ui_registers_each_callback_once_again(host: Host) -> None:
+def test_reload_ui_registers_each_callback_once_again(host: A1111Host) -> None:
     host.load_extension()
     for _ in range(2):
         host.reload_ui()
@@ -64,27 +71,16 @@ def test_reload_ui_registers_each_callback_once_again(host: Host) -> None:
     }
 
 
-def test_a_model_that_is_loaded_before_the_start_is_hooked_and_one_after_it(host: Host, vae: AutoencoderKL) -> None:
-    before = host.load(LdmModel(vae))
+def test_a_model_that_is_loaded_before_the_start_is_hooked_and_one_after_it(host: A1111Host) -> None:
+    before = host.model
     host.load_extension()
-    after = host.load(LdmModel(vae))
-    for model in (before, after):
+    for model in (before, host.load(host.made("sd1"))):
         assert {"decode_first_stage", "encode_first_stage"} <= set(vars(model))
 
 
-def test_unloading_the_script_gives_the_models_back(host: Host, vae: AutoencoderKL) -> None:
-    host.load_extension()
-    model = host.load(LdmModel(vae))
-    host.script_callbacks.script_unloaded_callback()
-    assert not {"decode_first_stage", "encode_first_stage"} & set(vars(model))
-
-
-def test_a_vae_call_is_one_line_in_the_console_after_reload_ui_too(
-    host: Host, vae: AutoencoderKL, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_vae_call_is_one_line_in_the_console_after_reload_ui_too(host: A1111Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.load_extension()
     host.reload_ui()
-    host.load(LdmModel(vae))
     host.set_options(enabled=True, public_endpoints=True, decode=False)
     host.txt2img()
     lines = capsys.readouterr().out.splitlines()
@@ -92,7 +88,7 @@ def test_a_vae_call_is_one_line_in_the_console_after_reload_ui_too(
     assert lines[0].startswith("Remote VAE: decode 48x32: local")
 
 
-def test_a_line_is_not_lost_where_a_handler_before_writes_its_text_into_the_record(host: Host) -> None:
+def test_a_line_is_not_lost_where_a_handler_before_writes_its_text_into_the_record(host: A1111Host) -> None:
     """As SD.Next's does, which comes first after its first errors.display()."""
 
     class Overwrites(logging.Handler):
@@ -114,10 +110,9 @@ def test_a_line_is_not_lost_where_a_handler_before_writes_its_text_into_the_reco
 
 @pytest.mark.parametrize("console", [None, io.TextIOWrapper(io.BytesIO(), "cp1252"), "closed"])
 def test_a_console_that_cannot_take_a_line_does_not_cost_the_picture(
-    host: Host, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, console: Any
+    host: A1111Host, monkeypatch: pytest.MonkeyPatch, console: Any
 ) -> None:
     host.load_extension()
-    host.load(LdmModel(vae))
     monkeypatch.setattr(logging, "raiseExceptions", False)
     if console == "closed":
         console = io.StringIO()
@@ -129,47 +124,39 @@ def test_a_console_that_cannot_take_a_line_does_not_cost_the_picture(
         assert len(host.txt2img()) == 1
 
 
-def test_after_unloading_the_plot_has_none_of_our_axes(host: Host) -> None:
-    host.load_extension()
-    host.create_ui()
-    [plot] = [data.module for data in host.scripts.scripts_data if hasattr(data.module, "axis_options")]
-    assert [option.label for option in plot.axis_options][-2:] == ["Remote VAE", "Remote VAE transfer"]
-    axes = plot.axis_options
-    host.script_callbacks.script_unloaded_callback()
-    assert [option.label for option in axes] == ["Nothing", "Seed"]
+def test_the_plot_has_each_axis_once_and_after_unloading_none(ui: A1111Host) -> None:
+    own, ours = ["Nothing", "Seed"], ["Remote VAE", "Remote VAE transfer"]
+    ui.reload_ui()
+    ui.script_callbacks.fire("before_ui")
+    axes = ui.axes
+    assert [option.label for option in axes] == [*own, *ours]
+    ui.script_callbacks.fire("script_unloaded")
+    assert [option.label for option in axes] == own
 
 
-def test_the_panel_has_every_option_of_the_file_once_in_its_order(host: Host) -> None:
-    host.load_extension()
-    host.script_callbacks.ui_settings_callback()
-    host.reload_ui()
-    assert list(host.opts.data_labels) == [f"remotevae_{key}" for key in OPTIONS]
+def test_the_panel_has_every_option_of_the_file_once_in_its_order(ui: A1111Host) -> None:
+    ui.reload_ui()
+    assert list(ui.opts.data_labels) == [f"remotevae_{key}" for key in OPTIONS]
 
 
-@pytest.mark.parametrize("key", OPTIONS)
-def test_an_option_has_its_component_default_and_words(host: Host, key: str) -> None:
-    host.load_extension()
-    host.script_callbacks.ui_settings_callback()
-    info, entry = host.opts.data_labels[f"remotevae_{key}"], OPTIONS[key]
-    default = entry["default"]
-    if isinstance(default, bool):
-        component, arguments = standin.Checkbox, {}
-    elif "choices" in entry:
-        component, arguments = standin.Radio, {"choices": entry["choices"]}
-    elif isinstance(default, float):
-        # Bounds would make the host refuse all its settings.
-        component, arguments = standin.Number, {}
-    else:
-        component, arguments = standin.Textbox, {"max_lines": 1}
-    assert info.component is component
-    assert info.component_args == arguments
-    assert info.default == default
-    assert type(info.default) is type(default)
-    assert info.section == ("remote_vae", "Remote VAE")
-    assert info.label == (f"{entry['label']} ({entry['unit']})" if "unit" in entry else entry["label"])
-    assert entry["help"] in info.comment_after
-    # As the host makes it.
-    info.component(label=info.label, value=info.default, **info.component_args)
+def test_an_option_has_its_component_default_and_words(ui: A1111Host) -> None:
+    gr = sys.modules["gradio"]
+    for key, entry in OPTIONS.items():
+        info, default = ui.opts.data_labels[f"remotevae_{key}"], entry["default"]
+        if isinstance(default, bool):
+            component, arguments = gr.Checkbox, {}
+        elif "choices" in entry:
+            component, arguments = gr.Radio, {"choices": entry["choices"]}
+        elif isinstance(default, float):
+            # Bounds would make the host refuse all its settings.
+            component, arguments = gr.Number, {}
+        else:
+            component, arguments = gr.Textbox, {"max_lines": 1}
+        assert (info.component, info.component_args) == (component, arguments)
+        assert (type(info.default), info.default) == (type(default), default)
+        assert info.section == ("remote_vae", "Remote VAE")
+        assert info.label == (f"{entry['label']} ({entry['unit']})" if "unit" in entry else entry["label"])
+        assert entry["help"] in info.comment_after
 
 
 @pytest.mark.parametrize(
@@ -184,86 +171,68 @@ def test_an_option_has_its_component_default_and_words(host: Host, key: str) -> 
         ("rescue_folder", {}, ""),
     ],
 )
-def test_what_breaks_the_hosts_page_is_not_kept_and_is_named(host: Host, key: str, stored: Any, mended: Any) -> None:
+def test_what_breaks_the_hosts_page_is_not_kept_and_is_named(ui: A1111Host, key: str, stored: Any, mended: Any) -> None:
     """Stored by Apply or a POST of options, and in a config file from before the start."""
-    host.load_extension()
-    host.create_ui()
     name = f"remotevae_{key}"
-    host.opts.data[name] = "something else"
-    assert host.opts.set(name, stored)
-    assert host.opts.data[name] == mended
-    assert type(host.opts.data[name]) is type(mended)
+    ui.opts.data[name] = "something else"
+    assert ui.opts.set(name, stored)
+    assert ui.opts.data[name] == mended
+    assert type(ui.opts.data[name]) is type(mended)
     shown = sys.modules["gradio"].shown
     assert [OPTIONS[key]["label"] in line for line in shown] == ([] if stored == 7 else [True])
-    host.opts.data[name] = stored
-    host.reload_ui()
-    assert host.opts.data[name] == mended
+    ui.opts.data[name] = stored
+    ui.reload_ui()
+    assert ui.opts.data[name] == mended
 
 
 def test_an_endpoint_that_cannot_be_used_is_said_in_the_panel_and_stays_to_be_corrected(
-    host: Host, capsys: pytest.CaptureFixture[str]
+    ui: A1111Host, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    host.load_extension()
-    host.create_ui()
-    host.opts.set("remotevae_endpoint", "ftp://<b>studio")
-    assert host.opts.remotevae_endpoint == "ftp://<b>studio"
+    ui.opts.set("remotevae_endpoint", "ftp://<b>studio")
+    assert ui.opts.remotevae_endpoint == "ftp://<b>studio"
     [shown] = sys.modules["gradio"].shown
     assert shown.startswith("Remote VAE: Endpoint: must be an address such as")
     assert shown in capsys.readouterr().out.replace("Settings: ", "")
-    beside = host.opts.data_labels["remotevae_endpoint"].comment_after
+    beside = ui.opts.data_labels["remotevae_endpoint"].comment_after
     assert OPTIONS["endpoint"]["help"] in beside
     assert "not &#x27;ftp://&lt;b&gt;studio&#x27;" in beside
-    host.opts.set("remotevae_endpoint", "studio:7870")
-    assert "must be" not in host.opts.data_labels["remotevae_endpoint"].comment_after
+    ui.opts.set("remotevae_endpoint", "studio:7870")
+    assert "must be" not in ui.opts.data_labels["remotevae_endpoint"].comment_after
 
 
-def test_switched_on_without_an_endpoint_the_panel_says_so(host: Host) -> None:
-    host.load_extension()
-    host.create_ui()
-    host.opts.set("remotevae_enabled", True)
-    assert "Endpoint: none is set" in host.opts.data_labels["remotevae_enabled"].comment_after
+def test_switched_on_without_an_endpoint_the_panel_says_so(ui: A1111Host) -> None:
+    ui.opts.set("remotevae_enabled", True)
+    assert "Endpoint: none is set" in ui.opts.data_labels["remotevae_enabled"].comment_after
 
 
-@pytest.mark.parametrize(
-    "key", ["endpoint", "decode_endpoint", "encode_endpoint", "public_endpoints", "rescue_folder", "share"]
-)
-def test_the_api_cannot_say_where_pictures_and_tokens_go_and_the_panel_can(host: Host, key: str) -> None:
-    host.load_extension()
-    host.create_ui()
-    name = f"remotevae_{key}"
-    value = True if isinstance(OPTIONS[key]["default"], bool) else "http://evil.example"
-    assert not host.opts.set(name, value, is_api=True)
-    assert host.opts.data[name] == OPTIONS[key]["default"]
-    assert host.opts.set(name, value)
-    assert host.opts.data[name] == value
+def test_the_api_cannot_say_where_pictures_and_tokens_go_and_the_panel_can(ui: A1111Host) -> None:
+    for key in ("endpoint", "decode_endpoint", "encode_endpoint", "public_endpoints", "rescue_folder", "share"):
+        name, default = f"remotevae_{key}", OPTIONS[key]["default"]
+        value = True if isinstance(default, bool) else "http://evil.example"
+        assert not ui.opts.set(name, value, is_api=True)
+        assert ui.opts.data[name] == default
+        assert ui.opts.set(name, value)
 
 
-def test_what_the_user_has_set_outlives_the_start(host: Host) -> None:
+def test_what_the_user_has_set_outlives_the_start(host: A1111Host) -> None:
     host.set_options(endpoint="http://studio:7870", enabled=True)
     host.load_extension()
-    host.script_callbacks.ui_settings_callback()
-    assert host.opts.remotevae_endpoint == "http://studio:7870"
-    assert host.opts.remotevae_enabled is True
+    host.create_ui()
+    assert (host.opts.remotevae_endpoint, host.opts.remotevae_enabled) == ("http://studio:7870", True)
 
 
-def test_the_panel_untouched_is_the_default_settings(host: Host) -> None:
-    host.load_extension()
-    host.script_callbacks.ui_settings_callback()
+def test_the_panel_untouched_is_the_default_settings(ui: A1111Host) -> None:
     assert adapter._settings() == Settings()
 
 
-# --- the accordion -------------------------------------------------------------------------------------------------------
+# --- the accordion -----------------------------------------------------------------------------------------------------
 
 
-def test_a_pasted_infotext_sets_the_accordion_of_both_tabs(host: Host) -> None:
-    host.load_extension()
-    host.create_ui()
-    for runner in (host.scripts.scripts_txt2img, host.scripts.scripts_img2img):
-        assert paste(runner, {}) == {"Remote VAE": "follow settings", "Transfer": "follow settings"}
-        made_remotely = {"Remote VAE": "decode remote studio (png)"}
-        assert paste(runner, made_remotely) == {"Remote VAE": "auto", "Transfer": "png"}
-    host.set_options(enabled=True, transfer="png")
-    assert paste(host.scripts.scripts_txt2img, made_remotely) == {
-        "Remote VAE": "follow settings",
-        "Transfer": "follow settings",
-    }
+def test_a_pasted_infotext_sets_the_accordion_of_both_tabs(ui: A1111Host) -> None:
+    untouched = {"Remote VAE": "follow settings", "Transfer": "follow settings"}
+    made_remotely = {"Remote VAE": "decode remote studio (png)"}
+    for is_img2img in (False, True):
+        assert ui.runner(is_img2img).paste({}) == untouched
+        assert ui.runner(is_img2img).paste(made_remotely) == {"Remote VAE": "auto", "Transfer": "png"}
+    ui.set_options(enabled=True, transfer="png")
+    assert ui.runner().paste(made_remotely) == untouched

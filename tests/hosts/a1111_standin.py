@@ -1,48 +1,22 @@
-"""A stand-in for the modules of AUTOMATIC1111 1.10.1: who calls whom with which tensor, and nothing else.
-
-There is no UNet: what it would make is drawn from a seed. Everything from there to the 8-bit picture is the host's path. What
-the host catches and prints (errors in callbacks) is let through here, so that a test sees it.
-"""
+"""A stand-in for the modules of AUTOMATIC1111 1.10.1, see ``standin``: its kinds of model, and who calls their VAE."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import SimpleNamespace
 from typing import Any
 
-import pytest
+import numpy as np
 import torch
-from PIL import Image
+from diffusers import AutoencoderKL
 from torch import nn
-from torch.nn import functional
 
-from tests.hosts.script_standin import Checkbox as Checkbox
-from tests.hosts.script_standin import HostModule, Scripts, make_module
-from tests.hosts.script_standin import Number as Number
-from tests.hosts.script_standin import Radio as Radio
-from tests.hosts.script_standin import Textbox as Textbox
-from tests.hosts.webui_standin import (
-    DiagonalGaussianDistribution,
-    OptionInfo,
-    Options,
-    Pictures,
-    Processed,
-    Request,
-    WebuiHost,
-    WebuiState,
-    enlarged,
-    infotext_of,
-    out_of_memory,
-    put_in_place,
-    sampled,
-    script_callbacks,
-    to_images,
-    to_levels,
-    to_unit,
-)
+from remote_vae.hosts import a1111
+from tests.hosts.standin import DiagonalGaussianDistribution, Host, make_module, to_levels
+from tests.nearness import out_of_memory
 
 # --- models ------------------------------------------------------------------------------------------------------------
 
@@ -114,11 +88,7 @@ class LdmModel(nn.Module):
         return self.first_stage_model.encode(x)
 
     def get_first_stage_encoding(self, encoded: Any) -> torch.Tensor:
-        if isinstance(encoded, DiagonalGaussianDistribution):
-            encoded = encoded.sample()
-        elif not isinstance(encoded, torch.Tensor):
-            raise NotImplementedError(type(encoded).__name__)
-        return self.scale_factor * encoded
+        return self.scale_factor * encoded.sample()
 
 
 class SgmModel(nn.Module):
@@ -144,17 +114,6 @@ class SgmModel(nn.Module):
         return encoded
 
 
-class LatentFormat:
-    scale_factor = 1.5305
-    shift_factor = 0.0609
-
-    def process_in(self, latents: torch.Tensor) -> torch.Tensor:
-        return (latents - self.shift_factor) * self.scale_factor
-
-    def process_out(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents / self.scale_factor + self.shift_factor
-
-
 class Sd3Model(nn.Module):
     """SD 3: latents are shifted as well, and ``encode_first_stage`` gives the scaled sample."""
 
@@ -163,7 +122,13 @@ class Sd3Model(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.first_stage_model = Sd3Vae(vae)
-        self.latent_format = LatentFormat()
+        scale, shift = 1.5305, 0.0609
+        self.latent_format = SimpleNamespace(
+            scale_factor=scale,
+            shift_factor=shift,
+            process_in=lambda latents: (latents - shift) * scale,
+            process_out=lambda latents: latents / scale + shift,
+        )
 
     def decode_first_stage(self, latent: torch.Tensor) -> torch.Tensor:
         return self.first_stage_model.decode(self.latent_format.process_out(latent))
@@ -188,166 +153,128 @@ class UnknownModel(nn.Module):
     def encode_first_stage(self, x: torch.Tensor) -> torch.Tensor:
         return self.first_stage_model.encode(x).mode()
 
-    def get_first_stage_encoding(self, encoded: torch.Tensor) -> torch.Tensor:
-        return encoded
 
-
-# --- modules -----------------------------------------------------------------------------------------------------------
+# --- the host ----------------------------------------------------------------------------------------------------------
 
 
 class NansException(Exception):
     pass
 
 
-class Shared(ModuleType):
-    """``sd_model`` loads the model on reading: the host's own business, which an extension must not set off."""
+class A1111Host(Host):
+    """``loaded_sd_models`` are those in memory, of which one is in use."""
 
-    host: Host
+    adapter = a1111.adapter
 
-    @property
-    def sd_model(self) -> Any:
-        reader = sys._getframe(1).f_globals.get("__name__", "")
-        if reader.startswith("remote_vae"):
-            self.host.offences.append(f"{reader} reads shared.sd_model")
-        return self.host.sd_models.model_data.get_sd_model()
-
-
-class ModelData:
-    def __init__(self, load: Callable[[], Any]) -> None:
-        self.sd_model: Any = None
-        self.loaded_sd_models: list[Any] = []
-        self._load = load
-
-    def get_sd_model(self) -> Any:
-        if self.sd_model is None:
-            self._load()
-        return self.sd_model
-
-    def set_sd_model(self, model: Any) -> None:
-        self.sd_model = model
-        self.loaded_sd_models = [model, *(other for other in self.loaded_sd_models if other is not model)]
-
-
-class Host(WebuiHost):
-    """A1111 in use."""
-
-    def __init__(self, data_path: Path) -> None:
-        super().__init__()
-        self.opts, self.state = Options(), WebuiState()
-        self.opts.data.update(
-            show_progress_type="Full",
-            live_preview_fast_interrupt=False,
-            sd_vae_decode_method="Full",
-            auto_vae_precision=True,
-            save_images_before_highres_fix=False,
-        )
-        self.devices = make_module("modules.devices", **_devices())
-        self.paths = make_module("modules.paths", data_path=str(data_path))
-        self.shared = Shared("modules.shared")
-        self.shared.host = self
-        vars(self.shared).update(opts=self.opts, state=self.state, OptionInfo=OptionInfo, device=torch.device("cpu"))
-        self.sd_models = make_module("modules.sd_models", model_data=ModelData(self._load_lazily))
-        self.script_callbacks = script_callbacks()
-        self.sd_vae = SdVae("modules.sd_vae", self)
-        self.sd_samplers_common = SdSamplersCommon("modules.sd_samplers_common", self)
-        self.processing = Processing("modules.processing", self)
-        self.scripts = Scripts("modules.scripts", self)
+    def __init__(self, vae: AutoencoderKL, data_path: Path) -> None:
+        super().__init__(vae, data_path)
+        self.opts.data.update(live_preview_fast_interrupt=False, sd_vae_decode_method="Full")
+        self.model_data = SimpleNamespace(sd_model=None, loaded_sd_models=[])
+        self.sd_models = make_module("modules.sd_models", model_data=self.model_data)
+        self.sd_vae = make_module("modules.sd_vae", loaded_vae_file=None)
+        self.processing.decode_latent_batch = self._decode_latent_batch
+        distributions = "ldm.modules.distributions.distributions"
+        self.ldm = make_module(distributions, DiagonalGaussianDistribution=DiagonalGaussianDistribution)
+        self.load(self.made("sd1"))
 
     def modules(self) -> Iterator[Any]:
         yield from super().modules()
         for name in ("ldm", "ldm.modules", "ldm.modules.distributions"):
             yield make_module(name, __path__=[])
-        yield make_module("ldm.modules.distributions.distributions", DiagonalGaussianDistribution=DiagonalGaussianDistribution)
 
-    def _load_lazily(self) -> None:
-        self.loads += 1
-        raise RuntimeError("no checkpoint found")
+    def made(self, family: str) -> Any:
+        return {"sd1": LdmModel, "sdxl": SgmModel}[family](copy.deepcopy(self.vae))
 
     def load(self, model: Any) -> Any:
-        """Load ``model``; one that was loaded before stays in memory beside it."""
-        self.sd_models.model_data.set_sd_model(model)
-        self.script_callbacks.model_loaded_callback(model)
+        """One that was loaded before stays in memory beside it."""
+        self.swap_to(model)
+        self.script_callbacks.fire("model_loaded", model)
         return model
 
     def swap_to(self, model: Any) -> None:
         """Go back to a model that is still in memory: nobody is told."""
-        self.sd_models.model_data.set_sd_model(model)
+        data = self.model_data
+        data.sd_model = model
+        data.loaded_sd_models = [model, *(other for other in data.loaded_sd_models if other is not model)]
 
-    # --- generations: uint8 pictures [H, W, 3] -------------------------------------------------------------------------
+    @property
+    def model(self) -> Any:
+        return self.model_data.sd_model
 
-    def txt2img_request(self, batch: int, seed: int) -> Request:
-        return Request(sample=lambda p: sampled(p.batch_size, p.seed_now), seed=seed, batch_size=batch)
+    @property
+    def module(self) -> torch.nn.Module:
+        return self.model.first_stage_model
 
-    def img2img(self, image: torch.Tensor, seed: int = 1) -> Pictures:
-        """``image``: ``[N, 3, H, W]`` in [0, 1]."""
-        return self._from_image(image, seed, lambda p: self.processing.init_latent(p.sd_model, image))
+    @property
+    def calls(self) -> list[str]:
+        return self.module.calls
 
-    def inpaint(self, image: torch.Tensor, seed: int = 1) -> Pictures:
-        """The middle of ``image`` is repainted; an inpainting model sees the masked picture too."""
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.model.decode_first_stage(latents)
 
-        def begin(p: Any) -> torch.Tensor:
-            latents = self.processing.init_latent(p.sd_model, image)
-            masked = self.processing.inpainting_image_conditioning(p.sd_model, image * 2 - 1)
-            return latents * 0.5 + masked * 0.5
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.get_first_stage_encoding(self.model.encode_first_stage(pixels))
 
-        return self._from_image(image, seed, begin)
+    def change_vae(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Other weights in the same model, which is announced again."""
+        self.module.inner.load_state_dict(dict(weights))
+        self.script_callbacks.fire("model_loaded", self.model)
 
-    def instruct_pix2pix(self, image: torch.Tensor, seed: int = 1) -> Pictures:
-        def begin(p: Any) -> torch.Tensor:
-            condition = self.processing.edit_image_conditioning(image * 2 - 1) * getattr(p.sd_model, "scale_factor", 1.0)
-            return self.processing.init_latent(p.sd_model, image) * 0.5 + condition * 0.5
+    def seam(self) -> Any:
+        return self.model.decode_first_stage
 
-        return self._from_image(image, seed, begin)
+    def put_over(self, notes: list[str], *, chaining: bool = True) -> Any:
+        model, covered = self.model, self.model.decode_first_stage
 
-    def hires_latent(
-        self, batch: int = 1, *, save_before: bool = False, mask_weight: float = 1.0
-    ) -> tuple[Pictures, list[Image.Image]]:
-        """The pictures, and those saved before the second pass."""
-        self.opts.data["save_images_before_highres_fix"] = save_before
-        saved: list[Image.Image] = []
+        def theirs(z: torch.Tensor) -> torch.Tensor:
+            notes.append("theirs")
+            return covered(z) if chaining else type(model).decode_first_stage(model, z)
 
-        def sample(p: Any) -> list[torch.Tensor]:
-            first = sampled(p.batch_size, p.seed_now)
-            return self.processing.sample_hires_latent(p.sd_model, first, saved, mask_weight)
+        model.decode_first_stage = theirs
+        return theirs
 
-        return self.generate(Request(sample=sample, batch_size=batch)), saved
+    def clear_seam(self) -> None:
+        vars(self.model).pop("decode_first_stage", None)
 
-    def hires_pixel(self, batch: int = 1) -> Pictures:
-        def sample(p: Any) -> list[torch.Tensor]:
-            return self.processing.sample_hires_pixel(p.sd_model, sampled(p.batch_size, p.seed_now))
+    def places_in_the_model(self) -> list[Any]:
+        return [self.model, type(self.model), self.module, type(self.module)]
 
-        return self.generate(Request(sample=sample, batch_size=batch))
+    # --- what calls the VAE ---------------------------------------------------------------------------------------------
 
-    def preview(self, latents: torch.Tensor) -> Image.Image:
-        """What a progress request shows while ``latents`` are being sampled."""
-        self.state.current_latent = latents
-        self.state.assign_current_image(self.sd_samplers_common.sample_to_image(latents))
-        assert self.state.current_image is not None
-        return self.state.current_image
+    def _single_sample_to_image(self, sample: torch.Tensor, approximation: Any = None) -> np.ndarray:
+        return to_levels(self.model.decode_first_stage(sample.unsqueeze(0).to(self.module.dtype))[0])
 
-    def _from_image(self, image: torch.Tensor, seed: int, begin: Callable[[Any], torch.Tensor]) -> Pictures:
-        def sample(p: Any) -> torch.Tensor:
-            latents = p.init_latent
-            return latents + sampled(latents.shape[0], p.seed_now, tuple(latents.shape[-2:])) * 0.1
+    def _encoded(self, image: torch.Tensor) -> torch.Tensor:
+        pixels = image.to(self.devices.dtype_vae) * 2 - 1
+        return torch.cat([self.encode(one.unsqueeze(0)) for one in pixels])
 
-        request = Request(sample, begin, seed=seed, batch_size=len(image), init_images=to_images(image))
-        return self.generate(request, is_img2img=True)
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.processing.decode_latent_batch(self.model, latents, check_for_nans=True))
 
+    def _decode_latent_batch(self, model: Any, batch: torch.Tensor, check_for_nans: bool = False) -> list[torch.Tensor]:
+        if check_for_nans and batch.isnan().any():
+            raise NansException("unet")
+        return [self._decoded_one(model, one.unsqueeze(0))[0] for one in batch]
 
-def install(monkeypatch: pytest.MonkeyPatch, data_path: Path) -> Host:
-    """Put the host's modules where ``import`` finds them, for the time of a test."""
-    host: Host = put_in_place(monkeypatch, Host(data_path))
-    return host
+    def _decoded_one(self, model: Any, latents: torch.Tensor) -> torch.Tensor:
+        opts, devices, vae = self.opts, self.devices, model.first_stage_model
+        hurries = self.state.interrupted and opts.live_preview_fast_interrupt
+        if (opts.show_progress_type if hurries else opts.sd_vae_decode_method) != "Full":
+            return latents[:, :3]
+        latents = latents.to(devices.dtype_vae).to(vae.dtype)
+        pixels = model.decode_first_stage(latents)
+        if pixels.isnan().any() and devices.dtype_vae != torch.float32:
+            # For the rest of the process.
+            devices.dtype_vae = torch.float32
+            vae.to(torch.float32)
+            pixels = model.decode_first_stage(latents.float())
+        return pixels
 
 
 @contextmanager
 def no_memory(first_stage: FirstStage) -> Iterator[None]:
     """The VAE runs out of memory, a copy of it elsewhere does not. In --medvram's place: on the instance."""
-
-    def run_out(_: torch.Tensor) -> Any:
-        raise out_of_memory()
-
-    vars(first_stage).update(decode=run_out, encode=run_out)
+    vars(first_stage).update(decode=out_of_memory, encode=out_of_memory)
     try:
         yield
     finally:
@@ -355,174 +282,11 @@ def no_memory(first_stage: FirstStage) -> Iterator[None]:
             del vars(first_stage)[name]
 
 
-def _devices() -> dict[str, Any]:
-    def test_for_nans(x: torch.Tensor, where: str) -> None:
-        # One element is all that is looked at.
-        if torch.isnan(x[(0,) * x.ndim]):
-            raise NansException(f"A tensor with NaNs was produced in {where}.")
+def nan_in_half(first_stage: FirstStage) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A ``decode`` that gives NaN in half precision, as SDXL's first VAE does."""
+    decode = type(first_stage).decode
 
-    cpu = torch.device("cpu")
-    return {
-        "dtype_vae": torch.float32,
-        "dtype": torch.float32,
-        "cpu": cpu,
-        "device": cpu,
-        "NansException": NansException,
-        "test_for_nans": test_for_nans,
-    }
+    def broken_in_half(z: torch.Tensor) -> torch.Tensor:
+        return decode(first_stage, z) * (1.0 if first_stage.dtype == torch.float32 else torch.nan)
 
-
-class SdVae(HostModule):
-    loaded_vae_file: str | None = None
-
-    def reload_vae_weights(self, model: Any, weights: dict[str, torch.Tensor]) -> None:
-        """Other weights in the same model, which is announced again."""
-        model.first_stage_model.load_state_dict(weights)
-        model.first_stage_model.to(self.host.devices.dtype_vae)
-        self.host.script_callbacks.model_loaded_callback(model)
-
-
-class SdSamplersCommon(HostModule):
-    approximation_indexes = MappingProxyType({"Full": 0, "Approx NN": 1, "Approx cheap": 2, "TAESD": 3})
-
-    def samples_to_images_tensor(
-        self, sample: torch.Tensor, approximation: int | None = None, model: Any = None
-    ) -> torch.Tensor:
-        opts = self.host.opts
-        if approximation is None or (self.host.state.interrupted and opts.live_preview_fast_interrupt):
-            approximation = self.approximation_indexes.get(opts.show_progress_type, 0)
-        if approximation != 0:
-            return functional.interpolate(sample[:, :3], scale_factor=8)
-        model = model or self.host.shared.sd_model
-        with torch.no_grad():
-            return model.decode_first_stage(sample.to(model.first_stage_model.dtype))
-
-    def single_sample_to_image(self, sample: torch.Tensor, approximation: int | None = None) -> Image.Image:
-        unit = self.samples_to_images_tensor(sample.unsqueeze(0), approximation)[0] * 0.5 + 0.5
-        return Image.fromarray(to_levels(unit.clamp(0.0, 1.0)))
-
-    def sample_to_image(self, samples: torch.Tensor, index: int = 0, approximation: int | None = None) -> Image.Image:
-        return self.single_sample_to_image(samples[index], approximation)
-
-    def samples_to_image_grid(self, samples: torch.Tensor, approximation: int | None = None) -> list[Image.Image]:
-        return [self.single_sample_to_image(sample, approximation) for sample in samples]
-
-    def decode_first_stage(self, model: Any, x: torch.Tensor) -> torch.Tensor:
-        approximation = self.approximation_indexes.get(self.host.opts.sd_vae_decode_method, 0)
-        return self.samples_to_images_tensor(x.to(self.host.devices.dtype_vae), approximation, model)
-
-    def images_tensor_to_samples(
-        self, image: torch.Tensor, approximation: int | None = None, model: Any = None
-    ) -> torch.Tensor:
-        model = model or self.host.shared.sd_model
-        model.first_stage_model.to(self.host.devices.dtype_vae)
-        image = image.to(self.host.devices.device, self.host.devices.dtype_vae) * 2 - 1
-        encoded = [model.get_first_stage_encoding(model.encode_first_stage(one.unsqueeze(0))) for one in image]
-        return torch.cat(encoded)
-
-    def store_latent(self, decoded: torch.Tensor) -> None:
-        self.host.state.current_latent = decoded
-        self.host.state.assign_current_image(self.sample_to_image(decoded))
-
-
-class DecodedSamples(list[torch.Tensor]):
-    pass
-
-
-class Processing(HostModule):
-    def __init__(self, name: str, host: Host) -> None:
-        super().__init__(name, host)
-        # Imported by name: what is later put into sd_samplers_common does not reach these.
-        self.decode_first_stage = host.sd_samplers_common.decode_first_stage
-        self.images_tensor_to_samples = host.sd_samplers_common.images_tensor_to_samples
-
-    def process_images(self, p: Any) -> Processed:
-        p.scripts.before_process(p)
-        opts = self.host.opts
-        stored = {key: opts.data[key] for key in p.override_settings if key in opts.data}
-        try:
-            for key, value in p.override_settings.items():
-                opts.set(key, value, is_api=True, run_callbacks=False)
-            return self.process_images_inner(p)
-        finally:
-            if p.override_settings_restore_afterwards:
-                opts.data.update(stored)
-
-    def process_images_inner(self, p: Any) -> Processed:
-        state = self.host.state
-        p.sd_model = self.host.shared.sd_model
-        p.scripts.process(p)
-        infotexts: list[str] = []
-        images: list[Image.Image] = []
-        with torch.no_grad():
-            p.init_latent = p.begin(p)
-            for number in range(p.n_iter):
-                p.iteration = number
-                state.skipped = False
-                if state.interrupted or state.stopping_generation:
-                    break
-                self.host.sampling()
-                samples = p.sample(p)
-                if not isinstance(samples, DecodedSamples):
-                    samples = self.decode_final(p.sd_model, samples)
-                for index, unit in enumerate(((torch.stack(samples).float() + 1.0) / 2.0).clamp(0.0, 1.0)):
-                    images.append(Image.fromarray(to_levels(unit)))
-                    infotexts.append(infotext_of(p, index))
-        processed = Processed(images, infotexts)
-        p.scripts.postprocess(p, processed)
-        return processed
-
-    def decode_latent_batch(
-        self, model: Any, batch: torch.Tensor, target_device: Any = None, check_for_nans: bool = False
-    ) -> list[torch.Tensor]:
-        devices = self.host.devices
-        samples = DecodedSamples()
-        if check_for_nans:
-            devices.test_for_nans(batch, "unet")
-        for index in range(batch.shape[0]):
-            sample = self.decode_first_stage(model, batch[index : index + 1])[0]
-            try:
-                if check_for_nans:
-                    devices.test_for_nans(sample, "vae")
-            except NansException:
-                if not self.host.opts.auto_vae_precision or devices.dtype_vae == torch.float32:
-                    raise
-                # For the rest of the process.
-                devices.dtype_vae = torch.float32
-                model.first_stage_model.to(devices.dtype_vae)
-                batch = batch.to(devices.dtype_vae)
-                sample = self.decode_first_stage(model, batch[index : index + 1])[0]
-            samples.append(sample if target_device is None else sample.to(target_device))
-        return samples
-
-    def decode_final(self, model: Any, batch: torch.Tensor) -> list[torch.Tensor]:
-        return self.decode_latent_batch(model, batch, target_device=self.host.devices.cpu, check_for_nans=True)
-
-    def init_latent(self, model: Any, image: torch.Tensor) -> torch.Tensor:
-        return self.images_tensor_to_samples(image.to(self.host.devices.dtype_vae), 0, model)
-
-    def inpainting_image_conditioning(self, model: Any, source: torch.Tensor) -> torch.Tensor:
-        mask = torch.zeros_like(source[:, :1])
-        mask[:, :, 8:24, 8:24] = 1.0
-        return model.get_first_stage_encoding(model.encode_first_stage(source * (1.0 - mask)))
-
-    def edit_image_conditioning(self, source: torch.Tensor) -> torch.Tensor:
-        return self.host.shared.sd_model.encode_first_stage(source).mode()
-
-    def sample_hires_latent(
-        self, model: Any, samples: torch.Tensor, saved: list[Image.Image], mask_weight: float
-    ) -> list[torch.Tensor]:
-        if self.host.opts.save_images_before_highres_fix:
-            common = self.host.sd_samplers_common
-            saved += [common.sample_to_image(samples, index, approximation=0) for index in range(len(samples))]
-        samples = functional.interpolate(samples, scale_factor=2, mode="bilinear")
-        if mask_weight < 1.0:
-            self.inpainting_image_conditioning(model, self.decode_first_stage(model, samples))
-        return self.decode_final(model, samples)
-
-    def sample_hires_pixel(self, model: Any, samples: torch.Tensor) -> list[torch.Tensor]:
-        decoded = torch.stack(self.decode_final(model, samples)).float()
-        low = [Image.fromarray(to_levels(unit)) for unit in ((decoded + 1.0) / 2.0).clamp(0.0, 1.0)]
-        pixels = to_unit([enlarged(image) for image in low])
-        samples = self.images_tensor_to_samples(pixels.to(self.host.devices.dtype_vae), 0)
-        return self.decode_final(model, samples)
+    return broken_in_half
