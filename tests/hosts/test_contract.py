@@ -372,10 +372,17 @@ def test_after_interrupt_in_a_wait_no_further_batch_is_begun(host: Host, alone: 
     assert endpoint.requests == ["/decode"]
 
 
-def test_after_skip_in_a_wait_the_next_batch_is_made(host: Host, endpoint: Endpoint) -> None:
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> str:
+    """After a press an endpoint is waited for no longer than this; what a record says of it."""
+    monkeypatch.setattr("remote_vae.hosts.base._HURRY_SECONDS", DEADLINE)
+    return f"no answer in {DEADLINE} s"
+
+
+def test_after_skip_in_a_wait_the_next_batch_is_made(host: Host, endpoint: Endpoint, hurried: str) -> None:
     host.n_iter = 2
-    endpoint.fail_at = 0
     assert len(pressed_while_it_hangs(host, endpoint, host.state.skip, host.txt2img)) == 2
+    assert [record.fallback_reason for record in host.records()] == ["interrupted", hurried]
 
 
 def test_a_flag_that_the_host_itself_raises_ends_the_wait(host: Host, endpoint: Endpoint) -> None:
@@ -383,13 +390,12 @@ def test_a_flag_that_the_host_itself_raises_ends_the_wait(host: Host, endpoint: 
     assert [record.fallback_reason for record in host.records()] == ["interrupted"]
 
 
-def test_interrupt_ends_the_wait_for_an_encode(host: Host, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("remote_vae.hosts.base._HURRY_SECONDS", DEADLINE)
+def test_interrupt_ends_the_wait_for_an_encode(host: Host, endpoint: Endpoint, hurried: str) -> None:
     pictures = pressed_while_it_hangs(host, endpoint, host.state.interrupt, lambda: host.img2img(source()))
     assert len(pictures) == 1
     assert endpoint.requests == ["/encode", "/decode"]
     # Nobody has to press again for the decode.
-    assert [record.fallback_reason for record in host.records()] == ["interrupted", f"no answer in {DEADLINE} s"]
+    assert [record.fallback_reason for record in host.records()] == ["interrupted", hurried]
 
 
 def test_a_press_while_sampling_asks_for_the_picture_so_far(host: Host, name: str, endpoint: Endpoint) -> None:
