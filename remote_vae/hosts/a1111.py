@@ -60,10 +60,10 @@ class A1111(WebUi):
         super().__init__()
         self._thread: _ThreadState = _ThreadState()
 
-    def _doors(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+    def _wrapped_functions(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         from modules import processing
 
-        return [*super()._doors(), (processing, "decode_latent_batch", self._batch_door)]
+        return [*super()._wrapped_functions(), (processing, "decode_latent_batch", self._around_batch)]
 
     def _models(self) -> list[Any]:
         from modules import sd_models
@@ -100,7 +100,7 @@ class A1111(WebUi):
 
     # --- a whole batch ---------------------------------------------------------------------------------------------------
 
-    def _batch_door(self, original: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def _around_batch(self, original: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``decode_latent_batch``, which decodes picture after picture: the remote answer is fetched for all first."""
         before = self._thread.batch
         try:

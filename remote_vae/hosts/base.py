@@ -94,8 +94,8 @@ class WebUi(ABC):
 
         self.router = Router(self.router.history, Path(paths.data_path) / "remote-vae-rescue")
         self.installed = True
-        for owner, name, door in self._doors():
-            wrap(owner, name, door, self)
+        for owner, name, around in self._wrapped_functions():
+            wrap(owner, name, around, self)
         self.hook_loaded()
 
     def hook_loaded(self) -> None:
@@ -112,31 +112,31 @@ class WebUi(ABC):
     def uninstall(self) -> None:
         """Give the UI its own functions back. A hook that somebody has put over ours stays, and ours only passes on."""
         self.installed = False
-        for owner, name, _ in self._doors():
+        for owner, name, _ in self._wrapped_functions():
             unwrap(owner, name, self)
         for model in self._models():
             self._unhook(model)
 
-    # --- the doors -------------------------------------------------------------------------------------------------------
+    # --- around the functions of the UI ---------------------------------------------------------------------------------------
 
-    def _doors(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+    def _wrapped_functions(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         """The functions of the UI that are wrapped: where they are, their names, and what is put around them."""
         from modules import processing, sd_samplers_common, shared
 
         return [
-            (sd_samplers_common, "single_sample_to_image", self._preview_door),
-            (processing, "process_images_inner", self._generation_door),
-            *((shared.state, name, self._press_door) for name in _PRESSES if hasattr(shared.state, name)),
+            (sd_samplers_common, "single_sample_to_image", self._around_preview),
+            (processing, "process_images_inner", self._around_generation),
+            *((shared.state, name, self._around_press) for name in _PRESSES if hasattr(shared.state, name)),
         ]
 
-    def _preview_door(self, original: Callable[..., Any], sample: Any, approximation: Any = None) -> Any:
+    def _around_preview(self, original: Callable[..., Any], sample: Any, approximation: Any = None) -> Any:
         """Around ``single_sample_to_image``. With an ``approximation`` named it makes a picture to keep, not a preview."""
         if approximation is not None:
             return original(sample, approximation)
         with self.passing_on():
             return original(sample)
 
-    def _generation_door(self, original: Callable[..., Any], p: Any, *args: Any, **kwargs: Any) -> Any:
+    def _around_generation(self, original: Callable[..., Any], p: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``process_images_inner``."""
         # Whatever was loaded or put over our hooks since the last one.
         self.hook_loaded()
@@ -158,7 +158,7 @@ class WebUi(ABC):
         elif not hasattr(shared.state, "stopping_generation"):
             shared.state.interrupted = True
 
-    def _press_door(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _around_press(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around Interrupt, Skip and Stop: a second press shows in no flag."""
         self._presses += 1
         return original(*args, **kwargs)

@@ -38,15 +38,15 @@ class SdNext(WebUi):
         super().__init__()
         self._thread: _ThreadState = _ThreadState()
 
-    def _doors(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+    def _wrapped_functions(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         import diffusers
         from modules import processing_diffusers, processing_vae
 
         return [
-            *super()._doors(),
-            (processing_diffusers, "process_diffusers", self._batch_door),
-            (processing_vae, "vae_decode", self._decode_door),
-            *((diffusers.AutoencoderKL, op, partial(self._vae_door, op)) for op in _OPS),
+            *super()._wrapped_functions(),
+            (processing_diffusers, "process_diffusers", self._around_batch),
+            (processing_vae, "vae_decode", self._around_decode),
+            *((diffusers.AutoencoderKL, op, partial(self._around_vae, op)) for op in _OPS),
         ]
 
     def hook(self, model: Any) -> None:
@@ -82,12 +82,12 @@ class SdNext(WebUi):
         models = (getattr(data, name, None) for name in ("sd_model", "sd_refiner"))
         return [model for model in models if model is not None]
 
-    def _preview_door(self, original: Callable[..., Any], sample: Any, approximation: Any = None) -> Any:
+    def _around_preview(self, original: Callable[..., Any], sample: Any, approximation: Any = None) -> Any:
         """In this UI the approximation is named for previews as well."""
         with self.passing_on():
             return original(sample, approximation)
 
-    def _batch_door(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _around_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``process_diffusers``, which makes the pictures of one of several batches."""
         from modules import shared
 
@@ -99,7 +99,7 @@ class SdNext(WebUi):
         shared.state.interrupted = True
         return []
 
-    def _decode_door(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _around_decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``vae_decode``: PIL pictures, which are worked on further, are rounded; arrays are cut off to 8 bits later."""
         before = self._thread.rounds
         self._thread.rounds = kwargs.get("output_type") == "pil"
@@ -108,7 +108,7 @@ class SdNext(WebUi):
         finally:
             self._thread.rounds = before
 
-    def _vae_door(self, op: Op, original: Callable[..., Any], vae: Any, *args: Any, **kwargs: Any) -> Any:
+    def _around_vae(self, op: Op, original: Callable[..., Any], vae: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``decode`` and ``encode`` of the class."""
         own = partial(original, vae, *args, **kwargs)
         if not self._takes() or not self._is_loaded(vae):

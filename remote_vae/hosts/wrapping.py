@@ -12,11 +12,11 @@ _MARK = "remote_vae_adapter"
 _DEEPEST = 32
 
 
-def wrap(owner: Any, name: str, door: Callable[..., Any], adapter: object) -> None:
-    """Put ``door(original, *args, **kwargs)`` around the function ``name`` of a module, a class or an object, once."""
+def wrap(owner: Any, name: str, around: Callable[..., Any], adapter: object) -> None:
+    """Put ``around(original, *args, **kwargs)`` around the function ``name`` of a module, a class or an object, once."""
     current = getattr(owner, name)
     if not is_wrapped(current):
-        place(owner, name, lambda *args, **kwargs: door(current, *args, **kwargs), adapter)
+        place(owner, name, lambda *args, **kwargs: around(current, *args, **kwargs), adapter)
 
 
 def place(owner: Any, name: str, hook: Any, adapter: object) -> None:

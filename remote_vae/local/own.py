@@ -1,4 +1,4 @@
-"""Ways to run a VAE with less device memory where its layout is not known, for adapters to offer as spares."""
+"""What a VAE can do by itself in less device memory: its own tiling, and a copy of it on the CPU."""
 
 from __future__ import annotations
 
