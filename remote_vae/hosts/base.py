@@ -155,7 +155,9 @@ class WebUi(ABC):
 
         if outer is not None:
             outer.stops = outer.hurried = True
-        elif not hasattr(shared.state, "stopping_generation"):
+        elif hasattr(shared.state, "stopping_generation"):
+            shared.state.stopping_generation = True
+        else:
             shared.state.interrupted = True
 
     def _around_press(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -274,20 +276,20 @@ class WebUi(ABC):
             yield replace(call, user=user)
         finally:
             state.textinfo = text
-            if risen(*_FLAGS):
-                self._pressed(call.op, stops=risen("interrupted"))
+            self._after(call.op, [flag for flag in flags if getattr(state, flag, False)])
 
-    def _pressed(self, op: Op, *, stops: bool) -> None:
-        """Interrupt (``stops``) or Skip was pressed in a call of this thread, and has ended its wait."""
+    def _after(self, op: Op, pressed: list[str]) -> None:
+        """A call of this thread is over; ``pressed`` are the flags that have risen in it, and have ended its wait."""
         from modules import shared
 
         state, generation = shared.state, self._thread.generation
-        state.interrupted = state.skipped = False
+        for flag in pressed:
+            setattr(state, flag, False)
+        stops = "interrupted" in pressed
         if generation is not None:
-            generation.hurried = True
-            generation.stops = generation.stops or stops
-            stops = generation.stops
-        # An encode comes before the sampling of its picture, which these would end.
+            generation.hurried = generation.hurried or bool(pressed)
+            generation.stops = stops = generation.stops or stops
+        # An encode comes before the sampling of its picture, which this would end.
         if stops and op == "decode" and hasattr(state, "stopping_generation"):
             state.stopping_generation = True
         elif stops and generation is None:
