@@ -391,7 +391,9 @@ def test_a_flag_that_the_host_itself_raises_ends_the_wait(host: Host, endpoint: 
 
 
 def test_interrupt_ends_the_wait_for_an_encode(host: Host, endpoint: Endpoint, hurried: str) -> None:
+    host.n_iter = 2
     pictures = pressed_while_it_hangs(host, endpoint, host.state.interrupt, lambda: host.img2img(source()))
+    # Its own picture is made, and no further one.
     assert len(pictures) == 1
     assert endpoint.requests == ["/encode", "/decode"]
     # Nobody has to press again for the decode.
@@ -408,9 +410,12 @@ def test_a_press_while_sampling_asks_for_the_picture_so_far(host: Host, name: st
 @pytest.mark.parametrize("name", ["a1111", "forge"], indirect=True)
 def test_a_second_press_ends_the_wait_as_well(host: Host, endpoint: Endpoint) -> None:
     """The first press ended the sampling: the flag is up, and the picture so far is to be decoded."""
+    host.n_iter = 2
     host.while_sampling = host.state.interrupt
-    pressed_while_it_hangs(host, endpoint, host.state.interrupt, host.txt2img)
+    assert len(pressed_while_it_hangs(host, endpoint, host.state.skip, host.txt2img)) == 1
     assert [record.fallback_reason for record in host.records()] == ["interrupted"]
+    # What the first press asked for still counts.
+    assert host.state.interrupted
 
 
 @pytest.mark.parametrize(("way", "doing"), [("decode", "decoding 3 pictures"), ("encode", "encoding")])
