@@ -10,8 +10,7 @@ import importlib.util
 import inspect
 import sys
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,8 +256,18 @@ class WebuiState(State):
         self.stopping_generation = True
 
 
-class Host(ABC):
+class Host:
     """A web UI with an SD 1 model. The extension is not in it before ``load_extension``.
+
+    Each has, in its own way:
+        made(family), load(model), swap_to(model), model: a model with a copy of the VAE, to be loaded, and the one in use.
+        module, calls: the VAE of the model in use, and what was asked of it on this machine.
+        decode(latents), encode(pixels): the calls that another extension makes, outside any generation.
+        change_vae(weights): the user picks a VAE with these.
+        seam(), clear_seam(): what stands in front of a decode of the model in use, and taking that away.
+        put_over(notes, chaining): the hook of another extension, around what is there or, not ``chaining``, in its place.
+        places_in_the_model(): where a hook could be left on the model in use.
+        _single_sample_to_image, _encoded, _decoded: a preview; model latents of pictures in [0, 1]; the final decode.
 
     Attributes:
         alwayson, n_iter: go into every request from now on.
@@ -291,71 +300,6 @@ class Host(ABC):
         self.shared = Shared("modules.shared")
         vars(self.shared).update(opts=self.opts, state=self.state, OptionInfo=OptionInfo)
         self._load_plot()
-
-    # --- what is otherwise in each --------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def made(self, family: str) -> Any:
-        """A model of ``family`` with a copy of the VAE."""
-
-    @abstractmethod
-    def load(self, model: Any) -> Any:
-        """Load ``model``, and announce it."""
-
-    @property
-    @abstractmethod
-    def model(self) -> Any:
-        """The one in use."""
-
-    @property
-    @abstractmethod
-    def module(self) -> torch.nn.Module:
-        """The VAE of the model in use."""
-
-    @property
-    @abstractmethod
-    def calls(self) -> list[str]:
-        """What was asked of that VAE on this machine."""
-
-    @abstractmethod
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The call that another extension makes, outside any generation."""
-
-    @abstractmethod
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The same: ``[B, 3, H, W]`` in [-1, 1] to latents that are drawn."""
-
-    @abstractmethod
-    def change_vae(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """The user picks a VAE with ``weights``."""
-
-    @abstractmethod
-    def seam(self) -> Any:
-        """What stands in front of a decode of the model in use."""
-
-    @abstractmethod
-    def put_over(self, notes: list[str], *, chaining: bool = True) -> Any:
-        """The hook of another extension, around what is there or, not ``chaining``, in its place."""
-
-    @abstractmethod
-    def clear_seam(self) -> None:
-        """Take away whatever stands there."""
-
-    @abstractmethod
-    def places_in_the_model(self) -> list[Any]:
-        """Where a hook could be left on the model in use."""
-
-    @abstractmethod
-    def _single_sample_to_image(self, sample: torch.Tensor, approximation: Any = None) -> np.ndarray:
-        """A preview, or a picture to keep."""
-
-    @abstractmethod
-    def _encoded(self, image: torch.Tensor) -> torch.Tensor:
-        """Model latents of pictures in [0, 1], encoded one by one."""
-
-    @abstractmethod
-    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
-        """The final decode of a batch: pixels in [-1, 1]."""
 
     # --- what a user does -----------------------------------------------------------------------------------------------
 

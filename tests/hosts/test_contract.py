@@ -227,6 +227,12 @@ def test_what_an_endpoint_decodes_is_switched_apart_from_what_it_encodes(host: H
     assert host.infotexts == [f"Seed: {seed}, {TITLE}: decode local, encode remote (raw)" for seed in (1, 2)]
 
 
+def test_the_endpoint_is_named_in_the_infotext_where_the_user_wants_that(host: Host, endpoint: Endpoint) -> None:
+    host.turn_on(endpoint.url, name_endpoint=True)
+    host.txt2img()
+    assert host.infotexts == [f"Seed: 1, {TITLE}: decode remote 127.0.0.1 (raw)"]
+
+
 # --- the endpoint fails ------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +376,8 @@ def test_after_interrupt_in_a_wait_no_further_batch_is_begun(host: Host, alone: 
     made = pressed_while_it_hangs(host, endpoint, host.state.interrupt, lambda: make(host, "txt2img"))
     assert same(made.pictures, alone["txt2img"].pictures)
     assert endpoint.requests == ["/decode"]
+    # A plot or a loop around it is to end as well.
+    assert host.state.interrupted or host.state.stopping_generation
 
 
 @pytest.fixture
@@ -400,11 +408,20 @@ def test_interrupt_ends_the_wait_for_an_encode(host: Host, endpoint: Endpoint, h
     assert [record.fallback_reason for record in host.records()] == ["interrupted", hurried]
 
 
-def test_a_press_while_sampling_asks_for_the_picture_so_far(host: Host, name: str, endpoint: Endpoint) -> None:
-    host.turn_on(endpoint.url)
+def test_interrupt_in_a_call_of_another_extension_is_still_there_for_that(host: Host, endpoint: Endpoint) -> None:
+    pressed_while_it_hangs(host, endpoint, host.state.interrupt, lambda: host.encode(source() * 2 - 1))
+    assert host.state.interrupted
+
+
+def test_a_press_while_sampling_asks_for_the_picture_so_far_and_soon(
+    host: Host, name: str, endpoint: Endpoint, hurried: str
+) -> None:
     host.while_sampling = host.state.skip
-    assert len(host.txt2img()) == (0 if name == "sdnext" else 1)
-    assert host.routes() == ([] if name == "sdnext" else ["decode remote"])
+    for mode in ("pass", "hang"):
+        endpoint.reset(mode)
+        host.turn_on(endpoint.url, first_byte_timeout=60.0)
+        assert len(host.txt2img()) == (0 if name == "sdnext" else 1)
+    assert [record.fallback_reason for record in host.records()] == ([] if name == "sdnext" else ["", hurried])
 
 
 @pytest.mark.parametrize("name", ["a1111", "forge"], indirect=True)
@@ -667,6 +684,7 @@ def test_a_model_that_is_loaded_while_the_extension_is_out_is_left_alone(host: H
     host.load(host.made("sd1"))
     assert len(host.txt2img()) == 1
     assert endpoint.requests == []
+    assert hooks_in(host.seam()) == 0
 
 
 def test_two_models_of_two_families_are_each_asked_for_by_their_own(host: Host, endpoint: Endpoint) -> None:

@@ -85,10 +85,10 @@ def test_every_vae_call_of_a_pipeline_goes_remote_and_the_picture_is_the_same(
     assert chaos.requests == [f"/{op}" for op in CALLS[kind]]
 
 
+@torch.no_grad()
 def test_a_pipeline_whose_vae_the_endpoint_does_not_have_uses_its_own(vae: AutoencoderKL, chaos: Chaos) -> None:
     arguments = PIPELINES[IMG2IMG]
-    with torch.no_grad():
-        vae.decoder.conv_in.weight.mul_(1.5)
+    vae.decoder.conv_in.weight.mul_(1.5)
     pipe = pipeline(IMG2IMG, vae)
     local = generate(pipe, arguments)
     handle = remote_vae.attach(pipe, {"endpoint": chaos.url})
@@ -104,7 +104,6 @@ def test_a_tiny_vae_is_told_apart_as_well(chaos: Chaos, latents: torch.Tensor) -
     vae = diffusers.AutoencoderTiny().eval().requires_grad_(False)
     handle = remote_vae.attach(vae, {"endpoint": chaos.url})
     vae.decode(latents)
-    assert handle.history.last is not None
     assert handle.history.last.fallback_reason == "another VAE there"
     assert not chaos.requests
 
@@ -118,16 +117,6 @@ def test_whatever_the_network_does_the_picture_is_the_local_one(vae: Autoencoder
     assert np.array_equal(generate(pipe, PIPELINES[IMG2IMG]), local)
     assert {record.route for record in handle.history.records()} == {"local"}
     assert all(record.fallback_reason for record in handle.history.records())
-
-
-def test_a_batch_is_one_request_and_every_picture_of_it_comes_out(vae: AutoencoderKL, chaos: Chaos) -> None:
-    pipe = pipeline("StableDiffusionPipeline", vae)
-    local = generate(pipe, PIPELINES["StableDiffusionPipeline"], images=3)
-    remote_vae.attach(pipe, {"endpoint": chaos.url, "transfer": "raw"})
-    remote = generate(pipe, PIPELINES["StableDiffusionPipeline"], images=3)
-    assert remote.shape == local.shape == (3, 64, 64, 3)
-    assert np.abs(remote - local).max() <= 1e-5
-    assert chaos.requests == ["/decode"]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -167,22 +156,21 @@ def test_however_it_is_called_a_vae_gives_what_it_gave_before_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
 def test_a_half_precision_vae_gets_its_own_dtype_back(
     vae: AutoencoderKL, server: ServerThread, latents: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype
 ) -> None:
     remote_vae.attach(vae.to(dtype), {"endpoint": server.url})
-    with torch.no_grad():
-        assert vae.decode(latents.to(dtype)).sample.dtype == dtype
-        assert vae.encode(pixels.to(dtype)).latent_dist.parameters.dtype == dtype
+    assert vae.decode(latents.to(dtype)).sample.dtype == dtype
+    assert vae.encode(pixels.to(dtype)).latent_dist.parameters.dtype == dtype
 
 
+@torch.no_grad()
 def test_a_plain_endpoints_sample_is_taken_as_it_is(vae: AutoencoderKL, chaos: Chaos, pixels: torch.Tensor) -> None:
-    with torch.no_grad():
-        mode = vae.encode(pixels).latent_dist.mode()
+    mode = vae.encode(pixels).latent_dist.mode()
     remote_vae.attach(vae, {"endpoint": chaos.url, "transfer": "raw"})
     chaos.drops = ("posterior",)
-    with torch.no_grad():
-        distribution = vae.encode(pixels).latent_dist
+    distribution = vae.encode(pixels).latent_dist
     assert torch.equal(distribution.mode(), mode)
     assert torch.equal(distribution.sample(), mode)
 
@@ -236,14 +224,13 @@ def test_a_hook_of_somebody_else_under_ours_is_put_back(vae: AutoencoderKL) -> N
     assert vae.decode is foreign
 
 
+@torch.no_grad()
 def test_cancelling_ends_the_wait_and_the_picture_comes_out(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
     chaos.reset("hang")
     pressed = threading.Event()
     handle = remote_vae.attach(vae, {"endpoint": chaos.url, "first_byte_timeout": 30.0}, cancelled=pressed.is_set)
     threading.Timer(0.3, pressed.set).start()
-    with torch.no_grad():
-        assert vae.decode(latents).sample.shape == (1, 3, 64, 96)
-    assert handle.history.last is not None
+    assert vae.decode(latents).sample.shape == (1, 3, 64, 96)
     assert handle.history.last.fallback_reason == "interrupted"
     assert handle.history.last.ms < 10_000
 
@@ -296,53 +283,49 @@ def test_without_memory_the_exact_tiled_vae_makes_what_the_whole_one_makes(
 
 
 @pytest.mark.parametrize("op", ["decode", "encode"])
+@torch.no_grad()
 def test_without_memory_a_vae_of_an_unknown_layout_is_tiled_in_its_own_way_and_its_tiling_is_switched_off_again(
     vae: AutoencoderKL, latents: torch.Tensor, pixels: torch.Tensor, op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_an_unknown_layout(vae)
     seen = out_of_memory_for(1, vae, op, monkeypatch)
     handle = remote_vae.attach(vae, {})
-    with torch.no_grad():
-        getattr(vae, op)(latents if op == "decode" else pixels)
+    getattr(vae, op)(latents if op == "decode" else pixels)
     assert seen == ["whole", "tiling"]
     assert not vae.use_tiling
-    assert handle.history.last is not None
     assert (handle.history.last.route, handle.history.last.detail) == ("tiled", "the VAE's own tiling")
 
 
 @pytest.mark.parametrize("make", [kl_with_extra_parameter, asymmetric_decoder_vae])
+@torch.no_grad()
 def test_a_vae_that_the_exact_one_does_not_know_is_never_decoded_by_it(
     make: Callable[[], Any], latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vae = make()
     original = type(vae).decode
-    with torch.no_grad():
-        whole = vae.decode(latents).sample
+    whole = vae.decode(latents).sample
     monkeypatch.setattr(
         type(vae), "decode", lambda self, *args, **kwargs: out_of_memory() if self is vae else original(self, *args, **kwargs)
     )
     handle = remote_vae.attach(vae, {})
-    with torch.no_grad():
-        picture = vae.decode(latents).sample
-    assert handle.history.last is not None
+    picture = vae.decode(latents).sample
     assert handle.history.last.detail == "on the CPU"
     assert torch.equal(picture, whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
 def test_without_memory_for_tiles_a_copy_on_the_cpu_makes_the_exact_picture(
     vae: AutoencoderKL, latents: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with torch.no_grad():
-        exact, moments = vae.decode(latents).sample, vae.encode(pixels).latent_dist.parameters
+    exact, moments = vae.decode(latents).sample, vae.encode(pixels).latent_dist.parameters
     of_an_unknown_layout(vae).to(dtype)
     before = {name: (value.data_ptr(), value.dtype) for name, value in vae.state_dict().items()}
     for op in ("decode", "encode"):
         out_of_memory_for(2, vae, op, monkeypatch)
     handle = remote_vae.attach(vae, {})
-    with torch.no_grad():
-        picture = vae.decode(latents.to(dtype)).sample
-        encoded = vae.encode(pixels.to(dtype)).latent_dist.parameters
+    picture = vae.decode(latents.to(dtype)).sample
+    encoded = vae.encode(pixels.to(dtype)).latent_dist.parameters
     assert [record.detail for record in handle.history.records()] == ["on the CPU"] * 2
     assert picture.dtype == encoded.dtype == dtype
     assert (to_uint8(picture).int() - to_uint8(exact).int()).abs().max() <= 1
@@ -362,35 +345,31 @@ class Mover(ModelHook):  # type: ignore[misc]
         return args, kwargs
 
 
+@torch.no_grad()
 def test_a_vae_with_accelerates_offloading_is_copied_without_its_hooks(
     vae: AutoencoderKL, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with torch.no_grad():
-        exact = vae.decode(latents).sample
+    exact = vae.decode(latents).sample
     mover = Mover()
     add_hook_to_module(of_an_unknown_layout(vae), mover)
     out_of_memory_for(2, vae, "decode", monkeypatch)
     handle = remote_vae.attach(vae, {})
-    with torch.no_grad():
-        picture = vae.decode(latents).sample
-    assert handle.history.last is not None
+    picture = vae.decode(latents).sample
     assert handle.history.last.detail == "on the CPU"
     assert torch.allclose(picture, exact, atol=1e-5)
     assert set(mover.moved) <= {id(vae)}
 
 
+@torch.no_grad()
 def test_the_exact_tiled_vae_tells_accelerates_offloading_that_the_vae_is_used(
     vae: AutoencoderKL, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with torch.no_grad():
-        whole = vae.decode(latents).sample
+    whole = vae.decode(latents).sample
     mover = Mover()
     add_hook_to_module(vae, mover)
     no_room_for_the_whole(monkeypatch, vae)
     handle = remote_vae.attach(vae, {})
-    with torch.no_grad():
-        picture = vae.decode(latents).sample
-    assert handle.history.last is not None
+    picture = vae.decode(latents).sample
     assert handle.history.last.detail == "exact"
     assert psnr(picture, whole) >= 100
     # By the whole VAE's own call, before the free memory is looked at, and before the tiles.
@@ -422,7 +401,6 @@ def test_when_nothing_fits_the_latents_are_saved(
     with pytest.raises(VaeCallFailed, match="They are saved in") as caught:
         vae.decode(latents)
     assert torch.equal(load_latents(caught.value.rescued).latents, latents)  # type: ignore[arg-type]
-    assert handle.history.last is not None
     assert handle.history.last.route == "failed"
 
 
@@ -440,11 +418,11 @@ def test_what_has_no_vae_cannot_be_attached_to(thing: object) -> None:
         remote_vae.attach(thing)
 
 
+@torch.no_grad()
 def test_a_video_vae_is_attached_to_and_left_alone(chaos: Chaos) -> None:
     vae = tiny_video().vae
     remote_vae.attach(vae, {"endpoint": chaos.url})
-    with torch.no_grad():
-        assert vae.decode(torch.zeros(1, 16, 1, 4, 4)).sample.shape == (1, 3, 1, 32, 32)
+    assert vae.decode(torch.zeros(1, 16, 1, 4, 4)).sample.shape == (1, 3, 1, 32, 32)
     assert not chaos.requests
 
 
@@ -452,14 +430,6 @@ def test_settings_that_cannot_be_used_are_refused_before_anything_is_hooked(vae:
     with pytest.raises(SettingsError, match="transfer"):
         remote_vae.attach(vae, {"transfer": "gif"})
     assert "decode" not in vars(vae)
-
-
-def test_settings_can_be_replaced_while_attached(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
-    handle = remote_vae.attach(vae)
-    vae.decode(latents)
-    handle.settings = remote_vae.Settings(endpoint=chaos.url)
-    vae.decode(latents)
-    assert [record.route for record in handle.history.records()] == ["local", "remote"]
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ import torch
 
 from remote_vae.call import VaeCall
 from remote_vae.history import Record
-from remote_vae.hosts.generation import CELL, FOLLOW, INFOTEXT, MODE_TEXT, REQUEST, TRANSFER_TEXT, Generation, Request
-from remote_vae.settings import Settings
+from remote_vae.hosts.generation import FOLLOW, INFOTEXT, MODE_TEXT, REQUEST, TRANSFER_TEXT, Generation, Request
 from remote_vae.vae.at_work import VaeAtWork
 from remote_vae.vae.families import find_family
 from remote_vae.wire import EncodeAnswer
@@ -33,37 +32,11 @@ def as_encode(record: Record) -> Record:
 # --- what the user wants -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "enabled"), [("follow settings", None), ("off", False), ("auto", True), ("remote", True)])
-def test_a_mode_says_whether_calls_are_taken(mode: str, enabled: bool | None) -> None:
-    assert Request(mode).enabled is enabled
-
-
-def test_following_the_settings_changes_nothing() -> None:
-    settings = Settings(decode=False, transfer="png")
-    assert Request().adjusted(settings) == settings
-
-
-def test_auto_keeps_what_the_settings_keep_here_and_remote_sends_everything() -> None:
-    settings = Settings(decode=False, encode=False)
-    assert Request("auto").adjusted(settings) == replace(settings, enabled=True)
-    sent = Request("remote").adjusted(settings)
-    assert (sent.decode, sent.encode) == (True, True)
-
-
-def test_a_transfer_of_its_own_wins() -> None:
-    assert Request("auto", "raw").adjusted(Settings(transfer="u8")).transfer == "raw"
-
-
 def test_a_pass_within_a_generation_does_as_the_generation_around_it() -> None:
     outer = Generation(processing(**{REQUEST: Request("remote", "raw")}))
     assert Generation(processing(), outer).request == Request("remote", "raw")
     assert Generation(processing(**{REQUEST: Request("off")}), outer).request == Request("off")
     assert Generation(processing()).request == Request(FOLLOW, FOLLOW)
-
-
-def test_a_cell_of_a_plot_wins_over_the_accordion() -> None:
-    p = processing(**{REQUEST: Request("off", "raw"), CELL: {"mode": "remote"}})
-    assert Generation(p).request == Request("remote", "raw")
 
 
 # --- infotext ------------------------------------------------------------------------------------------------------------
@@ -145,13 +118,6 @@ def test_a_later_iteration_that_was_all_local_takes_the_text_away() -> None:
     assert INFOTEXT not in p.extra_generation_params
 
 
-def test_a_cell_of_a_plot_does_not_keep_the_text_of_the_cell_before() -> None:
-    p = processing()
-    Generation(p).record(REMOTE)
-    Generation(p)
-    assert INFOTEXT not in p.extra_generation_params
-
-
 def test_a_pass_within_a_generation_keeps_its_text() -> None:
     p = processing()
     outer = Generation(p)
@@ -225,13 +191,6 @@ def test_the_same_picture_for_another_vae_or_in_another_precision_is_encoded_aga
     for call in (encode_call(picture, vaes[0]), encode_call(picture, vaes[1]), encode_call(picture.half(), vaes[1])):
         generation.encode_once(call, encoder)
     assert encoder.sizes == [1, 1, 1]
-
-
-def test_another_generation_encodes_anew() -> None:
-    encoder = Encoder()
-    for generation in (Generation(processing()), Generation(processing())):
-        generation.encode_once(encode_call(torch.zeros(1, 3, 8, 8)), encoder)
-    assert encoder.sizes == [1, 1]
 
 
 def test_only_so_many_encodings_are_kept() -> None:

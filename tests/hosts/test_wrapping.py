@@ -19,16 +19,6 @@ def module() -> SimpleNamespace:
     return SimpleNamespace(work=lambda value: value)
 
 
-def test_a_function_is_wrapped_once_and_given_back() -> None:
-    owner = module()
-    own = owner.work
-    wrap(owner, "work", door, ADAPTER)
-    wrap(owner, "work", door, ADAPTER)
-    assert owner.work(1) == 2
-    unwrap(owner, "work", ADAPTER)
-    assert owner.work is own
-
-
 def test_somebody_elses_wrapper_that_copies_our_attributes_is_not_ours() -> None:
     owner = module()
     wrap(owner, "work", door, ADAPTER)
