@@ -393,6 +393,16 @@ def test_after_skip_in_a_wait_the_next_batch_is_made(host: Host, endpoint: Endpo
     assert [record.fallback_reason for record in host.records()] == ["interrupted", hurried]
 
 
+@pytest.mark.parametrize(("press", "asked"), [("skip", []), ("interrupt", ["/decode"])])
+def test_after_skip_the_endpoint_is_left_in_peace_for_a_while_and_after_interrupt_it_is_not(
+    host: Host, endpoint: Endpoint, press: str, asked: list[str]
+) -> None:
+    pressed_while_it_hangs(host, endpoint, getattr(host.state, press), host.txt2img, cooldown=600.0)
+    endpoint.reset("pass")
+    host.txt2img()
+    assert endpoint.requests == asked
+
+
 def test_a_flag_that_the_host_itself_raises_ends_the_wait(host: Host, endpoint: Endpoint) -> None:
     pressed_while_it_hangs(host, endpoint, lambda: setattr(host.state, "interrupted", True), host.txt2img)
     assert [record.fallback_reason for record in host.records()] == ["interrupted"]
