@@ -102,8 +102,9 @@ def load_latents(path: Path) -> Rescued:
             if metadata.get("format") != FORMAT or _TENSOR not in list(file.keys()):
                 raise InvalidRequest(f"{path} does not hold latents saved by Remote VAE")
             latents = file.get_tensor(_TENSOR)
-        channels, downscale, scaling, shift = json.loads(metadata["factors"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        channels, downscale, *factors = json.loads(metadata["factors"])
+        scaling, shift = map(float, factors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, InvalidRequest):
             raise
         raise InvalidRequest(f"{path} cannot be read: {error}") from None

@@ -173,3 +173,13 @@ def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
     save_file({"latents": torch.zeros(1)}, str(tmp_path / "x.safetensors"))
     with pytest.raises(InvalidRequest, match="does not hold latents"):
         load_latents(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("factors", ["5", "null", "[4]", '[4, 8, "x", 0]', "[4, 8, [], 0]", "[" * 9000])
+def test_factors_that_are_none_are_said_to_be_unreadable(tmp_path: Path, factors: str) -> None:
+    from safetensors.torch import save_file
+
+    metadata = {"format": rescue.FORMAT, "family": "custom", "factors": factors}
+    save_file({"latents": ZEROS}, str(tmp_path / "x.safetensors"), metadata=metadata)
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        load_latents(tmp_path / "x.safetensors")
