@@ -196,7 +196,8 @@ class _Call:
 
     async def _refuse(self, request: Request, answer: HttpResponse, receive: Receive, send: Send) -> None:
         """Answer before the body was read. The connection ends with it, so that nobody reads on without an end."""
-        log.info("%s for %s: %d, %s", request.url.path, _who(request), answer.status, error_detail(answer.body))
+        # Not the request's URL, which an older Starlette, as A1111 has, cannot make of every Host header.
+        log.info("%s for %s: %d, %s", request.scope["path"], _who(request), answer.status, error_detail(answer.body))
         answer = replace(answer, headers={**answer.headers, "Connection": "close"})
         await _send_head(answer, send)
         await send({"type": "http.response.body", "body": bytes(answer.body), "more_body": True})
@@ -279,4 +280,4 @@ def _starlette(answer: HttpResponse) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     status, detail = getattr(error, "status_code", 500), getattr(error, "detail", str(error))
-    return _starlette(error_response(status, f"{detail}: {request.method} {request.url.path}"))
+    return _starlette(error_response(status, f"{detail}: {request.method} {request.scope['path']}"))
