@@ -173,6 +173,8 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _serve(options: argparse.Namespace) -> int:
     if not 0 <= options.port <= 65535:
         raise SettingsError(f"--port must be from 0 to 65535, not {options.port}")
+    if options.max_pixels < 1:
+        raise SettingsError(f"--max-pixels must be 1 or more, such as {4096 * 4096}, not {options.max_pixels}")
     try:
         _ = options.device == "auto" or torch.device(options.device)
     except RuntimeError:
@@ -322,10 +324,9 @@ def _check_name(path: Path, is_good: bool, what: str) -> None:
 
 def _written(path: Path, write: Callable[[Path], object], *, named: bool) -> Path:
     """``path``, or the next free name beside it where the user has not named it: what is there may be a checkpoint."""
-    for number in itertools.count(1):
-        if named or not path.exists():
-            break
-        path = path.with_name(f"{path.stem.removesuffix(f'-{number - 1}')}-{number}{path.suffix}")
+    if not named:
+        others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+        path = next(free for free in itertools.chain([path], others) if not free.exists())
     try:
         rescue.replace(path, write)
     except (OSError, ValueError) as error:  # ValueError: Pillow, of what a format does not take

@@ -114,6 +114,16 @@ def test_what_is_there_is_not_overwritten_unless_it_was_named(
     assert load_latents(tmp_path / "model.safetensors").family == find_family("sd1")
 
 
+def test_the_next_free_name_is_never_that_of_another_picture_of_the_batch(
+    rescued: Path, server: ServerThread, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"{rescued.stem}-0.png").write_bytes(b"mine")
+    assert main(["decode", str(rescued), "--endpoint", server.url]) == 0
+    names = [Path(line).name for line in capsys.readouterr().out.splitlines()]
+    assert names == [f"{rescued.stem}-0-1.png", f"{rescued.stem}-1.png"]
+    assert (tmp_path / f"{rescued.stem}-0.png").read_bytes() == b"mine"
+
+
 @pytest.fixture(scope="module")
 def sdxl() -> Iterator[ServerThread]:
     """A server that says that it has an SDXL VAE, and takes nothing for another."""
@@ -198,6 +208,7 @@ def test_check_says_what_is_wrong_with_an_endpoint(chaos: Chaos, capsys: pytest.
         (["serve", "--vae", "missing", "--host", "203.0.113.7", "--port", "0"], "cannot listen"),
         (["serve", "--vae", "missing", "--port", "99999"], "--port must be from 0 to 65535, not 99999"),
         (["serve", "--vae", "missing", "--port", "-1"], "--port must be"),
+        (["serve", "--vae", "missing", "--max-pixels", "0"], "--max-pixels must be 1 or more"),
         (["serve", "--vae", "missing", "--device", "banana"], "not banana"),
         (["serve", "--vae", "missing", "--device", ""], "--device must be"),
         (["decode", "missing.safetensors", "--out", "nowhere/x.png"], "there is no folder nowhere"),
