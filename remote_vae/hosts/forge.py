@@ -72,7 +72,7 @@ class Forge(WebUi):
             return None
         vae = models[0].forge_objects.vae
         model = str(getattr(getattr(models[0], "sd_checkpoint_info", None), "model_name", ""))
-        return replace(_at_work(vae, "decode"), model=model)
+        return replace(_at_work(vae), model=model)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -108,7 +108,7 @@ class Forge(WebUi):
             op=op,
             # A picture comes as a view with the colours last; what is sent and compared wants them first.
             tensor=tensor if op == "decode" else (tensor.movedim(-1, 1) * 2.0 - 1.0).contiguous(),
-            vae=replace(_at_work(vae, op), picked=_picked_vae()),
+            vae=replace(_at_work(vae), picked=_picked_vae()),
             adopt=adopt,
             whole=whole,
             own_tiling=lambda: original(tensor),
@@ -126,14 +126,14 @@ def _patchers(model: Any) -> list[Any]:
     return list({id(patcher): patcher for patcher in found}.values())
 
 
-def _at_work(vae: Any, op: Op) -> VaeAtWork:
+def _at_work(vae: Any) -> VaeAtWork:
     family = recognise(
         latent_channels=vae.latent_channels,
         scaling_factor=float(vae.first_stage_model.scaling_factor),
         shift_factor=float(vae.first_stage_model.shift_factor or 0.0),
         downscale=vae.downscale_ratio,
     )
-    bring = partial(_brought, vae, op)
+    bring = partial(_brought, vae)
     return VaeAtWork(vae.first_stage_model, family, vae.device, vae.vae_dtype, whole=_whole, bring=bring)
 
 
@@ -143,11 +143,12 @@ def _whole(module: Any, op: Op, tensor: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def _brought(vae: Any, op: Op, tensor: torch.Tensor) -> torch.Tensor:
+def _brought(vae: Any, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` where and in what the VAE computes, after Forge has brought the VAE there and made room for one picture."""
     from backend import memory_management
 
-    estimate = vae.memory_used_decode if op == "decode" else vae.memory_used_encode
+    # Latents have more channels than a picture. For a picture taken for latents Forge would put every other model away.
+    estimate = vae.memory_used_decode if tensor.shape[1] == vae.latent_channels else vae.memory_used_encode
     memory_management.load_models_gpu([vae.patcher], memory_required=estimate(tensor.shape, vae.vae_dtype))
     return tensor.to(vae.device, vae.vae_dtype)
 
