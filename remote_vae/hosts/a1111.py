@@ -149,7 +149,15 @@ class A1111(WebUi):
 
     def _run(self, op: Op, model: Any, kind: Kind, original: Callable[..., Any], tensor: torch.Tensor) -> Any:
         batch = self._thread.batch if op == "decode" else None
-        index = batch.index_of(tensor) if batch is not None else None
+        index, failure = None, ""
+        if batch is not None:
+            try:
+                index, failure = batch.index_of(tensor), batch.failure
+                if index is not None and isinstance(batch.answer, DecodeAnswer):
+                    return batch.answer.picture(index).pixels(tensor.device, tensor.dtype)
+            except Exception as error:  # no room for it on the device, for one
+                log.exception("a picture of a batch went wrong in Remote VAE; it is made on this machine")
+                failure = type(error).__name__
 
         def make() -> VaeCall[Any]:
             call = self._call(op, model, kind, original, tensor)
@@ -158,11 +166,7 @@ class A1111(WebUi):
             # The UI gives up the whole batch with the first picture that fails.
             return replace(call, saved=batch.raw, user=User(part=f"{index + 1} of {len(batch.latents)}"))
 
-        if batch is None or index is None:
-            return self._taken(make, lambda: original(tensor))
-        if isinstance(batch.answer, DecodeAnswer):
-            return batch.answer.picture(index).pixels(tensor.device, tensor.dtype)
-        return self._taken(make, lambda: original(tensor), remote=False, because=batch.failure)
+        return self._taken(make, lambda: original(tensor), remote=index is None, because=failure)
 
     def _call(self, op: Op, model: Any, kind: Kind, original: Callable[..., Any], tensor: torch.Tensor) -> VaeCall[Any]:
         def adopt(answer: Answer) -> Any:
