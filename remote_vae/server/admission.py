@@ -10,7 +10,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,7 @@ class Place:
     Attributes:
         pixels: that the VAE has to make or read.
         nbytes: of its body and its answer.
+        entered: when it was taken.
         moved: when the body last came further; None once it is here.
         begun, ended: of the VAE's work.
         dropped: set when another request takes the place of this upload.
@@ -107,6 +108,7 @@ class Place:
     op: Op
     pixels: int
     nbytes: int
+    entered: float = field(default_factory=time.monotonic)
     moved: float | None = field(default_factory=time.monotonic)
     arrived: float = 0.0
     begun: float | None = None
@@ -161,13 +163,14 @@ class Admission:
         if wait > self.limits.max_wait:
             # By then there is room for as much again.
             raise Busy(f"calls for about {wait:.0f} s are waiting here; try again later", wait / 2)
-        for upload in sorted(self._stalled(), key=lambda place: place.moved or 0.0):
+        stalled = sorted(self._stalled(), key=lambda place: place.moved or 0.0)
+        if not self._has_room(nbytes, without=stalled):
+            raise Busy(f"{len(self._places)} requests are being worked on here; try again later", wait / 2)
+        for upload in stalled:
             if self._has_room(nbytes):
                 break
             upload.dropped.set()
             self.leave(upload)
-        if not self._has_room(nbytes):
-            raise Busy(f"{len(self._places)} requests are being worked on here; try again later", wait / 2)
         place = Place(op, pixels, nbytes)
         self._places.add(place)
         return place
@@ -184,8 +187,9 @@ class Admission:
             self._measured[place.op] = (seconds / 2 + place.ended - place.begun, pixels // 2 + place.pixels)
 
     def expected_wait(self) -> float:
-        """Seconds of work that lie before a call that comes now."""
-        at_hand = self._places - self._stalled()
+        """Seconds of work that lie before a call that comes now. An upload that takes its time is not before it."""
+        since = time.monotonic() - self.limits.patience
+        at_hand = (place for place in self._places if place.moved is None or place.entered > since)
         return sum(self._remaining(place) for place in at_hand if place.ended is None)
 
     def _stalled(self) -> set[Place]:
@@ -196,10 +200,11 @@ class Admission:
         whole = place.pixels * seconds / pixels if pixels else self.limits.max_wait / _UNMEASURED
         return whole if place.begun is None else max(0.0, whole - (time.monotonic() - place.begun))
 
-    def _has_room(self, nbytes: int) -> bool:
-        taken = sum(place.nbytes for place in self._places)
-        fits = not self._places or taken + nbytes <= self.limits.max_bytes
-        return fits and sum(place.ended is None for place in self._places) < self.limits.max_waiting
+    def _has_room(self, nbytes: int, without: Collection[Place] = ()) -> bool:
+        places = self._places.difference(without)
+        taken = sum(place.nbytes for place in places)
+        fits = not places or taken + nbytes <= self.limits.max_bytes
+        return fits and sum(place.ended is None for place in places) < self.limits.max_waiting
 
 
 async def read_body(receive: Receive, place: Place, limit: int, stall: float) -> bytearray:

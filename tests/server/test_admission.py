@@ -284,3 +284,30 @@ def test_who_does_not_send_gives_up_his_place_for_who_does() -> None:
     assert admission.enter("decode", 1, 50)
     assert stalled.dropped.is_set()
     assert not sending.dropped.is_set()
+
+
+def test_who_does_not_send_keeps_his_place_where_it_would_not_be_enough() -> None:
+    admission = Admission(Limits(max_bytes=100))
+    stalled, _ = admission.enter("decode", 1, 10), admission.enter("decode", 1, 80)
+    assert stalled.moved is not None
+    stalled.moved -= 3.0
+    with pytest.raises(Busy):
+        admission.enter("decode", 1, 50)
+    assert not stalled.dropped.is_set()
+    assert admission.enter("decode", 1, 20)
+    assert stalled.dropped.is_set()
+
+
+def test_nobody_waits_for_an_upload_that_takes_its_time() -> None:
+    """It comes on, piece by piece, and the VAE has nothing to do."""
+    admission = Admission(Limits(max_wait=15))
+    work(admission, 20.0)
+    upload = admission.enter("decode", MEGAPIXEL, 1)
+    with pytest.raises(Busy, match="about 20 s"):
+        admission.enter("decode", 1, 1)
+    upload.entered -= 3.0
+    assert admission.enter("decode", 1, 1)
+    # Here it is, and the next ones come after it.
+    upload.moved = None
+    with pytest.raises(Busy, match="about 20 s"):
+        admission.enter("decode", 1, 1)
