@@ -369,6 +369,9 @@ def test_a_press_ends_the_wait_and_the_picture_is_made_here(
     assert same(made.pictures, alone[way].pictures)
     assert {record.fallback_reason for record in host.records()} == {"interrupted"}
     assert endpoint.requests == ["/decode"]
+    if press == "interrupt":
+        # A plot or a loop around it is to end as well.
+        assert host.state.interrupted or host.state.stopping_generation
 
 
 def test_after_interrupt_in_a_wait_no_further_batch_is_begun(host: Host, alone: dict[str, Made], endpoint: Endpoint) -> None:
@@ -376,8 +379,6 @@ def test_after_interrupt_in_a_wait_no_further_batch_is_begun(host: Host, alone: 
     made = pressed_while_it_hangs(host, endpoint, host.state.interrupt, lambda: make(host, "txt2img"))
     assert same(made.pictures, alone["txt2img"].pictures)
     assert endpoint.requests == ["/decode"]
-    # A plot or a loop around it is to end as well.
-    assert host.state.interrupted or host.state.stopping_generation
 
 
 @pytest.fixture
@@ -530,6 +531,16 @@ def test_an_axis_makes_each_cell_its_own_way(host: Host, alone: dict[str, Made],
     host.turn_on(endpoint.url)
     host.xyz(f"{TITLE} transfer", ["png", "u8"])
     assert host.infotexts == [f"Seed: 1, {remote('png')}", f"Seed: 1, {remote('u8')}"]
+
+
+def test_two_axes_of_a_plot_are_both_in_its_cell(host: Host, endpoint: Endpoint) -> None:
+    host.create_ui()
+    host.turn_on(endpoint.url, enabled=False)
+    p = Request()
+    for axis, value in zip(host.axes[-2:], ("remote", "png"), strict=True):
+        axis.apply(p, value, [value])
+    host.process(p)
+    assert host.details() == ["png"]
 
 
 def test_a_plot_over_a_request_with_a_mode_goes_by_the_cell(host: Host, endpoint: Endpoint) -> None:
