@@ -63,7 +63,7 @@ class SdnextHost(Host):
     def __init__(self, vae: AutoencoderKL, data_path: Path) -> None:
         super().__init__(vae, data_path)
         # A default is not stored: it is asked of the label.
-        self.opts = Options(stores_defaults=False)
+        self.opts = Options(stores_defaults=False, sd_vae="Automatic")
         vars(self.shared).update(opts=self.opts, OptionInfo=SdnextOptionInfo, restricted_opts={"outdir"})
         self.model_data = SimpleNamespace(sd_model=None, sd_refiner=None)
         self.modeldata = make_module("modules.modeldata", model_data=self.model_data)
