@@ -195,7 +195,13 @@ class Wait(Generic[A]):
         if not what.startswith("no answer") or self._works is None:
             return False
         now, asked_for = time.monotonic(), self._exchange.moved
-        works = self._works(lambda: self._cancelled() or self._call.done.is_set())
+        try:
+            works = self._works(lambda: self._cancelled() or self._call.done.is_set())
+        except CallCancelled:
+            # It came while its server was asked.
+            if self._call.done.is_set():
+                return True
+            raise
         if works is None:
             self._longer_until = asked_for + self._deadlines.patience
             return now < self._longer_until

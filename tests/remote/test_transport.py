@@ -574,6 +574,21 @@ def test_a_server_that_works_is_waited_for(
     assert chaos.infos == ["/health"]
 
 
+def test_an_answer_that_comes_while_the_server_is_asked_whether_it_works_is_taken(fresh: Fresh) -> None:
+    asked = threading.Event()
+
+    def serve(connection: socket.socket, _: int) -> None:
+        if take_request(connection).startswith(b"GET /health"):
+            asked.set()
+        else:
+            asked.wait(5)
+            connection.sendall(ANSWER_HEAD + BODY)
+
+    with listening(serve) as url:
+        assert levels(fresh(url).decode(REQUEST, Deadlines(5.0, 0.2, 10.0))) == BODY
+    assert asked.is_set()
+
+
 def test_the_user_ends_the_wait_for_a_server_that_says_it_works(chaos: Chaos, request_: DecodeRequest) -> None:
     chaos.reset("hang")
     chaos.info = "working"
