@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import numpy as np
 from urllib3.exceptions import HTTPError
@@ -115,7 +115,7 @@ class EndpointClient:
             try:
                 return self._once(url, request, expect, deadlines, cancelled)
             except Redirected as redirected:
-                url = redirected.to
+                url = _without(redirected.to, request)
         raise EndpointError(310, f"it redirects in a circle, lastly to {shown(url)}", shown(self.url))
 
     def _once(
@@ -162,6 +162,16 @@ _transport = Urllib3Transport()
 def client_for(url: str, *, public: bool = False) -> EndpointClient:
     """A client for the exact ``url``, over the process's connections."""
     return EndpointClient(url, _transport, public=public)
+
+
+def _without(url: str, request: HttpRequest | None) -> str:
+    """``url`` without what ``request`` puts into the query: most servers redirect with it, and a shape twice is none."""
+    parts = urlsplit(url)
+    if request is None or not parts.query:
+        return url
+    own = {key for key, _ in request.query}
+    rest = [(key, value) for key, value in parse_qsl(parts.query, keep_blank_values=True) if key not in own]
+    return urlunsplit(parts._replace(query=urlencode(rest)))
 
 
 def _expect_health(headers: Mapping[str, str]) -> Expected[Health]:

@@ -87,7 +87,9 @@ def test_an_answer_whose_end_cannot_be_told_is_not_taken(lengths: bytes) -> None
     assert "Content-Length" in error.reason
 
 
-@pytest.mark.parametrize("coding", [b"gzip", b"gzip, chunked", b"banana"])
+@pytest.mark.parametrize(
+    "coding", [b"gzip", b"gzip, chunked", b"banana", b"chunked ", b"\r\n chunked", b"chunked\r\nTransfer-Encoding: gzip"]
+)
 def test_an_unknown_transfer_encoding_does_not_get_into_the_pixels(coding: bytes) -> None:
     """Beside a Content-Length it was overlooked, and the framing taken for values."""
     error = failure(HEAD + b"Transfer-Encoding: " + coding + b"\r\nContent-Length: 192\r\n\r\n" + BODY)
@@ -160,7 +162,7 @@ def redirect(status: int, to: str) -> bytes:
     ("to", "goes_to"),
     [
         ("/v2/decode", "http://studio:7870/v2/decode"),
-        ("http://studio:7870/decode/?shape=1", "http://studio:7870/decode/"),
+        ("http://studio:7870/decode/?key=a&shape=1&shape=4&shape=1&shape=1&dtype=float32", "http://studio:7870/decode/"),
         ("https://studio/decode", "https://studio/decode"),
     ],
 )
@@ -169,7 +171,8 @@ def test_a_redirect_on_the_same_host_is_followed_with_the_body(status: int, to: 
     EndpointClient("http://studio:7870/decode", transport).decode(REQUEST)
     assert [sent.url for sent in transport.sent] == ["http://studio:7870/decode", goes_to]
     assert transport.sent[1].body == transport.sent[0].body
-    assert "shape=4" in transport.sent[1].query
+    # Most servers redirect with the query, and a shape that stands there twice is none.
+    assert transport.sent[1].query.removeprefix("key=a&") == transport.sent[0].query
 
 
 @pytest.mark.parametrize(
