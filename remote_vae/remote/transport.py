@@ -121,9 +121,10 @@ class Answer(http.client.HTTPResponse):
         while 101 < self.status < 200:  # 102, 103: an interim answer before the answer
             self.headers = self.msg = None  # type: ignore[assignment]  # as it was before the first
             super().begin()
-        coding = self.headers.get("transfer-encoding", "chunked").strip().lower()
-        if coding not in ("chunked", "identity"):
-            raise http.client.HTTPException(f"transfer encoding {coding[:40]!r}, which was not asked for")
+        codings = self.headers.get_all("transfer-encoding", [])
+        # http.client takes the framing for content wherever the word is not the bare one.
+        if [coding.lower() for coding in codings] not in ([], ["identity"], ["chunked"]):
+            raise http.client.HTTPException(f"transfer encoding {codings[0][:40]!r}, which was not asked for")
         lengths = {length.strip() for value in self.headers.get_all("content-length", []) for length in value.split(",")}
         if len(lengths) > 1 or not all(length.isascii() and length.isdigit() and len(length) < 16 for length in lengths):
             raise http.client.HTTPException("more than one Content-Length, or none that is a number")
