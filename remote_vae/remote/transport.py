@@ -30,6 +30,8 @@ from remote_vae.wire import one_line
 PIECE = 256 * 1024
 # How long one send may block before it is looked whether the server has answered already, in seconds.
 _SEND_SECONDS = 0.1
+# Of an answer to an earlier request, or to none: on a kept connection it comes before the whole request was sent.
+_STRAY = (200, 408)
 # Seconds after which an idle connection is closed, and how often the idle ones are looked at.
 IDLE_SECONDS = 60.0
 SWEEP_SECONDS = 2.0
@@ -69,7 +71,7 @@ class Exchange:
 
     def begin(self) -> None:
         """It starts, or starts anew."""
-        self.is_connected = self.is_sent = False
+        self.is_connected = self.is_answering = self.is_sent = False
         self.moved = time.monotonic()
 
     def use(self, sock: Any) -> None:
@@ -212,10 +214,14 @@ class Urllib3Transport:
         while True:
             exchange.begin()
             try:
-                return manager.urlopen(
+                response = manager.urlopen(
                     sent.method, sent.url, body=sent.body, headers=dict(sent.headers), retries=False, redirect=False,
                     timeout=timeout, preload_content=False, decode_content=False,
                 )  # fmt: skip
+                if carried.is_fresh or exchange.is_sent or response.status not in _STRAY:
+                    return response
+                exchange.leave()
+                response.close()
             except ClosedPoolError:
                 continue
             except (HTTPError, OSError, http.client.HTTPException):

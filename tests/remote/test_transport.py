@@ -479,6 +479,27 @@ def test_a_stray_late_answer_is_not_the_answer_to_the_next_request(secure: bool,
         assert levels(endpoint.decode(REQUEST, QUICK)) == BODY[::-1]
 
 
+@pytest.mark.parametrize("status", [b"200 OK", b"408 Timeout"])
+def test_a_stray_answer_that_comes_while_the_next_request_is_sent_is_none(status: bytes, fresh: Fresh) -> None:
+    # More than the buffers of a loopback connection take in.
+    large = DecodeRequest(torch.zeros(64, 65536, 1, 1), Output.UINT8)
+    body = BODY * 64
+
+    def serve(connection: socket.socket, number: int) -> None:
+        take_request(connection)
+        if number == 1:
+            connection.sendall(HEAD.replace(b"[1,", b"[64,") + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            return
+        connection.sendall(ANSWER_HEAD + BODY)
+        connection.recv(1)
+        connection.sendall(ANSWER_HEAD.replace(b"200 OK", status) + BODY)
+
+    with listening(serve) as url:
+        endpoint = fresh(url)
+        assert levels(endpoint.decode(REQUEST, QUICK)) == BODY
+        assert levels(endpoint.decode(large, QUICK)) == body
+
+
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
 def test_a_refusal_is_seen_while_the_request_is_still_being_sent(secure: bool, trusted: ssl.SSLContext, fresh: Fresh) -> None:
     """A server that has read the head, refuses, and neither reads on nor hangs up."""
