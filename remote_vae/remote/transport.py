@@ -306,7 +306,6 @@ class _Watched:
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         carried = _Carrying.now()
-        _idle.forget(self)
         if carried is not None:
             carried.connection = self
             if self.sock is not None:
@@ -370,17 +369,27 @@ class _Watched:
         super().close()  # type: ignore[misc]
 
 
+class _WatchedPool:
+    """Before urllib3's own pool class: what is taken out of it is idle no longer, at once and before it is looked at."""
+
+    def _get_conn(self, *args: Any, **kwargs: Any) -> Any:
+        with _idle.lock:
+            connection = super()._get_conn(*args, **kwargs)  # type: ignore[misc]
+            connection.idle_since = None
+            return connection
+
+
 @functools.cache
 def _watched_pool(pool: Any) -> Any:
     connection = type("_WatchedConnection", (_Watched, pool.ConnectionCls), {})
-    return type("_WatchedPool", (pool,), {"ConnectionCls": connection})
+    return type("_WatchedPool", (_WatchedPool, pool), {"ConnectionCls": connection})
 
 
 class _Idle:
     """Closes connections that nobody uses: those that the server has closed within seconds, others after a minute."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_sweeping = False
 
@@ -388,22 +397,17 @@ class _Idle:
         """``connection`` has nothing to do from now on."""
         if connection is None or connection.sock is None:
             return
-        with self._lock:
+        with self.lock:
             connection.idle_since = time.monotonic()
             self._connections.add(connection)
             if not self._is_sweeping:
                 self._is_sweeping = True
                 threading.Thread(target=self._sweep, name="remote-vae-idle", daemon=True).start()
 
-    def forget(self, connection: Any) -> None:
-        """``connection`` is in use."""
-        with self._lock:
-            connection.idle_since = None
-
     def _sweep(self) -> None:
         while True:
             time.sleep(SWEEP_SECONDS)
-            with self._lock:
+            with self.lock:
                 for connection in list(self._connections):
                     since = connection.idle_since
                     if since is not None and (time.monotonic() - since > IDLE_SECONDS or is_connection_dropped(connection)):

@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 import torch
 import trustme
+from urllib3 import connectionpool
+from urllib3.util import is_connection_dropped
 
 from remote_vae.errors import (
     CallCancelled,
@@ -554,6 +556,32 @@ def test_idle_connections_go(monkeypatch: pytest.MonkeyPatch, fresh: Fresh) -> N
     assert closed_by_client(100.0, monkeypatch, fresh, server_closes=True)
     assert closed_by_client(0.1, monkeypatch, fresh, server_closes=False)
     assert not closed_by_client(100.0, monkeypatch, fresh, server_closes=False)
+
+
+def test_a_connection_that_is_being_taken_up_is_not_closed_as_an_idle_one(
+    monkeypatch: pytest.MonkeyPatch, fresh: Fresh
+) -> None:
+    numbers = []
+
+    def serve(connection: socket.socket, number: int) -> None:
+        while take_request(connection):
+            numbers.append(number)
+            connection.sendall(ANSWER_HEAD + BODY)
+
+    def while_it_is_swept(connection: Any) -> bool:
+        monkeypatch.setattr(transport, "SWEEP_SECONDS", 0.0)
+        monkeypatch.setattr(transport, "IDLE_SECONDS", 0.0)
+        sweeper = threading.Thread(target=transport._idle._sweep, daemon=True)
+        sweeper.start()
+        sweeper.join(0.2)
+        return is_connection_dropped(connection)
+
+    with listening(serve) as url:
+        endpoint = fresh(url)
+        endpoint.decode(REQUEST, QUICK)
+        monkeypatch.setattr(connectionpool, "is_connection_dropped", while_it_is_swept)
+        endpoint.decode(REQUEST, QUICK)
+    assert numbers == [0, 0]
 
 
 def test_file_descriptors_beyond_a_thousand_are_as_good_as_others(chaos: Chaos, request_: DecodeRequest, fresh: Fresh) -> None:
