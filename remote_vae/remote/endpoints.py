@@ -20,6 +20,10 @@ from remote_vae.vae.families import Family
 
 # Where ``remote-vae serve`` listens; tried where the user gave no port.
 DEFAULT_PORT = 7870
+# Seconds for which an endpoint is left alone at most, however long it wants to be.
+LONGEST_PAUSE = 600.0
+# A smaller picture takes no less time: what it takes is the way there, or the start of the server.
+_SMALLEST = 1024 * 1024
 
 
 class InPause(NotOffered):
@@ -158,6 +162,8 @@ class Turn:
             self._own.left(self)
             return
         pause = error.retry_after if isinstance(error, EndpointError) else None
+        if pause is not None:
+            pause = min(pause, LONGEST_PAUSE)
         starting = isinstance(error, EndpointError) and error.status in (502, 503, 504) and pause is None
         self._machine.succeeded()
         self._own.failed(self, error.reason, self._settings, pause=pause, is_silent=starting)
@@ -188,12 +194,12 @@ class Endpoints:
         """An answer of so many pixels came after ``seconds``."""
         with self._lock:
             # One quick answer is no promise that the next one will be.
-            self._pace[url] = max(seconds / max(1, pixels), 0.5 * self._pace.get(url, 0.0))
+            self._pace[url] = max(seconds / max(_SMALLEST, pixels), 0.5 * self._pace.get(url, 0.0))
 
     def expected(self, url: str, pixels: int) -> float:
         """Seconds that an answer of ``pixels`` takes by what was seen before; 0 where nothing was."""
         with self._lock:
-            return self._pace.get(url, 0.0) * pixels
+            return self._pace.get(url, 0.0) * max(_SMALLEST, pixels)
 
     def addresses(self, url: str) -> list[str]:
         """``url``, and where it names no port that of ``remote-vae serve`` as well; first what has answered before."""

@@ -143,6 +143,12 @@ def test_the_pause_that_a_busy_server_asks_for_counts(caller: Caller) -> None:
     assert caller.refusal() == "503 50 s ago; asked again in 50 s"
 
 
+def test_a_server_that_wants_years_is_asked_again_after_minutes(caller: Caller) -> None:
+    caller.fail(EndpointError(503, "busy", URL, retry_after=999999999.0))
+    caller.clock.now += 601
+    caller.enter()
+
+
 def test_an_answer_of_no_use_at_one_url_says_nothing_of_another(caller: Caller) -> None:
     caller.fail(BROKEN)
     assert caller.refusal()
@@ -187,6 +193,13 @@ def test_deadlines_grow_with_what_the_endpoint_took_before(caller: Caller) -> No
     assert Deadlines.of(Settings(), PICTURE, 30.0).patience == 90.0
     caller.endpoints.took(URL, PICTURE, 1.0)
     assert caller.endpoints.expected(URL, PICTURE) == 15.0
+
+
+def test_a_small_picture_that_took_long_does_not_make_hours_of_a_large_one(caller: Caller) -> None:
+    """A server that had to start, or a way that is long, takes as long for a small picture as for a large one."""
+    caller.endpoints.took(URL, 64 * 64, 20.0)
+    assert caller.endpoints.expected(URL, 64 * 64) == 20.0
+    assert caller.endpoints.expected(URL, 4 * PICTURE) == 80.0
 
 
 # --- where the user gave no port -------------------------------------------------------------------------------------------
