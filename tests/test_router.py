@@ -370,6 +370,9 @@ def test_a_host_that_cannot_take_the_answer_gets_its_own_picture(host: Host, cha
     assert router.run(host.call(), Settings(endpoint=chaos.url)) == "whole"
     assert router.history.last is not None
     assert router.history.last.fallback_reason == "TypeError"
+    # The endpoint is well.
+    host.fails.clear()
+    assert router.run(host.call(), Settings(endpoint=chaos.url)) == "remote"
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
@@ -384,12 +387,13 @@ def test_latents_of_another_family_are_not_adopted(host: Host, chaos: Chaos, pix
     assert "expected [1, 32" in router.history.last.fallback_reason
 
 
-def test_pixels_of_another_scale_are_not_adopted(host: Host, chaos: Chaos) -> None:
+def test_pixels_of_another_scale_are_not_adopted(host: Host, chaos: Chaos, caplog: pytest.LogCaptureFixture) -> None:
     family = replace(host.family, downscale=16)
     router = Router()
     assert router.run(host.call(vae=VaeAtWork(None, family)), Settings(decode_endpoint=f"{chaos.url}/decode")) == "whole"
     assert router.history.last is not None
     assert "expected [128, 192]" in router.history.last.fallback_reason
+    assert f"{chaos.url}/decode: bad answer: got [64, 96]" in caplog.text
 
 
 def test_a_record_that_nobody_can_take_does_not_cost_the_picture(host: Host, chaos: Chaos) -> None:

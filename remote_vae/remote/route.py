@@ -16,6 +16,7 @@ from PIL import Image
 
 from remote_vae.call import Answer, Outcome, T, VaeCall
 from remote_vae.errors import (
+    AnotherVae,
     CallCancelled,
     DeadlineExceeded,
     EndpointError,
@@ -26,6 +27,7 @@ from remote_vae.errors import (
     OneColour,
     OutOfMemory,
     RouteFailed,
+    VaeNotConfirmed,
 )
 from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_for, shown
 from remote_vae.remote.endpoints import DEFAULT_PORT, Endpoints, InPause, Turn, endpoint_for, in_pause
@@ -90,12 +92,9 @@ class RemoteRoute:
         except RouteFailed:
             raise
         except Exception as error:
-            # No memory for the upload, an answer that the host cannot take: whatever it is, it is not the host's VAE that went
-            # wrong.
+            # No memory for the upload, an answer that the host cannot take: neither the host's VAE went wrong nor the endpoint.
             log.exception("the remote route failed")
-            failure = RouteFailed(f"{shown(url)}: {type(error).__name__}: {error}", reason=type(error).__name__)
-            turn.failed(failure)
-            raise failure from error
+            raise RouteFailed(f"{shown(url)}: {type(error).__name__}: {error}", reason=type(error).__name__) from error
 
     def _asked(self, call: VaeCall[T], settings: Settings, client: EndpointClient, turn: Turn, *, public: bool) -> Outcome[T]:
         url = client.url
@@ -154,7 +153,10 @@ class _Asking:
     def ask(self) -> Reply[Answer]:
         """The answer, checked. Raises RouteFailed."""
         reply = self._replied()
-        _check_answer(self._call, reply.answer)
+        try:
+            _check_answer(self._call, reply.answer)
+        except MalformedAnswer as error:
+            raise error.by(shown(self._client.url)) from None
         return reply
 
     def _replied(self) -> Reply[Answer]:
@@ -283,7 +285,9 @@ def _is_final(asked: Reply[Answer] | RouteFailed | InvalidRequest) -> bool:
 def _may_be_another_port(error: RouteFailed) -> bool:
     """Whether what the user means may listen elsewhere on that machine."""
     not_there = isinstance(error, EndpointError) and error.status in (404, 405)
-    return not_there or isinstance(error, (EndpointUnreachable, DeadlineExceeded, MalformedAnswer, InPause))
+    # Another server there makes no test picture: the VAE is not confirmed. One with another VAE is a server of VAEs.
+    is_unknown = isinstance(error, VaeNotConfirmed) and not isinstance(error, AnotherVae)
+    return not_there or is_unknown or isinstance(error, (EndpointUnreachable, DeadlineExceeded, MalformedAnswer, InPause))
 
 
 def _of_all(failures: list[RouteFailed]) -> RouteFailed:

@@ -13,6 +13,7 @@ from remote_vae.errors import CallCancelled, EndpointUnreachable, NotOffered, Ro
 from remote_vae.remote import endpoints
 from remote_vae.settings import Settings
 from tests.chaos import Chaos
+from tests.conftest import ServerThread
 from tests.remote.conftest import Caller
 
 BATCH = torch.randn(3, 4, 8, 12, generator=torch.Generator().manual_seed(3)) * 5
@@ -93,6 +94,16 @@ def test_an_address_without_a_port_is_our_servers_as_well(
     monkeypatch.setattr(endpoints, "DEFAULT_PORT", nobody)
     with pytest.raises(EndpointUnreachable, match=r"no port is given, and at port \d+: connection refused"):
         caller.ask(Settings(endpoint="http://127.0.0.2"))
+
+
+def test_a_web_server_at_the_usual_port_does_not_hide_ours(
+    caller: Caller, chaos: Chaos, server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chaos.reset("404 html")
+    monkeypatch.setattr(caller.route._endpoints, "addresses", lambda url: [f"{chaos.url}/decode", f"{server.url}/decode"])
+    assert caller.ask(Settings(endpoint="http://studio")) == "remote"
+    # It got the test picture and nothing of the user's.
+    assert len(chaos.requests) == 1
 
 
 def test_a_key_in_an_address_reaches_no_message(caller: Caller, chaos: Chaos) -> None:
