@@ -111,6 +111,17 @@ def test_the_family_on_the_command_line_wins(tmp_path: Path) -> None:
     assert load_vae(str(tmp_path), family="sd1", device="cpu").family.key == "sd1"
 
 
+@pytest.mark.parametrize(("family", "said"), [("sd3", True), ("flux", False)])
+def test_a_family_that_is_not_the_configs_is_served_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, said: bool
+) -> None:
+    small_kl("flux").save_pretrained(tmp_path)
+    assert load_vae(str(tmp_path), family=family, device="cpu").family.key == family
+    assert [record.getMessage() for record in caplog.records if record.name == "remote_vae"] == (
+        [f"--vae {tmp_path}: by its config it is of Flux, and it is served as that of SD 3"] if said else []
+    )
+
+
 def test_the_dtype_is_what_was_asked_for_and_the_fingerprint_the_same(loaded: LoadedVae) -> None:
     half = load_vae(str(DEMO_VAE), dtype="bfloat16", device="cpu")
     assert half.dtype == torch.bfloat16
