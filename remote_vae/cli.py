@@ -358,7 +358,8 @@ def _checked(op: Op, named: str | None, settings: Settings) -> tuple[str, bool]:
     size = 32 * family.downscale
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     pixels = torch.stack([x, y, x * y]).unsqueeze(0)
-    latents = torch.zeros(1, family.latent_channels, 32, 32, dtype=torch.float16)
+    frames = (1,) if family.video else ()
+    latents = torch.zeros(1, family.latent_channels, *frames, 32, 32, dtype=torch.float16)
     records: list[Record] = []
     try:
         user = User(recorded=records.append)

@@ -23,6 +23,7 @@ from remote_vae.wire.pixels import image_to_pixels, to_uint8
 from tests.chaos import Chaos
 from tests.conftest import DEMO_VAE, ServerThread
 from tests.nearness import out_of_memory
+from tests.vaes import tiny_video
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -185,6 +186,13 @@ def test_check_says_that_an_endpoint_works(server: ServerThread, capsys: pytest.
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines] == ["decode: works", "encode: works"]
     assert all("bytes up" in line for line in lines)
+
+
+def test_check_asks_a_video_vae_for_a_video(capsys: pytest.CaptureFixture[str]) -> None:
+    running = ServerThread(tiny_video())
+    assert main(["check", "--endpoint", running.url]) == 0
+    running.close()
+    assert capsys.readouterr().out.startswith("decode: works, HunyuanVideo")
 
 
 def test_check_says_what_is_wrong_with_an_endpoint(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
