@@ -16,7 +16,7 @@ class Record:
     Attributes:
         op: "decode" or "encode".
         route: the route that made the result: "remote", "local", "tiled", or "failed".
-        detail: how, in the route's words: "u8" for a remote transfer, "whole VAE" for the tiled route.
+        detail: how, in the route's words: "u8" for a remote transfer, "exact" for the tiled route.
         endpoint: scheme, host and path that were asked, answered or not; "" where none was.
         images, height, width: size of the call in pixels.
         bytes_up, bytes_down: bytes of the two bodies; 0 without a remote answer.
