@@ -15,7 +15,14 @@ import numpy as np
 from urllib3.exceptions import HTTPError
 
 from remote_vae import wire
-from remote_vae.errors import DeadlineExceeded, EndpointError, EndpointUnreachable, InvalidRequest, MalformedAnswer
+from remote_vae.errors import (
+    CallCancelled,
+    DeadlineExceeded,
+    EndpointError,
+    EndpointUnreachable,
+    InvalidRequest,
+    MalformedAnswer,
+)
 from remote_vae.remote.addresses import beside, shown, without_user
 from remote_vae.remote.reasons import reason_of
 from remote_vae.remote.transport import Exchange, Sent, Transport, Urllib3Transport
@@ -121,6 +128,9 @@ class EndpointClient:
     def _once(
         self, url: str, request: HttpRequest | None, expect: Expect[A], deadlines: Deadlines, cancelled: Cancelled
     ) -> Reply[A]:
+        if cancelled():
+            # Of a large batch most pictures are still to be asked for when the user presses.
+            raise CallCancelled(f"interrupted before {shown(url)} was asked", reason="interrupted")
         exchange = Exchange(deadlines.connect, deadlines.total)
         sent = self._sent(url, request)
         call = Call(self._transport, sent, expect, exchange, shown(url))

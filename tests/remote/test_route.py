@@ -11,6 +11,7 @@ import torch
 from remote_vae.call import User
 from remote_vae.errors import CallCancelled, EndpointUnreachable, NotOffered, RouteFailed
 from remote_vae.remote import endpoints
+from remote_vae.remote.functions import PARALLEL
 from remote_vae.settings import Settings
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
@@ -35,6 +36,15 @@ def test_a_batch_that_is_refused_is_not_asked_for_again(caller: Caller, chaos: C
     with pytest.raises(RouteFailed, match="too small"):
         caller.ask(Settings(endpoint=chaos.url, transfer="png"), tensor=BATCH)
     assert len(chaos.requests) == 3
+
+
+def test_after_an_interrupt_no_more_pictures_of_a_batch_are_asked_for(caller: Caller, chaos: Chaos) -> None:
+    chaos.reset("hang")
+    chaos.info = "pass"
+    pressed = User(cancelled=lambda: len(chaos.requests) >= PARALLEL)
+    with pytest.raises(CallCancelled):
+        caller.ask(Settings(endpoint=chaos.url, transfer="png"), tensor=BATCH.repeat(PARALLEL, 1, 1, 1), user=pressed)
+    assert len(chaos.requests) == PARALLEL
 
 
 def test_a_slow_server_that_says_it_works_makes_the_batch_and_is_asked_again(caller: Caller, chaos: Chaos) -> None:

@@ -647,7 +647,9 @@ def test_the_user_ends_the_wait_for_a_server_that_says_it_works(chaos: Chaos, re
 
 def test_the_user_ends_the_wait_for_a_connection(full_backlog: str, request_: DecodeRequest) -> None:
     with pytest.raises(CallCancelled):
-        client_for(full_backlog).decode(request_, Deadlines(20.0, 20.0, 20.0), lambda: True)
+        client_for(full_backlog).decode(
+            request_, Deadlines(20.0, 20.0, 20.0), itertools.chain([False], itertools.repeat(True)).__next__
+        )
 
 
 # --- proxies -------------------------------------------------------------------------------------------------------------
