@@ -251,7 +251,7 @@ def test_an_endpoint_that_failed_costs_nothing_until_its_pause_is_over(host: Hos
     assert len(chaos.requests) == 1
     assert router.history.last is not None
     # It was not asked, and the record does not say so.
-    assert router.history.last.fallback_reason == "503 0 s ago"
+    assert router.history.last.fallback_reason == "503, 0 s ago"
 
 
 def test_a_refused_request_is_no_reason_to_pause(host: Host, chaos: Chaos) -> None:

@@ -82,7 +82,7 @@ class Breaker:
                 self._failure = self._tried_by = None
                 return None
             age = self._clock() - failure.at
-            why = f"{failure.why} {age:.0f} s ago"
+            why = f"{failure.why}, {age:.0f} s ago"
             rest = (pause if failure.pause is None else failure.pause) - age
             if rest > 0:
                 return InPause(f"{why}; asked again in {rest:.0f} s", reason=why)

@@ -52,7 +52,7 @@ def caller() -> Caller:
 
 def test_an_endpoint_that_failed_is_left_alone_until_its_pause_is_over(caller: Caller) -> None:
     caller.fail(BROKEN)
-    assert caller.refusal() == "500 0 s ago; asked again in 30 s"
+    assert caller.refusal() == "500, 0 s ago; asked again in 30 s"
     caller.clock.now += 29.9
     assert caller.refusal()
     caller.clock.now += 0.2
@@ -65,7 +65,7 @@ def test_what_is_recorded_of_a_call_in_the_pause_is_true(caller: Caller) -> None
     caller.clock.now += 12
     with pytest.raises(InPause) as caught:
         caller.enter()
-    assert caught.value.reason == "connection refused 12 s ago"
+    assert caught.value.reason == "connection refused, 12 s ago"
 
 
 def test_after_the_pause_one_call_tries_and_the_others_wait_for_what_it_finds(caller: Caller) -> None:
@@ -82,7 +82,7 @@ def test_a_trial_that_fails_begins_the_pause_anew(caller: Caller) -> None:
     caller.fail(BROKEN)
     caller.clock.now += 31
     caller.fail(BUSY)
-    assert caller.refusal() == "503 0 s ago; asked again in 30 s"
+    assert caller.refusal() == "503, 0 s ago; asked again in 30 s"
 
 
 def test_a_trial_that_the_user_cancelled_lets_the_next_call_try(caller: Caller) -> None:
@@ -136,11 +136,11 @@ def test_a_server_that_was_up_when_it_failed_is_not_asked_for_its_health(caller:
 def test_the_pause_that_a_busy_server_asks_for_counts(caller: Caller) -> None:
     caller.up = True
     caller.fail(EndpointError(503, "busy", URL, retry_after=5.0))
-    assert caller.refusal() == "503 0 s ago; asked again in 5 s"
+    assert caller.refusal() == "503, 0 s ago; asked again in 5 s"
     caller.clock.now += 5.1
     caller.fail(EndpointError(503, "busy", URL, retry_after=100.0))
     caller.clock.now += 50
-    assert caller.refusal() == "503 50 s ago; asked again in 50 s"
+    assert caller.refusal() == "503, 50 s ago; asked again in 50 s"
 
 
 def test_a_server_that_wants_years_is_asked_again_after_minutes(caller: Caller) -> None:
@@ -159,7 +159,7 @@ def test_an_answer_of_no_use_at_one_url_says_nothing_of_another(caller: Caller) 
 
 def test_a_machine_that_does_not_answer_is_not_asked_at_another_url(caller: Caller) -> None:
     caller.fail(SLOW)
-    assert caller.refusal("http://a/encode").startswith("no answer in 20 s 0 s ago")
+    assert caller.refusal("http://a/encode").startswith("no answer in 20 s, 0 s ago")
     caller.enter("http://b/decode")
     caller.enter("http://a:81/decode")
 

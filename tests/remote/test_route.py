@@ -82,8 +82,8 @@ def test_the_record_of_a_call_in_the_pause_does_not_name_the_endpoint(caller: Ca
         caller.ask(Settings(endpoint=chaos.url))
     with pytest.raises(NotOffered) as caught:
         caller.ask(Settings(endpoint=chaos.url))
-    assert caught.value.reason == "503 0 s ago"
-    assert str(caught.value).startswith(f"{chaos.url}/decode: 503 0 s ago; asked again in ")
+    assert caught.value.reason == "503, 0 s ago"
+    assert str(caught.value).startswith(f"{chaos.url}/decode: 503, 0 s ago; asked again in ")
 
 
 @pytest.fixture
@@ -138,5 +138,5 @@ def test_a_skipped_call_is_a_failure_of_the_endpoint(caller: Caller, chaos: Chao
     chaos.reset("hang")
     with pytest.raises(CallCancelled):
         caller.ask(Settings(endpoint=chaos.url), user=User(cancelled=lambda: True, gave_up=lambda: True))
-    with pytest.raises(NotOffered, match="skipped 0 s ago"):
+    with pytest.raises(NotOffered, match="skipped, 0 s ago"):
         caller.ask(Settings(endpoint=chaos.url))

@@ -550,7 +550,7 @@ def test_an_endpoint_that_answers_nothing_but_errors_has_failed_and_is_left_alon
     assert caller.run(settings) == "local"
     assert caller.reason == "503"
     assert caller.run(settings) == "local"
-    assert caller.reason == "503 0 s ago"
+    assert caller.reason == "503, 0 s ago"
     assert len(chaos.requests) == 1
     chaos.reset("503", fail_at=0)
     chaos.info = "503"
