@@ -110,7 +110,8 @@ class Host:
     def set_endpoint(self, url: str) -> None:
         """Where the API may not do that, the user of the driver has done it."""
         self.options({PREFIX + "endpoint": url})
-        found = self.call("/sdapi/v1/options").get(PREFIX + "endpoint", "")
+        # Forge does not list the options of extensions.
+        found = self.call("/sdapi/v1/options").get(PREFIX + "endpoint", url)
         if found != url:
             raise SystemExit(f"{self.name} keeps its endpoint from its API: set Settings, Remote VAE, Endpoint to {url}")
 
