@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import email.utils
 import http.client
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -29,6 +31,8 @@ Cancelled = Callable[[], bool]
 
 # How often the user is asked for Interrupt. The promise is 0.2 s.
 POLL_SECONDS = 0.05
+# After which a thread that carries requests ends.
+_WORKER_SECONDS = 10.0
 # The text of an error is worth so many seconds.
 _ERROR_SECONDS = 2.0
 # While a server says that it works it is asked again after so many seconds.
@@ -78,6 +82,46 @@ class Redirected(Exception):
         self.to = to
 
 
+class _Workers:
+    """Daemon threads, each for one request at a time: to start one costs a quick call a tenth. A stuck one holds up no exit."""
+
+    def __init__(self) -> None:
+        self._forget()
+        if hasattr(os, "register_at_fork"):
+            # A child process has none of them.
+            os.register_at_fork(after_in_child=self._forget)
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Have ``work``, which raises nothing, done by a thread that is free or new."""
+        with self._lock:
+            mine = self._idle.pop() if self._idle else None
+        if mine is None:
+            mine = SimpleQueue()
+            threading.Thread(target=self._work, args=(mine,), name="remote-vae-call", daemon=True).start()
+        mine.put(work)
+
+    def _work(self, mine: SimpleQueue[Callable[[], None]]) -> None:
+        while True:
+            try:
+                mine.get(timeout=_WORKER_SECONDS)()
+            except Empty:
+                with self._lock:
+                    if mine in self._idle:
+                        self._idle.remove(mine)
+                        return
+                # Taken this moment: the work is about to come.
+                continue
+            with self._lock:
+                self._idle.append(mine)
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[SimpleQueue[Callable[[], None]]] = []
+
+
+_workers = _Workers()
+
+
 class Call(Generic[A]):
     """A request that a thread of its own carries."""
 
@@ -91,7 +135,7 @@ class Call(Generic[A]):
         self._transport = transport
         self._sent = sent
         self._expect = expect
-        threading.Thread(target=self._run, name="remote-vae-call", daemon=True).start()
+        _workers.run(self._run)
 
     def _run(self) -> None:
         try:

@@ -33,7 +33,7 @@ from remote_vae.errors import (
     MalformedAnswer,
     RouteFailed,
 )
-from remote_vae.remote import environment, transport
+from remote_vae.remote import environment, transport, waiting
 from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_for, never
 from remote_vae.remote.transport import Urllib3Transport
 from remote_vae.server.admission import Limits
@@ -582,6 +582,42 @@ def test_a_connection_that_is_being_taken_up_is_not_closed_as_an_idle_one(
         monkeypatch.setattr(connectionpool, "is_connection_dropped", while_it_is_swept)
         endpoint.decode(REQUEST, QUICK)
     assert numbers == [0, 0]
+
+
+def test_threads_carry_one_request_after_the_other_and_end_when_there_are_none(
+    chaos: Chaos, request_: DecodeRequest, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(threading.enumerate())
+
+    def carriers() -> int:
+        return sum(thread.name == "remote-vae-call" for thread in set(threading.enumerate()) - before)
+
+    monkeypatch.setattr(waiting, "_workers", waiting._Workers())
+    monkeypatch.setattr(waiting, "_WORKER_SECONDS", 0.5)
+    client = fresh(f"{chaos.url}/decode")
+    for _ in range(5):
+        client.decode(request_)
+    # The one before may not be back yet.
+    assert 1 <= carriers() <= 2
+    limit = time.monotonic() + 10
+    while carriers():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    client.decode(request_)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_child_process_has_threads_of_its_own(chaos: Chaos, request_: DecodeRequest) -> None:
+    client_for(f"{chaos.url}/decode").decode(request_)
+    child = os.fork()
+    if not child:
+        # Torch's own threads do not outlive a fork: no VAE is run here, the answer is only carried.
+        try:
+            client_for(f"{chaos.url}/info").info(QUICK)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_file_descriptors_beyond_a_thousand_are_as_good_as_others(chaos: Chaos, request_: DecodeRequest, fresh: Fresh) -> None:
