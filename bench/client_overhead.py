@@ -2,8 +2,8 @@
 
 A server in a child process always gives the same prepared answer. Four ask it, each with a connection that is kept: a bare
 socket (latents' bytes behind a prepared head, the answer into the memory of a new tensor), ours, requests with nothing around
-it, diffusers. They take turns call by call, and a ratio is the median over the turns, so that what else the machine does falls
-on all alike.
+it, diffusers. Each of the others takes turns with the bare socket, call by call; a ratio is the median over the pairs. So what
+else the machine does falls on both alike, and no third way empties the caches.
 
     python -m bench.client_overhead [rounds]
 """
@@ -135,6 +135,7 @@ class Way:
     ask: Callable[[], Any]
     ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
+    floor_ms: list[float] = field(default_factory=list)
 
     def measure(self) -> None:
         cpu, started = time.process_time(), time.perf_counter()
@@ -142,9 +143,10 @@ class Way:
         self.ms.append((time.perf_counter() - started) * 1000)
         self.cpu_ms.append((time.process_time() - cpu) * 1000)
 
-    def times(self, other: Way) -> float:
-        """How many times as long as ``other`` it takes."""
-        return statistics.median(mine / theirs for mine, theirs in zip(self.ms, other.ms, strict=True))
+    @property
+    def times_the_floor(self) -> float:
+        """How many times as long as the bare socket it takes."""
+        return statistics.median(mine / floor for mine, floor in zip(self.ms, self.floor_ms, strict=True))
 
 
 def _ways(port: int, form: str, latents: torch.Tensor, answer: HttpResponse) -> list[Way]:
@@ -198,21 +200,21 @@ def _check(ways: list[Way], answer: HttpResponse) -> None:
             raise AssertionError(f"{way.name}: other values came")
 
 
-def _measure(ways: list[Way], rounds: int) -> None:
+def _measure(floor: Way, way: Way, rounds: int) -> None:
     for _ in range(WARM_UP):
-        for way in ways:
-            way.ask()
+        floor.ask()
+        way.ask()
     started = time.perf_counter()
     # Some hundred calls of a millisecond are over before the machine has left the mood it is in.
-    while len(ways[0].ms) < rounds or time.perf_counter() - started < SECONDS * len(ways):
-        for way in ways:
-            way.measure()
+    while len(way.ms) < rounds or time.perf_counter() - started < SECONDS:
+        floor.measure()
+        way.measure()
+        way.floor_ms.append(floor.ms[-1])
 
 
-def _print_rows(form: str, ways: list[Way]) -> None:
-    for way in ways:
-        ms, cpu_ms = statistics.median(way.ms), statistics.median(way.cpu_ms)
-        print(f"{form:<5} {way.name:<12} {ms:>7.2f} {way.times(ways[0]):>14.2f} {cpu_ms:>7.2f} {len(way.ms):>7}")
+def _print_row(form: str, way: Way, ratio: float) -> None:
+    ms, cpu_ms = statistics.median(way.ms), statistics.median(way.cpu_ms)
+    print(f"{form:<5} {way.name:<12} {ms:>7.2f} {ratio:>14.2f} {cpu_ms:>7.2f} {len(way.ms):>7}", flush=True)
 
 
 def _print_bar(what: str, ratio: float, bar: float) -> None:
@@ -230,16 +232,18 @@ def main(rounds: int = ROUNDS) -> None:
     with canned_server(answers) as port:
         print(f"{'one 1024 px decode':<18} {'ms':>7} {'x bare socket':>14} {'CPU ms':>7} {'rounds':>7}")
         for form, answer in answers.items():
-            ways = _ways(port, form, latents, answer)
+            floor, ours, *others = ways = _ways(port, form, latents, answer)
             _check(ways, answer)
-            _measure(ways, rounds)
-            _print_rows(form, ways)
+            for way in (ours, *others):
+                _measure(floor, way, rounds)
+            _print_row(form, floor, 1.0)
+            for way in (ours, *others):
+                _print_row(form, way, way.times_the_floor)
             if form == "u8":
-                bare, ours, *_, last = ways
-                bars = [("the bare socket", ours.times(bare), FLOOR_BAR)]
-                if last.name == "diffusers":
-                    bars.append(("diffusers", ours.times(last), DIFFUSERS_BAR))
-    print("\nMedians; ratios are medians over turns; CPU is that of the whole client process.")
+                bars = [("the bare socket", ours.times_the_floor, FLOOR_BAR)]
+                if others[-1].name == "diffusers":
+                    bars.append(("diffusers", ours.times_the_floor / others[-1].times_the_floor, DIFFUSERS_BAR))
+    print("\nMedians; ratios are medians over pairs; CPU is that of the whole client process.")
     for bar in bars:
         _print_bar(*bar)
 
