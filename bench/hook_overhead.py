@@ -215,6 +215,7 @@ def _fake_host(model: StillModel) -> Any:
             "process_images_inner": lambda p: p,
         },
         "sd_samplers_common": {"single_sample_to_image": lambda sample, _approximation=None: sample},
+        "processing_diffusers": {"process_diffusers": lambda p: p},
         "processing_vae": {"vae_decode": lambda latents: latents},
         "modeldata": {"model_data": SimpleNamespace(sd_model=model, sd_refiner=None)},
         "sd_models": {"model_data": SimpleNamespace(sd_model=model, loaded_sd_models=[model])},

@@ -114,13 +114,13 @@ class A1111(WebUi):
 
     def _fetched(self, model: Any, batch: Any) -> _Batch | None:
         """The endpoint's answer to a batch, or why there is none; None where the pictures are not to be asked for together."""
+        if not is_picture(batch) or batch.shape[0] == 1 or not self._takes():
+            return None
+        kind = kind_of(model)
+        if kind is None or not _decodes_in_full() or not is_wrapped(getattr(model, _METHODS["decode"], None)):
+            return None
         from modules import devices
 
-        kind = kind_of(model)
-        if kind is None or not is_picture(batch) or batch.shape[0] == 1 or not self._takes():
-            return None
-        if not _decodes_in_full() or not is_wrapped(getattr(model, _METHODS["decode"], None)):
-            return None
         # The two conversions that the UI makes between here and the model.
         latents = batch.to(devices.dtype_vae).to(model.first_stage_model.dtype)
         raw = kind.unscale(latents)
