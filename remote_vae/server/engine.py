@@ -213,7 +213,8 @@ class Engine:
             is_posterior = request.posterior and vae.has_posterior
             if not is_posterior:
                 # The mode of the posterior is its mean, the first half of the moments.
-                latents = request.scaling.scale(latents.chunk(2, dim=1)[0] if vae.has_posterior else latents)
+                latents = latents.chunk(2, dim=1)[0] if vae.has_posterior else latents
+                latents = request.scaling.scale(latents, family.scaling_factor, family.shift_factor)
             # Latents come in the dtype that was asked in; a posterior as the VAE made it, as only our own client asks for it.
             wants_dtype = isinstance(request.image, torch.Tensor) and request.image.is_floating_point() and not is_posterior
             latents = latents.to("cpu", pixels.dtype if wants_dtype else latents.dtype)

@@ -135,11 +135,12 @@ class Scaling:
             raise InvalidRequest(f"the unscaled latents are too large for the VAE's {dtype}: check scaling_factor")
         return latents
 
-    def scale(self, latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents to model latents, the encode's direction."""
-        if self.shift:
-            latents = latents - self.shift
-        return latents * self.factor if self.factor is not None else latents
+    def scale(self, latents: torch.Tensor, own_factor: float, own_shift: float) -> torch.Tensor:
+        """Raw latents to model latents, the encode's direction; ``own_*`` are the server's factors for ``by_model``."""
+        factor, shift = (own_factor, own_shift) if self.by_model else (self.factor, self.shift)
+        if shift:
+            latents = latents - shift
+        return latents * factor if factor is not None else latents
 
 
 UNSCALED = Scaling()

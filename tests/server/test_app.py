@@ -125,6 +125,16 @@ def test_the_legacy_base64_transport_works_both_ways(server: ServerThread, loade
     assert torch.equal(tensor, locally(loaded, latents / loaded.family.scaling_factor))
 
 
+def test_an_encode_by_the_servers_own_factors_is_scaled_by_them(
+    server: ServerThread, loaded: LoadedVae, pixels: torch.Tensor
+) -> None:
+    params = {"do_scaling": True, **head(pixels)}
+    answer = requests.post(f"{server.url}/encode", params=params, data=body(pixels), timeout=TIMEOUT)
+    with torch.inference_mode():
+        mean = loaded.vae.encode(pixels).latent_dist.mode()
+    assert torch.equal(tensor_of(answer), mean * loaded.family.scaling_factor)
+
+
 # --- the rest of the protocol --------------------------------------------------------------------------------------------
 
 

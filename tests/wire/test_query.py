@@ -32,7 +32,9 @@ def test_scaling_is_that_of_the_protocol() -> None:
     assert torch.equal(Scaling(0.5, 0.25).unscale(z, 9.0, 9.0), z / 0.5 + 0.25)
     assert torch.equal(Scaling(by_model=True).unscale(z, 0.25, 0.5), z / 0.25 + 0.5)
     assert torch.equal(Scaling().unscale(z, 9.0, 9.0), z)
-    assert torch.equal(Scaling(0.5, 0.25).scale(z), (z - 0.25) * 0.5)
+    assert torch.equal(Scaling(0.5, 0.25).scale(z, 9.0, 9.0), (z - 0.25) * 0.5)
+    assert torch.equal(Scaling(by_model=True).scale(z, 0.5, 0.25), (z - 0.25) * 0.5)
+    assert torch.equal(Scaling().scale(z, 9.0, 9.0), z)
 
 
 def test_the_factors_of_every_family_are_allowed() -> None:
