@@ -195,6 +195,8 @@ def vae_call(
 
 
 def _call(vae: VaeAtWork, op: Op, tensor: torch.Tensor, return_dict: bool, whole: Callable[[], Any]) -> VaeCall[Any]:
+    vae = replace(vae, device=tensor.device, dtype=tensor.dtype, has_posterior=has_posterior(vae.module))
+
     def tiled() -> Any:
         with own_tiling(vae.module):
             return whole()
@@ -207,8 +209,7 @@ def _call(vae: VaeAtWork, op: Op, tensor: torch.Tensor, return_dict: bool, whole
             return _latents_output(latents.chunk(2, dim=1)[0] if answer.is_posterior else latents, return_dict)
         return _encoder_output(_distribution(latents, is_posterior=answer.is_posterior), return_dict)
 
-    at_work = replace(vae, device=tensor.device, dtype=tensor.dtype, has_posterior=has_posterior(vae.module))
-    return VaeCall(op=op, tensor=tensor, vae=at_work, adopt=adopt, whole=whole, own_tiling=tiled)
+    return VaeCall(op=op, tensor=tensor, vae=vae, adopt=adopt, whole=whole, own_tiling=tiled)
 
 
 def takes(op: Op, tensor: Any, family: Family) -> bool:

@@ -505,3 +505,15 @@ def test_an_error_of_ours_costs_no_picture(vae: AutoencoderKL, latents: torch.Te
     handle = remote_vae.attach(vae, {})
     monkeypatch.setattr(handle, "_router", None)
     assert torch.equal(vae.decode(latents).sample, expected)
+
+
+@torch.no_grad()
+def test_a_vae_without_a_posterior_gives_latents_whoever_encodes(pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = diffusers.AutoencoderTiny().eval()
+    own = vae.encode(pixels)
+    remote_vae.attach(vae, {})
+    no_room_for_the_whole(monkeypatch, vae)
+    made = vae.encode(pixels)
+    assert type(made) is type(own)
+    assert psnr(made.latents, own.latents) >= 100
+    assert psnr(vae.encode(pixels, return_dict=False)[0], own.latents) >= 100
