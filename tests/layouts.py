@@ -1,7 +1,9 @@
 """Small VAEs with random weights, laid out in modules and names as the real ones of other projects are.
 
 Sources of the layouts: Stability-AI/stablediffusion (``ldm``), Stability-AI/generative-models (``sgm``),
-lllyasviel/stable-diffusion-webui-forge (``backend/nn/vae.py``, ``backend/operations.py``) and huggingface/diffusers.
+lllyasviel/stable-diffusion-webui-forge (``backend/nn/vae.py``, ``backend/operations.py``), comfyanonymous/ComfyUI
+(``comfy/ldm/models/autoencoder.py``), Haoming02/sd-webui-forge-classic (branch neo, ``backend/nn/vae.py``) and
+huggingface/diffusers.
 """
 
 from __future__ import annotations
@@ -256,6 +258,24 @@ class AutoencoderKL(nn.Module):
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), **kwargs)
 
 
+class BatchNormedKL(AutoencoderKL):
+    """Flux.2 in ComfyUI and Forge Neo: latents are packed and normed by running statistics; ``encode`` gives the mean."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        self.bn_eps = 1e-4
+        self.bn = nn.BatchNorm2d(4 * layout.latent, eps=self.bn_eps, affine=False)
+        nn.init.normal_(self.bn.running_mean, 0.0, 0.5)
+        nn.init.uniform_(self.bn.running_var, 0.3, 3.0)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.bn(F.pixel_unshuffle(super().encode(x).mode(), 2))
+
+    def decode(self, z: Tensor, **kwargs: Any) -> Tensor:
+        deviation = (self.bn.running_var.view(1, -1, 1, 1) + self.bn_eps).sqrt()
+        return super().decode(F.pixel_shuffle(z * deviation + self.bn.running_mean.view(1, -1, 1, 1), 2), **kwargs)
+
+
 class DiagonalGaussianRegularizer(nn.Module):
     def __init__(self, sample: bool) -> None:
         super().__init__()
@@ -324,6 +344,12 @@ def ldm_vae(**changes: Any) -> AutoencoderKL:
     """CompVis ldm's AutoencoderKL, as A1111 loads it; ``changes`` are fields of Layout."""
     torch.manual_seed(7)
     return _ready(AutoencoderKL(Layout(**changes)))
+
+
+def batch_normed_vae(**changes: Any) -> BatchNormedKL:
+    """Flux.2's VAE as ComfyUI and Forge Neo have it."""
+    torch.manual_seed(7)
+    return _ready(BatchNormedKL(Layout(**{"latent": 8, **changes})))
 
 
 def sgm_vae(attn: str = "vanilla", sample: bool = False, **changes: Any) -> AutoencodingEngineLegacy:
