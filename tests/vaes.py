@@ -1,6 +1,9 @@
-"""Small VAEs of other families with random weights, as a server would have loaded them."""
+"""Small VAEs of every family with random weights, as a server would have loaded them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import torch
@@ -8,6 +11,10 @@ import torch
 from remote_vae.server.models import LoadedVae
 from remote_vae.vae.families import find_family
 from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
+
+_FOUR_DOWN = ("DownEncoderBlock2D",) * 4
+_FOUR_UP = ("UpDecoderBlock2D",) * 4
+_WIDTHS = (32, 32, 64, 64)
 
 
 def small_kl(family: str, **changes: object) -> diffusers.AutoencoderKL:
@@ -17,8 +24,8 @@ def small_kl(family: str, **changes: object) -> diffusers.AutoencoderKL:
     config = {
         "block_out_channels": (32, 32, 32, 32),
         "layers_per_block": 1,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "down_block_types": _FOUR_DOWN,
+        "up_block_types": _FOUR_UP,
         "latent_channels": known.latent_channels,
         "scaling_factor": known.scaling_factor,
         "shift_factor": known.shift_factor or None,
@@ -26,6 +33,163 @@ def small_kl(family: str, **changes: object) -> diffusers.AutoencoderKL:
         **changes,
     }
     return diffusers.AutoencoderKL(**config).eval().requires_grad_(False)
+
+
+def small_vae(name: str, **changes: object) -> Any:
+    """A small VAE of ``name``, a key of ``SMALL``: the real class, shapes and factors of the family, fewer channels inside.
+
+    Every weight is random, norms and the numbers of a batch norm as well, so that two that change places are seen.
+    """
+    torch.manual_seed(7)
+    vae = SMALL[name](**changes)
+    stirred(vae)
+    return vae.eval().requires_grad_(False)
+
+
+def stirred(vae: torch.nn.Module) -> None:
+    """Weights that are made as ones and zeros become others."""
+    with torch.no_grad():
+        for tensor in vae.state_dict().values():
+            if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.reshape(-1)[0]).all()):
+                tensor.add_(torch.rand(tensor.shape).mul_(0.4))
+
+
+def _kl(family: str, **fixed: object) -> Callable[..., torch.nn.Module]:
+    return lambda **changes: small_kl(family, **{"block_out_channels": _WIDTHS, **fixed, **changes})
+
+
+def _of(kind: str, **fixed: object) -> Callable[..., torch.nn.Module]:
+    def make(**changes: object) -> torch.nn.Module:
+        vae: torch.nn.Module = getattr(diffusers, kind)(**{**fixed, **changes})
+        return vae
+
+    return make
+
+
+_flux2: dict[str, object] = {
+    "block_out_channels": _WIDTHS,
+    "layers_per_block": 1,
+    "down_block_types": _FOUR_DOWN,
+    "up_block_types": _FOUR_UP,
+    "latent_channels": 32,
+}
+_hunyuan_video = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "latent_channels": 16}
+_ltx: dict[str, object] = {
+    "latent_channels": 128,
+    "block_out_channels": (16, 32, 32, 32),
+    "decoder_block_out_channels": (16, 32, 32, 32),
+    "layers_per_block": (1, 1, 1, 1, 1),
+    "decoder_layers_per_block": (1, 1, 1, 1, 1),
+}
+
+# One entry a family of families.toml, and one a kind that has another class or shape ("wan" is the VAE of "qwen-image" in the
+# class of Wan 2.1, "flux2-small" that of Flux.2 with the small decoder, "ltx-0.9.5" and so on later weights of "ltx").
+SMALL: dict[str, Callable[..., torch.nn.Module]] = {
+    "sd1": _kl("sd1"),
+    "sdxl": _kl("sdxl"),
+    "sd3": _kl("sd3", use_quant_conv=False, use_post_quant_conv=False),
+    "flux": _kl("flux", use_quant_conv=False, use_post_quant_conv=False),
+    "flux2": _of("AutoencoderKLFlux2", **_flux2),
+    "flux2-small": _of("AutoencoderKLFlux2", **_flux2, decoder_block_out_channels=(32, 64, 64, 64)),
+    "qwen-image": _of("AutoencoderKLQwenImage", base_dim=8),
+    "wan": _of("AutoencoderKLWan", base_dim=8),
+    "wan22-5b": _of(
+        "AutoencoderKLWan",
+        base_dim=8,
+        decoder_base_dim=12,
+        z_dim=48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[index / 48 - 0.5 for index in range(48)],
+        latents_std=[index / 48 + 0.5 for index in range(48)],
+    ),
+    "qwen-image-2.1": _of("AutoencoderKLQwenImage21", base_dim=8, decoder_base_dim=12, num_res_blocks=1),
+    "hunyuan-image": _of(
+        "AutoencoderKLHunyuanImage",
+        in_channels=3,
+        out_channels=3,
+        latent_channels=64,
+        block_out_channels=(32, 32, 32, 64, 64, 128),
+        layers_per_block=1,
+        spatial_compression_ratio=32,
+        sample_size=384,
+        scaling_factor=0.75289,
+    ),
+    "sana": _of(
+        "AutoencoderDC",
+        latent_channels=32,
+        attention_head_dim=32,
+        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        encoder_block_out_channels=(8, 16, 16, 32, 32, 32),
+        decoder_block_out_channels=(8, 16, 16, 32, 32, 32),
+        encoder_layers_per_block=(1, 1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1, 1),
+        encoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    ),
+    "hunyuan-video": _of("AutoencoderKLHunyuanVideo", **_hunyuan_video),
+    "hunyuan-video-1.5": _of(
+        "AutoencoderKLHunyuanVideo15", block_out_channels=(16, 16, 32, 64, 64), layers_per_block=1, latent_channels=32
+    ),
+    "ltx": _of("AutoencoderKLLTXVideo", **_ltx),
+    "ltx2": _of(
+        "AutoencoderKLLTX2Video",
+        latent_channels=128,
+        block_out_channels=(8, 16, 32, 64),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+    ),
+    "mochi": _of(
+        "AutoencoderKLMochi",
+        encoder_block_out_channels=(32, 32, 32, 64),
+        decoder_block_out_channels=(32, 32, 32, 64),
+        layers_per_block=(1, 1, 1, 1, 1),
+    ),
+    "cogvideox": _of(
+        "AutoencoderKLCogVideoX",
+        block_out_channels=(32, 32, 32, 64),
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        layers_per_block=1,
+        latent_channels=16,
+    ),
+    "cosmos": _of(
+        "AutoencoderKLCosmos",
+        encoder_block_out_channels=(8, 16, 16, 16),
+        decode_block_out_channels=(8, 16, 16, 16),
+        num_layers=1,
+        latent_channels=16,
+    ),
+    "svd": _of(
+        "AutoencoderKLTemporalDecoder",
+        block_out_channels=_WIDTHS,
+        down_block_types=_FOUR_DOWN,
+        layers_per_block=1,
+        latent_channels=4,
+    ),
+    "asymmetric": _of(
+        "AsymmetricAutoencoderKL",
+        down_block_types=_FOUR_DOWN,
+        down_block_out_channels=_WIDTHS,
+        layers_per_down_block=1,
+        up_block_types=_FOUR_UP,
+        up_block_out_channels=(32, 32, 64, 96),
+        layers_per_up_block=2,
+        latent_channels=4,
+    ),
+    "taesd": _of("AutoencoderTiny"),
+    "taesd-16ch": _of("AutoencoderTiny", latent_channels=16),
+}
 
 
 def loaded(vae: torch.nn.Module, family: str) -> LoadedVae:
@@ -38,8 +202,4 @@ def tiny_flux() -> LoadedVae:
 
 
 def tiny_video() -> LoadedVae:
-    torch.manual_seed(7)
-    vae = diffusers.AutoencoderKLHunyuanVideo(
-        block_out_channels=(32, 32, 32, 32), layers_per_block=1, norm_num_groups=32, latent_channels=16
-    )
-    return loaded(vae.eval().requires_grad_(False), "hunyuan-video")
+    return loaded(small_vae("hunyuan-video"), "hunyuan-video")
