@@ -17,10 +17,11 @@ import torch
 
 from remote_vae.errors import InvalidRequest
 from remote_vae.tiled.budget import plan_budget
-from remote_vae.tiled.executor import NotFinite, Rows, Run, build, never, no_progress
+from remote_vae.tiled.executor import build
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from remote_vae.tiled.memory import free_pinned_memory
 from remote_vae.tiled.plan import Plan
+from remote_vae.tiled.rows import NotFinite, Rows, Run, never, no_progress
 from remote_vae.tiled.store import Store
 from remote_vae.tiled.weights import bring_in
 

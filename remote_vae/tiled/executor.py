@@ -16,134 +16,21 @@ it. One run each of sd encode 512 px: rows again 40 s and 71 MB, files 15 s and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from math import ceil
 
 import torch
 from torch import nn
-from torch.nn.functional import batch_norm, conv2d, interpolate, linear
+from torch.nn.functional import batch_norm, interpolate, linear
 
-from remote_vae.errors import CallCancelled
 from remote_vae.tiled.attention import attend
+from remote_vae.tiled.convolution import Convolved, Fill, SlidingConv, flops_of
 from remote_vae.tiled.moments import Moments
 from remote_vae.tiled.plan import Attention, Conv, Norm, Plan, Pointwise, Residual, Step, Upsample, silu
-from remote_vae.tiled.store import RowReader, Store
+from remote_vae.tiled.rows import Mapped, NotFinite, Picture, Rows, Run, pieces
+from remote_vae.tiled.store import RowReader
 from remote_vae.tiled.weights import borrowed
 
 # A level is small when it has so many times fewer positions than the largest.
 _SMALL = 16
-
-Fill = Callable[[torch.Tensor, torch.Tensor], None]
-
-
-def never() -> bool:
-    """Nobody cancels."""
-    return False
-
-
-def no_progress(done: float) -> None:
-    """Nobody wants to know the share ``done``."""
-
-
-class NotFinite(ArithmeticError):
-    """A NaN or an infinity came up on the way."""
-
-
-@dataclass
-class Run:
-    """One picture on its way through a plan.
-
-    Attributes:
-        device, dtype: of the computation.
-        strip_bytes: how large a strip should be.
-        pixels: rows x columns where there are most of them.
-        strip_flops: how much work may be done before ``cancelled`` is asked again.
-        store: for strips that wait.
-        channels_last: the memory format of strips.
-        finite: whether to stop at the first NaN.
-        progress: called with the share of the work that is done.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    strip_bytes: int
-    strip_flops: float
-    store: Store
-    pixels: int = 0
-    channels_last: bool = False
-    finite: bool = False
-    progress: Callable[[float], None] = no_progress
-    cancelled: Callable[[], bool] = never
-    work: float = 0.0
-    done: float = field(default=0.0, init=False)
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
-
-    def tick(self, flops: float) -> None:
-        """A strip is done.
-
-        Raises:
-            CallCancelled: and nobody wants the rest.
-        """
-        self.done += flops
-        self.progress(min(1.0, self.done / self.work))
-        if self.cancelled():
-            raise CallCancelled("the VAE call was interrupted", reason="interrupted")
-
-    def rows(self, width: int, channels: int, flops: float = 0.0) -> int:
-        """How many rows of ``channels`` x ``width`` values, which cost ``flops`` each, make a strip."""
-        rows = self.strip_bytes / (width * channels * self.dtype.itemsize)
-        if flops:
-            rows = min(rows, self.strip_flops / flops)
-        return max(1, int(rows))
-
-
-class Rows:
-    """A picture that is given row by row: ``[1, channels, height, width]``.
-
-    Attributes:
-        work: floating point operations of it and of all that is before it.
-    """
-
-    def __init__(self, source: Rows | Run, channels: int, height: int, width: int, work: float = 0.0) -> None:
-        self.run: Run = source.run if isinstance(source, Rows) else source
-        self.work: float = work + (source.work if isinstance(source, Rows) else 0.0)
-        self.channels, self.height, self.width = channels, height, width
-
-    def read(self) -> Iterator[torch.Tensor]:
-        """All rows from the top, once, in strips that the reader must not write to."""
-        raise NotImplementedError
-
-
-class Picture(Rows):
-    """What goes in."""
-
-    def __init__(self, run: Run, picture: torch.Tensor) -> None:
-        super().__init__(run, *picture.shape[1:])
-        self._picture = picture
-
-    def read(self) -> Iterator[torch.Tensor]:
-        for strip in _pieces(self._picture, self.run.rows(self.width, self.channels)):
-            yield strip.to(self.run.device, self.run.dtype)
-
-
-class Mapped(Rows):
-    """A pointwise function, or an upsampling that no convolution follows."""
-
-    def __init__(self, source: Rows, function: Callable[[torch.Tensor], torch.Tensor], scale: int = 1) -> None:
-        super().__init__(source, source.channels, source.height * scale, source.width * scale)
-        self._source = source
-        self._function = function
-        self._rows = max(1, self.run.rows(self.width, self.channels) // scale)
-
-    def read(self) -> Iterator[torch.Tensor]:
-        for strip in self._source.read():
-            for piece in _pieces(strip, self._rows):
-                yield self._function(piece)
-                del piece
-            del strip
 
 
 class NormInput(Rows):
@@ -165,7 +52,7 @@ class NormInput(Rows):
             self._affine = self._collect()
         rows = self.run.rows(self.width, self.channels)
         for strip in self._queue.read(last=last):
-            yield from _pieces(strip, rows)
+            yield from pieces(strip, rows)
             del strip
 
     def normalise(self, strip: torch.Tensor) -> torch.Tensor:
@@ -193,104 +80,11 @@ class NormInput(Rows):
             return (*moments.by_channel(), *weights)
 
 
-class Convolved(Rows):
-    """A convolution of what ``fill`` makes of the source's strips."""
-
-    def __init__(self, source: Rows, step: Conv, fill: Fill | None, scale: int = 1) -> None:
-        height, width = step.size(source.height * scale, source.width * scale)
-        super().__init__(source, step.module.out_channels, height, width, _flops(step) * height * width)
-        self._source = source
-        self._step = step
-        self._fill = fill
-        self._scale = scale
-
-    def read(self) -> Iterator[torch.Tensor]:
-        with _SlidingConv(self.run, self._step, self._source, self._fill, self._scale) as convolution:
-            for strip in self._source.read():
-                yield from convolution.push(strip)
-                del strip
-
-
-class _SlidingConv:
-    """A convolution that is given the rows of its picture bit by bit, and gives those that it can."""
-
-    def __init__(self, run: Run, step: Conv, source: Rows, fill: Fill | None, scale: int = 1) -> None:
-        self._run, self._step, self._fill, self._scale = run, step, fill, scale
-        self._channels = source.channels
-        self._height, self._width = source.height * scale, source.width * scale
-        self._out_height, self._out_width = step.size(self._height, self._width)
-        self._row_flops = _flops(step) * self._out_width
-        rows = run.rows(max(self._width, self._out_width), max(self._channels, step.module.out_channels), self._row_flops)
-        self._piece_rows = max(1, rows * step.stride // scale)
-        self._received = self._produced = 0
-        self._carry: torch.Tensor | None = None
-        self._weights = borrowed(step.module, run.device, run.dtype)
-
-    def __enter__(self) -> _SlidingConv:  # noqa: PYI034  # Self came with Python 3.11
-        weight, bias = self._weights.__enter__()
-        self._weight, self._bias = weight.to(memory_format=self._run.memory_format), bias
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._weights.__exit__(None, None, None)
-        del self._weight, self._bias
-
-    def push(self, strip: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The rows that have become possible."""
-        for piece in _pieces(strip, self._piece_rows):
-            out = self._next(piece)
-            if out is not None:
-                flops = self._row_flops * out.shape[2]
-                yield out
-                del out
-                self._run.tick(flops)
-
-    def _next(self, piece: torch.Tensor) -> torch.Tensor | None:
-        step = self._step
-        left, right, top, _ = step.pad
-        kernel, stride = step.kernel[0], step.stride
-        if self._fill is None and step.kernel == (1, 1) and stride == 1 and not any(step.pad):
-            return conv2d(piece.to(self._run.dtype), self._weight, self._bias, groups=step.module.groups)
-        start = self._received
-        self._received += piece.shape[2] * self._scale
-        ended = self._received == self._height
-        possible = self._out_height if ended else max(0, (self._received + top - kernel) // stride + 1)
-        first = self._produced * stride - top
-        end = max(self._received, (self._out_height - 1) * stride - top + kernel) if ended else self._received
-        # Columns are padded by the convolution itself where both sides are alike.
-        extra = (left, right) if left != right else (0, 0)
-        shape = (1, self._channels, end - first, sum(extra) + self._width)
-        window = torch.empty(shape, device=self._run.device, dtype=self._run.dtype, memory_format=self._run.memory_format)
-        inside = window[..., extra[0] : extra[0] + self._width]
-        if sum(extra):
-            window[..., : extra[0]] = 0
-            window[..., extra[0] + self._width :] = 0
-        if first < 0:
-            window[:, :, :-first] = 0
-        if end > self._received:
-            window[:, :, self._received - first :] = 0
-        if self._carry is not None:
-            inside[:, :, start - first - self._carry.shape[2] : start - first] = self._carry
-        filled = inside[:, :, start - first : self._received - first]
-        if self._fill is None:
-            filled.copy_(piece)
-        else:
-            self._fill(piece, filled)
-        count = possible - self._produced
-        self._produced = possible
-        keep_from = max(0, possible * stride - top)
-        self._carry = None if ended else inside[:, :, keep_from - first : self._received - first].clone()
-        if not count:
-            return None
-        padding = (0, 0 if sum(extra) else left)
-        return conv2d(window, self._weight, self._bias, stride, padding, groups=step.module.groups)
-
-
 class Branch(Rows):
     """Gives its source's rows on to the main path of a residual, and puts what the shortcut makes of them into ``queue``."""
 
     def __init__(self, source: Rows, shortcut: Conv | None) -> None:
-        own = 0.0 if shortcut is None else _flops(shortcut) * source.height * source.width
+        own = 0.0 if shortcut is None else flops_of(shortcut) * source.height * source.width
         super().__init__(source, source.channels, source.height, source.width, own)
         self.queue = self.run.store.queue()
         self._source = source
@@ -303,7 +97,7 @@ class Branch(Rows):
                 yield strip
                 del strip
             return
-        with _SlidingConv(self.run, self._shortcut, self._source, None) as convolution:
+        with SlidingConv(self.run, self._shortcut, self._source, None) as convolution:
             for strip in self._source.read():
                 for out in convolution.push(strip):
                     self.queue.append(out)
@@ -469,21 +263,3 @@ def _upsampler(scale: int) -> Fill:
 
 def _nearest(scale: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda strip: interpolate(strip, scale_factor=float(scale), mode="nearest")
-
-
-def _flops(step: Conv) -> float:
-    """Of one position of the result."""
-    module = step.module
-    rows, columns = step.kernel
-    return 2.0 * rows * columns * module.in_channels // module.groups * module.out_channels
-
-
-def _pieces(strip: torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
-    """``strip`` cut into as few even pieces as have at most ``rows`` rows."""
-    height = strip.shape[2]
-    count = ceil(height / rows)
-    if count <= 1:
-        yield strip
-        return
-    for index in range(count):
-        yield strip[:, :, height * index // count : height * (index + 1) // count]
