@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, Union
 import torch
 
 from remote_vae.history import Record
-from remote_vae.vae.at_work import Op, VaeAtWork
+from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
 from remote_vae.wire import DecodeAnswer, EncodeAnswer, Output
 
 T = TypeVar("T")
@@ -57,7 +57,8 @@ class VaeCall(Generic[T]):
 
     Attributes:
         op: "decode" or "encode".
-        tensor: decode: raw (unscaled) latents ``[B, C, h, w]``; encode: pixels ``[B, 3, H, W]`` in [-1, 1]. Never changed.
+        tensor: decode: raw (unscaled) latents ``[B, C, h, w]``, of a video VAE ``[B, C, F, h, w]``; encode: pixels
+            ``[B, 3 or 4, H, W]`` in [-1, 1], of a video VAE ``[B, 3 or 4, F, H, W]``. Never changed.
         vae: the VAE that the host would use.
         adopt: an answer, of an endpoint or made here, as what the host's own call would return.
         whole: the host's own call, its result untouched. None: only an endpoint is asked.
@@ -82,15 +83,24 @@ class VaeCall(Generic[T]):
     @property
     def doing(self) -> str:
         """What goes on, for the eyes of the user."""
-        batch = self.tensor.shape[0]
-        what = self.user.part or (f"{batch} pictures" if batch > 1 else "")
+        pictures = self.size[0]
+        several = f"{pictures} frames" if self.frames > 1 else f"{pictures} pictures" if pictures > 1 else ""
+        what = self.user.part or several
         return " ".join(filter(None, ("decoding" if self.op == "decode" else "encoding", what)))
 
     @property
+    def frames(self) -> int:
+        """Pixel frames of each item of the batch."""
+        if self.tensor.ndim != VIDEO_DIMENSIONS:
+            return 1
+        count = self.tensor.shape[2]
+        return self.vae.family.frames(count) if self.op == "decode" else count
+
+    @property
     def size(self) -> tuple[int, int, int]:
-        """B, H, W in pixels."""
+        """Pictures, H, W in pixels; every frame is a picture."""
         scale = self.vae.family.downscale if self.op == "decode" else 1
-        return self.tensor.shape[0], self.tensor.shape[-2] * scale, self.tensor.shape[-1] * scale
+        return self.tensor.shape[0] * self.frames, self.tensor.shape[-2] * scale, self.tensor.shape[-1] * scale
 
     def adopt_local(self, result: torch.Tensor) -> T:
         """What the VAE's layers gave here, as what the host's own call would return."""

@@ -22,7 +22,7 @@ from remote_vae.local.own import own_tiling
 from remote_vae.router import Router
 from remote_vae.settings import Settings
 from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior
-from remote_vae.vae.families import Family, not_for_pictures, recognise_config
+from remote_vae.vae.families import Family, family_of
 from remote_vae.wire import DecodeAnswer
 
 log = logging.getLogger("remote_vae")
@@ -59,14 +59,9 @@ def attach(
     vae = pipe if vae is None else vae
     # A compiled module passes calls on to the one that it was made of.
     vae = getattr(vae, "_orig_mod", vae)
-    family = recognise_config(getattr(vae, "config", None) or {})
-    why_not = not_for_pictures(type(vae).__name__)
-    if why_not:
-        raise UnsupportedLayout(f"{type(vae).__name__} cannot be done remotely: {why_not}")
-    if family is None or not all(callable(getattr(vae, op, None)) for op in _OPS):
-        raise UnsupportedLayout(
-            f"{type(pipe).__name__} is not a diffusers pipeline with a VAE, nor a VAE with a scaling factor"
-        )
+    if not all(callable(getattr(vae, op, None)) for op in _OPS):
+        raise UnsupportedLayout(f"{type(pipe).__name__} is not a diffusers pipeline with a VAE, nor a VAE")
+    family = family_of(vae)
     for op in _OPS:
         current = vae.__dict__.get(op)
         if isinstance(getattr(current, "handle", None), Handle):

@@ -60,7 +60,7 @@ class SdNext(WebUi):
 
         models = self._models()
         vaes = [vae for vae in map(_vae_of, models) if vae is not None]
-        family = recognise_config(getattr(vaes[0], "config", None) or {}) if vaes else None
+        family = recognise_config(vaes[0].config, type(vaes[0]).__name__) if vaes else None
         if family is None:
             return None
         vae = vaes[0]
@@ -118,7 +118,7 @@ class SdNext(WebUi):
     def _call(
         self, op: Op, vae: Any, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> VaeCall[Any] | None:
-        family = recognise_config(vae.config)
+        family = recognise_config(vae.config, type(vae).__name__)
         if family is None:
             return None
         at_work = VaeAtWork(vae, family, bring=partial(_brought, vae), picked=_picked_vae())

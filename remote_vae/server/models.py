@@ -104,9 +104,9 @@ def load_vae(source: str, *, family: str | None = None, dtype: str = "auto", dev
     target = _dtype(dtype, chosen)
     known = find_family(family) if family else None
     vae = _load(source, known)
-    seen = recognise_config(vae.config)
+    seen = recognise_config(vae.config, type(vae).__name__)
     found = known or seen
-    if known is not None and seen is not None and seen.is_known and seen != known:
+    if known is not None and seen is not None and seen.is_known and seen.key != known.key:
         log.warning("--vae %s: by its config it is of %s, and it is served as that of %s", source, seen.label, known.label)
     if found is None:
         raise SettingsError(f"--vae {source}: {type(vae).__name__} has no scaling factor; name its family with --family")

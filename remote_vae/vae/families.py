@@ -5,53 +5,68 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from remote_vae.errors import SettingsError
+from remote_vae.errors import SettingsError, UnsupportedLayout
 from remote_vae.settings import read_toml
+from remote_vae.vae.shapes import NOT_FOR_PICTURES, Shape, known_classes, shape_of
 
 CUSTOM = "custom"
-
-# VAEs of diffusers that latents alone are not enough for, and why.
-_NOT_FOR_PICTURES: Mapping[str, str] = {
-    "AutoencoderKLTemporalDecoder": "it decodes frames, and wants their number beside the latents",
-    "AutoencoderKLAllegro": "it decodes videos in its own tiles only",
-    "AutoencoderKLMagvit": "it decodes videos whose latents overlap in time",
-}
+# The class that several families share: its factors tell them apart.
+_KL = "AutoencoderKL"
 
 # As UIs list VAE files.
 _FILE_ENDINGS = re.compile(r"\.(safetensors|sft|ckpt|pth?|bin)$")
+_LISTS = ("files", "shared_by", "classes", "latents_mean", "latents_std")
 
 
 @dataclass(frozen=True)
 class Family:
     """A group of models that share one VAE.
 
-    ``scaling_factor`` and ``shift_factor`` relate the two kinds of latents:
-    model latents = (raw latents - shift_factor) * scaling_factor, and raw = model / scaling_factor + shift_factor
-    (diffusers' pipelines). ``downscale`` is pixels per latent cell along one side.
+    ``scaling_factor`` and ``shift_factor`` relate the two kinds of latents, or ``latents_mean`` and ``latents_std``, of each
+    channel, do: raw latents = model latents * std / scaling_factor + mean, and the shift in the place of the mean where there
+    is none (diffusers' pipelines). ``latent_channels``, ``downscale``, ``pixel_channels``, ``video`` and ``frame_scale``: see
+    ``Shape``. ``classes`` are those of diffusers.
     """
 
     key: str
     label: str
     latent_channels: int
     downscale: int
-    scaling_factor: float
+    scaling_factor: float = 1.0
     shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
+    pixel_channels: int = 3
+    video: bool = False
+    frame_scale: int = 1
     vae: str = ""
+    classes: tuple[str, ...] = (_KL,)
     files: tuple[str, ...] = ()
     dtype: str = "float16"
     shared_by: tuple[str, ...] = ()
     decode_endpoint: str = ""
     encode_endpoint: str = ""
-    video: bool = False
 
     @property
     def is_known(self) -> bool:
         """Whether families.toml has it; a custom VAE is only sent to the user's own endpoint."""
         return self.key != CUSTOM
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.latent_channels, self.downscale, self.pixel_channels, self.video, self.frame_scale)
+
+    def frames(self, latent_frames: int) -> int:
+        """Pixel frames that so many latent frames make. CogVideoX makes ``frame_scale`` of each of an even number of them."""
+        return (latent_frames - 1) * self.frame_scale + 1
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames that so many pixel frames make."""
+        return (frames - 1) // self.frame_scale + 1
 
     def is_standard_file(self, name: str) -> bool:
         """Whether ``name``, with or without folders and ending, is a usual file name of the family's standard VAE."""
@@ -69,7 +84,7 @@ def load_families() -> dict[str, Family]:
     families = {}
     for key, entry in read_toml("families.toml").items():
         if isinstance(entry, dict):
-            lists = {name: tuple(entry.get(name, ())) for name in ("files", "shared_by")}
+            lists = {name: tuple(entry[name]) for name in _LISTS if name in entry}
             families[key] = Family(key=key, **{**entry, **lists})
     return families
 
@@ -94,41 +109,79 @@ def find_family(name: str) -> Family:
     raise SettingsError(f"unknown VAE family {name!r}; known are {', '.join(known)}")
 
 
-def not_for_pictures(name: str) -> str:
-    """Why the VAE class ``name`` cannot be asked for a picture of latents; "" where it can."""
-    return _NOT_FOR_PICTURES.get(name, "")
+def recognise(*, latent_channels: int, scaling_factor: float, shift_factor: float | None, downscale: int = 8) -> Family:
+    """The family with these factors of a VAE of AutoencoderKL's kind, or a custom one that carries them."""
+    shape = Shape(latent_channels, downscale)
+    return _of_shape(_KL, shape, {"scaling_factor": float(scaling_factor), "shift_factor": float(shift_factor or 0.0)})
 
 
-def recognise(
-    *, latent_channels: int, scaling_factor: float, shift_factor: float | None, downscale: int = 8, video: bool = False
-) -> Family:
-    """The family with these factors, or a custom one that carries them."""
-    shift = shift_factor or 0.0
+def recognise_config(config: Mapping[str, Any], name: str = "") -> Family | None:
+    """The family of the VAE with a diffusers config; its factors and shape are the config's.
+
+    Args:
+        config: of a model of diffusers.
+        name: of the model's class, where the config does not say it.
+
+    Returns:
+        None: it is none that is known here. A known class in an unknown shape is a custom family.
+    """
+    name = str(config.get("_class_name") or name)
+    shape = shape_of(name, config)
+    return None if shape is None else _of_shape(name, shape, _factors(config, shape))
+
+
+def family_of(vae: Any) -> Family:
+    """The family of a VAE of diffusers, by its class, or the class that it was made of, and its config.
+
+    Raises:
+        UnsupportedLayout: it is none that can be done remotely; the message says why, and which can.
+    """
+    config = getattr(vae, "config", None) or {}
+    names = [kind.__name__ for kind in type(vae).__mro__]
+    for name in names:
+        if name in NOT_FOR_PICTURES:
+            raise UnsupportedLayout(f"{name} cannot be done remotely: {NOT_FOR_PICTURES[name]}")
+        shape = shape_of(name, config)
+        if shape is not None:
+            return _of_shape(name, shape, {**_factors(config, shape), **_of_weights(vae, shape)})
+    raise UnsupportedLayout(f"{names[0]} is no VAE that can be done remotely. Those are {', '.join(known_classes())}")
+
+
+def _of_shape(name: str, shape: Shape, factors: Mapping[str, Any]) -> Family:
+    """The family of the class ``name`` that has this shape, with these factors."""
     for family in load_families().values():
-        if (
-            family.latent_channels == latent_channels
-            and family.video == video
-            and family.downscale == downscale
-            and math.isclose(family.scaling_factor, scaling_factor, rel_tol=1e-3)
-            and math.isclose(family.shift_factor, shift, rel_tol=1e-3)
-        ):
-            return family
-    return Family(CUSTOM, "custom VAE", latent_channels, downscale, scaling_factor, shift, video=video)
+        if name in family.classes and family.shape == shape and (name != _KL or _are_factors_of(family, factors)):
+            return replace(family, **factors)
+    if shape.pixel_channels not in (3, 4):
+        raise UnsupportedLayout(f"a {name} whose pictures have {shape.pixel_channels} channels, and not 3 or 4")
+    return Family(CUSTOM, "custom VAE", **{**vars(shape), **factors}, classes=(name,))
 
 
-def recognise_config(config: Mapping[str, Any]) -> Family | None:
-    """The family of a diffusers VAE config, or None where the config lacks what is needed (not a latent-scaling VAE)."""
-    channels, scaling = config.get("latent_channels"), config.get("scaling_factor")
-    if not isinstance(channels, int) or not isinstance(scaling, (int, float)):
-        return None
-    video = "temporal_compression_ratio" in config or str(config.get("_class_name", "")).endswith("Video")
-    spatial = config.get("spatial_compression_ratio")
-    blocks = config.get("block_out_channels") or (0, 0, 0, 0)
-    downscale = spatial if isinstance(spatial, int) else 2 ** (len(blocks) - 1)
-    return recognise(
-        latent_channels=channels,
-        scaling_factor=float(scaling),
-        shift_factor=config.get("shift_factor"),
-        downscale=downscale,
-        video=video,
-    )
+def _are_factors_of(family: Family, factors: Mapping[str, Any]) -> bool:
+    if factors.get("latents_mean"):
+        return False
+    return all(math.isclose(getattr(family, key), factors[key], rel_tol=1e-3) for key in ("scaling_factor", "shift_factor"))
+
+
+def _factors(config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    """What the config says of the latents' scaling. A factor that it leaves open is none."""
+    factors: dict[str, Any] = {
+        "scaling_factor": float(config.get("scaling_factor") or 1.0),
+        "shift_factor": float(config.get("shift_factor") or 0.0),
+    }
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    # Cosmos has as many as latents of 16 frames have values.
+    if mean and std and len(mean) == len(std) == shape.latent_channels:
+        factors |= {"latents_mean": tuple(map(float, mean)), "latents_std": tuple(map(float, std))}
+    return factors
+
+
+def _of_weights(vae: Any, shape: Shape) -> dict[str, Any]:
+    """LTX keeps mean and deviation of its latents as buffers beside its weights."""
+    # Not as attributes, which diffusers looks for in the config as well, with a warning.
+    buffers = dict(vae.named_buffers(recurse=False)) if hasattr(vae, "named_buffers") else {}
+    found: list[Any] = [buffers.get(name) for name in ("latents_mean", "latents_std")]
+    if any(getattr(values, "shape", None) != (shape.latent_channels,) or values.is_meta for values in found):
+        return {}
+    mean, std = (tuple(values.tolist()) for values in found)
+    return {"latents_mean": mean, "latents_std": std}

@@ -457,15 +457,6 @@ def test_what_the_wire_does_not_carry_is_the_vaes_own_call(chaos: Chaos, latents
 
 
 @torch.no_grad()
-def test_a_number_of_frames_is_the_vaes_own_business(chaos: Chaos) -> None:
-    vae = diffusers.AutoencoderKLTemporalDecoder(block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",)).eval()
-    latents = torch.randn(4, 4, 8, 8)
-    expected = vae.decode(latents, 4).sample
-    with pytest.raises(UnsupportedLayout, match="frames"):
-        remote_vae.attach(vae, {"endpoint": chaos.url})
-    assert torch.equal(vae.decode(latents, 4).sample, expected)
-
-
 def test_gradients_flow_through_the_vae_itself(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
     remote_vae.attach(vae, {"endpoint": chaos.url})
     latents.requires_grad_()

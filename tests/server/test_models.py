@@ -283,16 +283,6 @@ def test_a_folder_of_another_family_than_named_is_refused() -> None:
         load_vae(str(DEMO_VAE), family="flux", device="cpu")
 
 
-def test_a_vae_that_makes_no_picture_of_latents_is_refused(tmp_path: Path) -> None:
-    """Stable Video Diffusion's, whose decode wants a number of frames."""
-    vae = diffusers.AutoencoderKLTemporalDecoder(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1, latent_channels=4
-    )
-    vae.save_pretrained(tmp_path)
-    with pytest.raises(SettingsError, match="num_frames"):
-        load_vae(str(tmp_path), device="cpu")
-
-
 def test_what_a_vae_scales_by_is_seen_and_not_believed(tmp_path: Path) -> None:
     down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
     small_kl("sd1", block_out_channels=(32, 32), down_block_types=down, up_block_types=up).save_pretrained(tmp_path)

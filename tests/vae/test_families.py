@@ -3,8 +3,8 @@ from __future__ import annotations
 import diffusers
 import pytest
 
-from remote_vae.errors import SettingsError
-from remote_vae.vae.families import find_family, load_families, public_max_pixels, recognise, recognise_config
+from remote_vae.errors import SettingsError, UnsupportedLayout
+from remote_vae.vae.families import family_of, find_family, load_families, public_max_pixels, recognise, recognise_config
 from tests.vaes import small_kl, tiny_video
 
 # facts of the protocol: channels, scaling, shift, model, endpoint names
@@ -46,11 +46,58 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("key", ["sd1", "sdxl", "sd3", "flux"])
 def test_a_vae_is_recognised_by_its_config(key: str) -> None:
-    assert recognise_config(small_kl(key).config) == find_family(key)
+    assert family_of(small_kl(key)) == recognise_config(small_kl(key).config, "AutoencoderKL") == find_family(key)
 
 
 def test_a_video_vae_is_recognised_as_such() -> None:
-    assert recognise_config(tiny_video().vae.config) == find_family("hunyuan-video")
+    assert family_of(tiny_video().vae) == find_family("hunyuan-video")
+
+
+def test_a_class_that_was_made_of_a_known_one_is_recognised() -> None:
+    class Own(diffusers.AutoencoderKL):
+        pass
+
+    vae = small_kl("flux")
+    vae.__class__ = Own
+    assert family_of(vae).key == "flux"
+
+
+def test_factors_are_the_vaes_own_and_not_the_tables() -> None:
+    mean, std = [0.5] * 16, [2.0] * 16
+    vae = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, latents_mean=mean, latents_std=std)
+    family = family_of(vae)
+    assert family.key == "qwen-image"
+    assert (family.latents_mean, family.latents_std) == (tuple(mean), tuple(std))
+
+
+def test_a_vae_whose_latents_are_scaled_by_mean_and_deviation_is_not_taken_for_one_with_a_factor() -> None:
+    """Playground 2.5's, in the class and shape of SDXL's."""
+    family = family_of(small_kl("sdxl", latents_mean=(0.1, 0.2, 0.3, 0.4), latents_std=(1.0, 2.0, 3.0, 4.0)))
+    assert not family.is_known
+    assert family.latents_std == (1.0, 2.0, 3.0, 4.0)
+
+
+def test_mean_and_deviation_among_the_weights_count() -> None:
+    widths = (8, 8, 8, 8)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+    )
+    vae.latents_std.fill_(3.0)
+    assert family_of(vae).latents_std == (3.0,) * 128
+
+
+@pytest.mark.parametrize(("name", "why"), [("AutoencoderKLAllegro", "tiles"), ("VQModel", "codebook")])
+def test_what_cannot_be_done_remotely_is_refused_with_the_reason(name: str, why: str) -> None:
+    with pytest.raises(UnsupportedLayout, match=why):
+        family_of(type(name, (), {"config": {}})())
+
+
+def test_what_is_not_known_is_refused_with_the_list_of_what_is() -> None:
+    with pytest.raises(UnsupportedLayout, match=r"AutoencoderOobleck.*AutoencoderDC.*AutoencoderKLWan"):
+        family_of(type("AutoencoderOobleck", (), {"config": {"latent_channels": 4, "scaling_factor": 1.0}})())
 
 
 def test_a_vae_with_factors_of_its_own_is_custom_and_keeps_them() -> None:
