@@ -456,7 +456,6 @@ def test_what_the_wire_does_not_carry_is_the_vaes_own_call(chaos: Chaos, latents
     assert len(handle.history.records()) == 1
 
 
-@torch.no_grad()
 def test_gradients_flow_through_the_vae_itself(vae: AutoencoderKL, chaos: Chaos, latents: torch.Tensor) -> None:
     remote_vae.attach(vae, {"endpoint": chaos.url})
     latents.requires_grad_()
