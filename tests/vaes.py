@@ -140,6 +140,9 @@ SMALL: dict[str, Callable[..., torch.nn.Module]] = {
     "hunyuan-video-1.5": _of(
         "AutoencoderKLHunyuanVideo15", block_out_channels=(16, 16, 32, 64, 64), layers_per_block=1, latent_channels=32
     ),
+    "hunyuan-image-refiner": _of(
+        "AutoencoderKLHunyuanImageRefiner", block_out_channels=(16, 16, 32, 64, 64), layers_per_block=1, latent_channels=32
+    ),
     "ltx": _of("AutoencoderKLLTXVideo", **_ltx),
     "ltx2": _of(
         "AutoencoderKLLTX2Video",
@@ -188,7 +191,8 @@ SMALL: dict[str, Callable[..., torch.nn.Module]] = {
         latent_channels=4,
     ),
     "taesd": _of("AutoencoderTiny"),
-    "taesd-16ch": _of("AutoencoderTiny", latent_channels=16),
+    "taesd3": _of("AutoencoderTiny", latent_channels=16),
+    "taef2": _of("AutoencoderTiny", latent_channels=32),
 }
 
 
