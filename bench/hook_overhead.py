@@ -18,9 +18,9 @@ from typing import Any
 import diffusers
 import torch
 
+from remote_vae.hosts import forge_kin
 from remote_vae.hosts.a1111 import A1111
 from remote_vae.hosts.diffusers import attach
-from remote_vae.hosts.forge import Forge
 from remote_vae.hosts.sdnext import SdNext
 
 BAR_US = 5.0
@@ -53,33 +53,17 @@ class StillModel:
 
 
 class StillForgeVae:
-    """As much of Forge's VAE as the adapter looks at: the wrappers are called as its ``decode`` and ``encode`` do."""
+    """As much of the VAE of Forge and its kin as the adapter looks at."""
 
-    def __init__(self) -> None:
-        self.patcher = StillPatcher()
-        self.first_stage_model = object()
+    def decode(self, samples_in: torch.Tensor) -> torch.Tensor:
+        return samples_in
 
-    def inner(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def decode(self, tensor: torch.Tensor) -> torch.Tensor:
-        wrapper = self.patcher.model_options.get("model_vae_decode_wrapper")
-        return self.inner(tensor) if wrapper is None else wrapper(self.inner, tensor)
-
-    def encode(self, tensor: torch.Tensor) -> torch.Tensor:
-        wrapper = self.patcher.model_options.get("model_vae_encode_wrapper")
-        return self.inner(tensor) if wrapper is None else wrapper(self.inner, tensor)
+    def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
+        return pixel_samples
 
 
-class StillPatcher:
-    def __init__(self) -> None:
-        self.model_options: dict[str, Any] = {}
-
-    def set_model_vae_decode_wrapper(self, wrapper: Any) -> None:
-        self.model_options["model_vae_decode_wrapper"] = wrapper
-
-    def set_model_vae_encode_wrapper(self, wrapper: Any) -> None:
-        self.model_options["model_vae_encode_wrapper"] = wrapper
+class HookedForgeVae(StillForgeVae):
+    """In the place of the class that their adapter hooks."""
 
 
 class HookedClassVae(StillVae):
@@ -152,14 +136,13 @@ def diffusers_pairs() -> list[Pair]:
 def webui_pairs() -> list[Pair]:
     """The adapters of the web UIs, with the option set to off and never touched."""
     model, bare_model = StillModel(), StillModel()
-    forge_vae, bare_forge_vae = StillForgeVae(), StillForgeVae()
-    model.forge_objects = SimpleNamespace(vae=forge_vae)  # type: ignore[attr-defined]
+    forge_vae, bare_forge_vae = HookedForgeVae(), StillForgeVae()
     class_vae, bare_class_vae = HookedClassVae(), StillVae()
     modules = _fake_host(model)
     original_batch, original_preview = modules.processing.decode_latent_batch, modules.sd_samplers_common.single_sample_to_image
     diffusers.AutoencoderKL = HookedClassVae
-    for host in (A1111, Forge, SdNext):
-        host().install()
+    for adapter in (A1111(), forge_kin.forge, SdNext()):
+        adapter.install()
     batch, preview = modules.processing.decode_latent_batch, modules.sd_samplers_common.single_sample_to_image
     latents, pixels = torch.zeros(2, 4, 8, 8), torch.zeros(1, 3, 64, 64)
     pairs = [
@@ -173,13 +156,13 @@ def webui_pairs() -> list[Pair]:
         ),
         Pair("A1111, decode_latent_batch", lambda: batch(model, latents), lambda: original_batch(model, latents)),
         Pair("any, single_sample_to_image", lambda: preview(latents), lambda: original_preview(latents)),
-        Pair("Forge, decode wrapper", lambda: forge_vae.decode(latents), lambda: bare_forge_vae.decode(latents)),
-        Pair("Forge, encode wrapper", lambda: forge_vae.encode(pixels), lambda: bare_forge_vae.encode(pixels)),
+        Pair("Forge, vae.decode", lambda: forge_vae.decode(latents), lambda: bare_forge_vae.decode(latents)),
+        Pair("Forge, vae.encode", lambda: forge_vae.encode(pixels), lambda: bare_forge_vae.encode(pixels)),
         Pair("SD.Next, vae.decode", lambda: class_vae.decode(latents), lambda: bare_class_vae.decode(latents)),
         Pair("SD.Next, vae.encode", lambda: class_vae.encode(pixels), lambda: bare_class_vae.encode(pixels)),
     ]
     hooked = (batch is not original_batch, preview is not original_preview, "decode_first_stage" in vars(model))
-    if not all(hooked) or len(forge_vae.patcher.model_options) < 2 or not hasattr(HookedClassVae.decode, "__wrapped__"):
+    if not all(hooked) or not all(hasattr(vae.decode, "__wrapped__") for vae in (HookedForgeVae, HookedClassVae)):
         raise AssertionError("an adapter did not get in the way of its stand-in")
     # Never asked for: the option's default is what a user who has not touched the panel runs with.
     set_off = Opts({"remotevae_enabled": False}, {})
@@ -225,6 +208,9 @@ def _fake_host(model: StillModel) -> Any:
         vars(module).update(attributes)
         sys.modules[module.__name__] = module
         setattr(package, name, module)
+    backend = ModuleType("backend.patcher.vae")
+    backend.VAE = HookedForgeVae  # type: ignore[attr-defined]
+    sys.modules[backend.__name__] = backend
     return package
 
 

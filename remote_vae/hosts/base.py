@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, Optional
 
 import torch
 
 from remote_vae.call import T, VaeCall
-from remote_vae.errors import VaeCallFailed
+from remote_vae.errors import UnsupportedLayout, VaeCallFailed
 from remote_vae.history import History
 from remote_vae.hosts.generation import Generation
 from remote_vae.hosts.wrapping import unwrap, wrap
@@ -56,7 +56,7 @@ class WebUi(ABC):
     """What stands between a web UI and its VAE."""
 
     # For the log.
-    name: ClassVar[str]
+    name: str
 
     def __init__(self) -> None:
         self.router = Router(History())
@@ -64,6 +64,8 @@ class WebUi(ABC):
         self._presses = 0
         self._thread = ThreadState()
         self._problems: tuple[str, ...] = ()
+        # Why VAEs were left to the UI; each is said once.
+        self._refused: set[str] = set()
 
     # --- what each UI has of its own -------------------------------------------------------------------------------------
 
@@ -224,10 +226,18 @@ class WebUi(ABC):
                 return self._answer(call, remote=remote, because=because)
         except VaeCallFailed:
             raise
+        except UnsupportedLayout as error:
+            self._refuse(str(error))
         except Exception:
             log.exception("this call went wrong in Remote VAE; the UI's own VAE answers it")
         with self.passing_on():
             return own()
+
+    def _refuse(self, why: str) -> None:
+        """Say once that a VAE is the UI's own business, and why."""
+        if why not in self._refused:
+            self._refused.add(why)
+            log.warning("the UI's own VAE answers, and no endpoint: %s", why)
 
     def _answer(self, call: VaeCall[T], *, remote: bool, because: str) -> T:
         """Answer ``call`` by the best way there is, and let the user see how it goes."""

@@ -6,7 +6,7 @@ import importlib
 import logging
 from dataclasses import dataclass
 
-from remote_vae.hosts import a1111, forge, sdnext
+from remote_vae.hosts import a1111, forge_kin, sdnext
 from remote_vae.hosts.base import WebUi
 
 log = logging.getLogger("remote_vae")
@@ -31,7 +31,8 @@ class _Known:
     """A UI that there is an adapter for.
 
     Attributes:
-        own: a module that only this UI has; "" for the one that the others are forks of.
+        own: a module, or what is in one, that only this UI has of those that are still to come; "" for the one that the others
+            are forks of.
         needs: what its adapter stands on beside ``_COMMON``.
     """
 
@@ -40,17 +41,28 @@ class _Known:
     needs: tuple[str, ...]
 
 
+_BACKEND = (
+    "backend.memory_management:load_models_gpu",
+    "backend.nn.vae:DiagonalGaussianDistribution",
+    "backend.patcher.vae:VAE.decode",
+    "backend.patcher.vae:VAE.encode",
+    "modules.sd_models:model_data",
+)
+_REFORGE = (
+    "ldm_patched.modules.model_management:load_models_gpu",
+    "ldm_patched.modules.sd:VAE.decode",
+    "ldm_patched.modules.sd:VAE.encode",
+    "ldm_patched.modules.sd:VAE.vae_encode_crop_pixels",
+    "modules.sd_models:model_data",
+    "modules.sd_vae:loaded_vae_file",
+)
+
+# In this order: the others are forks of Forge, and all of them have its modules_forge.
 _KNOWN = (
-    _Known(
-        forge.adapter,
-        "modules_forge",
-        (
-            "backend.patcher.base:ModelPatcher.set_model_vae_decode_wrapper",
-            "backend.patcher.base:ModelPatcher.set_model_vae_encode_wrapper",
-            "backend.nn.vae:DiagonalGaussianDistribution",
-            "modules.sd_models:model_data",
-        ),
-    ),
+    _Known(forge_kin.neo, "backend.nn._vae:ProcessLatent", _BACKEND),
+    _Known(forge_kin.ersatz, "backend.nn.vae_wan", _BACKEND),
+    _Known(forge_kin.reforge, "ldm_patched.modules.sd", _REFORGE),
+    _Known(forge_kin.forge, "modules_forge", (*_BACKEND, "backend.patcher.vae:VAE.decode_inner")),
     _Known(
         sdnext.adapter,
         "modules.modeldata",
@@ -81,7 +93,7 @@ def detect() -> WebUi | None:
         return known.adapter
     log.warning(
         "this UI looks like %s, but it has no %s: it is too old, too new or unknown, and its VAE is left alone. "
-        "Remote VAE was made for AUTOMATIC1111 1.10, Forge f2.0 and SD.Next of 2026",
+        "Remote VAE was made for AUTOMATIC1111 1.10, Forge, Forge Neo, reForge, ersatzForge and SD.Next of 2026",
         known.adapter.name,
         ", no ".join(name.replace(":", ".") for name in missing),
     )

@@ -1,6 +1,6 @@
 """A stand-in for the modules of stable-diffusion-webui-forge f2.0.1, see ``standin``: the object around the VAE.
 
-Its wrappers, its conversions and the way to its own tiling are the host's. The tiles themselves are not: one is enough.
+Its class, its conversions and the way to its own tiling are the host's. The tiles themselves are not: one is enough.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from remote_vae.hosts import forge
+from remote_vae.hosts import forge_kin
 from tests.hosts.standin import CPU, DiagonalGaussianDistribution, Host, make_module, to_levels
 from tests.nearness import out_of_memory
 
@@ -138,6 +138,10 @@ class VAE:
         return self.first_stage_model.encode((2.0 * pixels - 1.0).to(self.vae_dtype), regulation).float()
 
 
+# As it is before any test has hooked it.
+OWN = {VAE: VAE.decode}
+
+
 # --- engines -----------------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +180,8 @@ class Flux(Engine):
 class ForgeHost(Host):
     """``brought`` lists the patchers that were brought to their device."""
 
-    adapter = forge.adapter
+    adapter = forge_kin.forge
+    vae_class: ClassVar[type[VAE]] = VAE
     inference = torch.inference_mode
 
     def __init__(self, vae: AutoencoderKL, data_path: Path) -> None:
@@ -191,7 +196,7 @@ class ForgeHost(Host):
         self.model_data = SimpleNamespace(sd_model=object(), forge_loading_parameters={})
         self.sd_models = make_module("modules.sd_models", model_data=self.model_data)
         self.nn_vae = make_module("backend.nn.vae", DiagonalGaussianDistribution=DiagonalGaussianDistribution)
-        self.patcher_base = make_module("backend.patcher.base", ModelPatcher=ModelPatcher)
+        self.patcher_vae = make_module("backend.patcher.vae", VAE=self.vae_class)
         self.load(self.made("sd1"))
 
     def modules(self) -> Iterator[Any]:
@@ -242,25 +247,25 @@ class ForgeHost(Host):
         self.load(Engine(other, self.memory_management))
 
     def seam(self) -> Any:
-        return self.forge_vae.patcher.model_options.get("model_vae_decode_wrapper")
+        return self.vae_class.decode
 
     def put_over(self, notes: list[str], *, chaining: bool = True) -> Any:
         covered = self.seam()
 
-        def theirs(inner: Any, z: torch.Tensor) -> torch.Tensor:
+        def theirs(vae: Any, *args: Any, **kwargs: Any) -> Any:
             notes.append("theirs")
-            return inner(z) if covered is None or not chaining else covered(inner, z)
+            return (covered if chaining else OWN[self.vae_class])(vae, *args, **kwargs)
 
-        self.forge_vae.patcher.set_model_vae_decode_wrapper(theirs)
+        self.vae_class.decode = theirs
         return theirs
 
     def clear_seam(self) -> None:
-        self.forge_vae.patcher.model_options.pop("model_vae_decode_wrapper", None)
+        self.vae_class.decode = OWN[self.vae_class]
 
     def places_in_the_model(self) -> list[Any]:
         vae = self.forge_vae
         held = [self.model, vae, vae.patcher, vae.first_stage_model]
-        return [*held, *map(type, held), vae.patcher.model_options]
+        return [*held, *map(type, held), self.vae_class, vae.patcher.model_options]
 
     # --- what calls the VAE ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,62 @@
+"""What crosses the VAE of ComfyUI and of Forge and its kin, and what is raw: the one place where one becomes the other.
+
+At that VAE a picture is ``[B, H, W, C]`` in [0, 1], and a video ``[B, F, H, W, C]``; several pictures that are given to a video
+VAE are frames of one, or each is for itself, as the host has it. Raw is what the wire and the VAE's own layers know: pixels
+``[B, C, H, W]`` or ``[B, C, F, H, W]`` in [-1, 1], and latents that have not been scaled, normed or packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from remote_vae.vae.families import Family
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One host's VAE, as far as shapes go.
+
+    Attributes:
+        family: what it is.
+        by_picture: whether the host asks a video VAE for pictures, and knows no frames.
+    """
+
+    family: Family
+    by_picture: bool = False
+
+    def raw_latents(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """Raw latents of those that the host gives to a decode, or None where they are of a shape that is not known."""
+        if self.family.video:
+            raw = latents.unsqueeze(2) if latents.ndim == 4 and self.by_picture else latents
+        else:
+            # As ComfyUI does, whose latents of some models have one frame.
+            raw = latents[:, :, 0] if latents.ndim == 5 and latents.shape[2] == 1 else latents
+        return self._known(raw, self.family.latent_channels)
+
+    def latents(self, raw: torch.Tensor) -> torch.Tensor:
+        """What the host's own encode gives for the raw latents of its posterior."""
+        return raw.squeeze(2) if self.family.video and self.by_picture else raw
+
+    def raw_pixels(self, pixels: torch.Tensor, *, as_frames: bool = True) -> torch.Tensor | None:
+        """Raw pixels of those that the host gives to an encode, or None where they are of a shape that is not known.
+
+        Args:
+            pixels: ``[B, H, W, C]`` or ``[B, F, H, W, C]`` in [0, 1], of any strides.
+            as_frames: whether several pictures given to a video VAE are the frames of one video.
+        """
+        raw = pixels.movedim(-1, 1)
+        if self.family.video and raw.ndim == 4:
+            raw = raw.movedim(1, 0).unsqueeze(0) if as_frames and not self.by_picture else raw.unsqueeze(2)
+        known = self._known(raw, 3)
+        # What is sent and compared wants the colours first in memory, too.
+        return None if known is None else (known * 2.0 - 1.0).contiguous()
+
+    def pixels(self, raw: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """What the host's own decode of the latents ``given`` gives, for raw pixels."""
+        picture = raw.squeeze(2) if self.family.video and given.ndim == 4 else raw
+        return ((picture + 1.0) / 2.0).clamp(0.0, 1.0).movedim(1, -1)
+
+    def _known(self, raw: torch.Tensor, channels: int) -> torch.Tensor | None:
+        return raw if raw.ndim == (5 if self.family.video else 4) and raw.shape[1] == channels else None
