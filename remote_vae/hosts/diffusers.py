@@ -6,24 +6,20 @@ them pass. Nothing of diffusers is imported before the first call.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MethodType
 from typing import Any, Union
 
-import torch
-
-from remote_vae.call import Answer, User, VaeCall
+from remote_vae.call import User
 from remote_vae.errors import UnsupportedLayout, VaeCallFailed
 from remote_vae.history import History
-from remote_vae.local.own import own_tiling
+from remote_vae.hosts.diffusers_calls import parameters_of, vae_call
 from remote_vae.router import Router
 from remote_vae.settings import Settings
-from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior
+from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.families import Family, family_of
-from remote_vae.wire import DecodeAnswer
 
 log = logging.getLogger("remote_vae")
 
@@ -39,7 +35,7 @@ def attach(
     """Send the VAE calls of ``pipe`` to the endpoint of ``settings``, and do them locally whenever that fails.
 
     Args:
-        pipe: a diffusers pipeline, or a VAE itself (``AutoencoderKL`` and whatever has the same ``decode`` and ``encode``).
+        pipe: a diffusers pipeline, or a VAE itself, of pictures or of videos, of a class that families.toml names.
         settings: ``Settings``, a mapping of its fields, or None for the defaults. Its ``enabled`` is the host UIs' switch and
             does not count here: attaching switches on, ``handle.enabled = False`` switches off.
         cancelled: asked about every 0.05 s while an endpoint is being waited for; True ends the wait, and the call is done
@@ -51,7 +47,7 @@ def attach(
 
     Raises:
         SettingsError: a setting cannot be used.
-        UnsupportedLayout: there is no VAE, or one whose kind is not known.
+        UnsupportedLayout: there is no VAE, or one whose kind is not known; the message lists the known ones.
     """
     if not isinstance(settings, Settings):
         settings = Settings.from_mapping(settings or {})
@@ -60,7 +56,7 @@ def attach(
     # A compiled module passes calls on to the one that it was made of.
     vae = getattr(vae, "_orig_mod", vae)
     if not all(callable(getattr(vae, op, None)) for op in _OPS):
-        raise UnsupportedLayout(f"{type(pipe).__name__} is not a diffusers pipeline with a VAE, nor a VAE")
+        raise UnsupportedLayout(f"{type(pipe).__name__} is not a diffusers pipeline with a VAE, nor a VAE of diffusers")
     family = family_of(vae)
     for op in _OPS:
         current = vae.__dict__.get(op)
@@ -150,103 +146,3 @@ class _Hook:
         """A copy of the VAE has weights of its own, and nobody has attached it."""
         copied = memo.get(id(self._vae))
         return self if copied is None else MethodType(getattr(type(copied), self._op), copied)
-
-
-def parameters_of(method: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the parameters of a bound ``decode`` or ``encode``, in order; AutoencoderKL's where it does not tell."""
-    try:
-        names = {name: each.kind for name, each in inspect.signature(method).parameters.items()}
-    except (TypeError, ValueError):
-        names = {}
-    # diffusers before 0.36 hides them in a wrapper of (*args, **kwargs).
-    plain = names and inspect.Parameter.VAR_POSITIONAL not in names.values()
-    return tuple(names) if plain else ("z", "return_dict")
-
-
-def vae_call(
-    vae: VaeAtWork, op: Op, original: Callable[..., Any], names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> VaeCall[Any] | None:
-    """The call ``original(*args, **kwargs)`` of a VAE of diffusers; None where it is the VAE's own business.
-
-    Args:
-        vae: the VAE; its device and dtype are those of the call.
-        op: what ``original`` does.
-        original: the VAE's own method, bound to it.
-        names: of its parameters, see ``parameters_of``.
-        args, kwargs: what it is called with.
-    """
-    if len(args) > len(names):
-        return None
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    tensor = given.pop(names[0], None)
-    return_dict = given.pop("return_dict", True)
-    # A posterior is drawn from later, and decoders that take a generator do not use it.
-    given.pop("generator", None)
-    # An asymmetric VAE's picture and mask, a temporal one's number of frames: what the wire does not carry is the VAE's own.
-    carried = isinstance(return_dict, bool) and all(value is None for value in given.values())
-    if not carried or not takes(op, tensor, vae.family):
-        return None
-    return _call(vae, op, tensor, return_dict, lambda: original(*args, **kwargs))
-
-
-def _call(vae: VaeAtWork, op: Op, tensor: torch.Tensor, return_dict: bool, whole: Callable[[], Any]) -> VaeCall[Any]:
-    vae = replace(vae, device=tensor.device, dtype=tensor.dtype, has_posterior=has_posterior(vae.module))
-
-    def tiled() -> Any:
-        with own_tiling(vae.module):
-            return whole()
-
-    def adopt(answer: Answer) -> Any:
-        if isinstance(answer, DecodeAnswer):
-            return _decoder_output(answer.pixels(tensor.device, tensor.dtype), return_dict)
-        latents = answer.latents.to(tensor.device, tensor.dtype)
-        if not vae.has_posterior:
-            return _latents_output(latents.chunk(2, dim=1)[0] if answer.is_posterior else latents, return_dict)
-        return _encoder_output(_distribution(latents, is_posterior=answer.is_posterior), return_dict)
-
-    return VaeCall(op=op, tensor=tensor, vae=vae, adopt=adopt, whole=whole, own_tiling=tiled)
-
-
-def takes(op: Op, tensor: Any, family: Family) -> bool:
-    """Whether the router knows this call: pictures, not videos, with the channels that belong to it, and no gradient."""
-    channels = family.latent_channels if op == "decode" else 3
-    if not isinstance(tensor, torch.Tensor) or (tensor.requires_grad and torch.is_grad_enabled()):
-        return False
-    return tensor.ndim == 4 and tensor.shape[1] == channels and not family.video
-
-
-def _decoder_output(pixels: torch.Tensor, return_dict: bool) -> Any:
-    if not return_dict:
-        return (pixels,)
-    from diffusers.models.autoencoders.vae import DecoderOutput
-
-    return DecoderOutput(sample=pixels)
-
-
-def _encoder_output(distribution: Any, return_dict: bool) -> Any:
-    if not return_dict:
-        return (distribution,)
-    from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-    return AutoencoderKLOutput(latent_dist=distribution)
-
-
-def _latents_output(latents: torch.Tensor, return_dict: bool) -> Any:
-    if not return_dict:
-        return (latents,)
-    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-
-    return AutoencoderTinyOutput(latents=latents)
-
-
-def _distribution(latents: torch.Tensor, *, is_posterior: bool) -> Any:
-    if is_posterior:
-        return _gaussian(latents)
-    # A sample that is already drawn: whatever is asked of the distribution, this is it.
-    return _gaussian(torch.cat([latents, torch.zeros_like(latents)], dim=1), deterministic=True)
-
-
-def _gaussian(moments: torch.Tensor, *, deterministic: bool = False) -> Any:
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-    return DiagonalGaussianDistribution(moments, deterministic=deterministic)

@@ -15,7 +15,7 @@ import torch
 
 from remote_vae.call import VaeCall
 from remote_vae.hosts.base import ThreadState, WebUi
-from remote_vae.hosts.diffusers import parameters_of, vae_call
+from remote_vae.hosts.diffusers_calls import parameters_of, vae_call
 from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior
 from remote_vae.vae.families import recognise_config
 
