@@ -402,7 +402,7 @@ def old_attention_kl(**changes: Any) -> diffusers.AutoencoderKL:
 
 
 def asymmetric_decoder_vae() -> diffusers.AsymmetricAutoencoderKL:
-    """To be refused: a decoder that may blend a masked picture in at every level."""
+    """A decoder that may blend a masked picture in at every level."""
     torch.manual_seed(7)
     sizes = {f"{way}_block_out_channels": (32,) * 4 for way in ("down", "up")}
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

@@ -23,8 +23,23 @@ from torch.nn.functional import batch_norm, interpolate, linear
 
 from remote_vae.tiled.attention import attend
 from remote_vae.tiled.convolution import Convolved, Fill, SlidingConv, flops_of
+from remote_vae.tiled.linear_attention import LinearlyAttended
+from remote_vae.tiled.local_steps import Locally, RmsNormed, SlidingLocal
 from remote_vae.tiled.moments import Moments
-from remote_vae.tiled.plan import Attention, Conv, Norm, Plan, Pointwise, Residual, Step, Upsample, silu
+from remote_vae.tiled.plan import (
+    Attention,
+    Conv,
+    LinearAttention,
+    Local,
+    Norm,
+    Plan,
+    Pointwise,
+    Residual,
+    RmsNorm,
+    Step,
+    Upsample,
+    silu,
+)
 from remote_vae.tiled.rows import Mapped, NotFinite, Picture, Rows, Run, pieces
 from remote_vae.tiled.store import RowReader
 from remote_vae.tiled.weights import borrowed
@@ -83,8 +98,8 @@ class NormInput(Rows):
 class Branch(Rows):
     """Gives its source's rows on to the main path of a residual, and puts what the shortcut makes of them into ``queue``."""
 
-    def __init__(self, source: Rows, shortcut: Conv | None) -> None:
-        own = 0.0 if shortcut is None else flops_of(shortcut) * source.height * source.width
+    def __init__(self, source: Rows, shortcut: Conv | Local | None) -> None:
+        own = flops_of(shortcut) * source.height * source.width if isinstance(shortcut, Conv) else 0.0
         super().__init__(source, source.channels, source.height, source.width, own)
         self.queue = self.run.store.queue()
         self._source = source
@@ -97,13 +112,17 @@ class Branch(Rows):
                 yield strip
                 del strip
             return
-        with SlidingConv(self.run, self._shortcut, self._source, None) as convolution:
+        with _sliding(self.run, self._shortcut, self._source) as shortcut:
             for strip in self._source.read():
-                for out in convolution.push(strip):
+                for out in shortcut.push(strip):
                     self.queue.append(out)
                     del out
                 yield strip
                 del strip
+
+
+def _sliding(run: Run, step: Conv | Local, source: Rows) -> SlidingConv | SlidingLocal:
+    return SlidingConv(run, step, source, None) if isinstance(step, Conv) else SlidingLocal(run, step, source)
 
 
 class Sum(Rows):
@@ -122,7 +141,7 @@ class Sum(Rows):
             strip = part.float() if self._is_small else part
             row = 0
             for piece in shortcut.read(strip.shape[2]):
-                # The main path ends with a convolution, whose result nobody else has.
+                # The main path ends with what makes a tensor that nobody else has.
                 strip[:, :, row : row + piece.shape[2]] += piece
                 row += piece.shape[2]
                 del piece
@@ -214,16 +233,27 @@ def _chain(steps: tuple[Step, ...], rows: Rows, pending: Fill | None = None) -> 
         elif isinstance(step, Residual):
             rows = _residual(step, rows)
         else:
-            rows = Attended(NormInput(rows, step.norm), step)
+            rows = _simple(step, rows)
     if pending is not None:
         raise AssertionError("a norm has to be followed by a convolution")
     return rows
 
 
+def _simple(step: RmsNorm | Local | Attention | LinearAttention, rows: Rows) -> Rows:
+    """Those that nothing around them matters to."""
+    if isinstance(step, RmsNorm):
+        return RmsNormed(rows, step)
+    if isinstance(step, Local):
+        return Locally(rows, step)
+    if isinstance(step, LinearAttention):
+        return LinearlyAttended(rows, step)
+    return Attended(NormInput(rows, step.norm), step)
+
+
 def _residual(step: Residual, rows: Rows) -> Rows:
     shortcut = step.shortcut[0] if step.shortcut else None
-    if len(step.shortcut) > 1 or not isinstance(shortcut, (Conv, type(None))):
-        raise AssertionError("a shortcut is one convolution at most")
+    if len(step.shortcut) > 1 or not isinstance(shortcut, (Conv, Local, type(None))):
+        raise AssertionError("a shortcut is one step at most")
     main, fill = step.main, None
     if isinstance(main[0], Norm):
         # The norm's strips wait before the branch, so that they do not wait in its queue as well.

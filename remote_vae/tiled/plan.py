@@ -13,7 +13,7 @@ from typing import Union
 import torch
 from torch import nn
 
-from remote_vae.errors import UnsupportedLayout
+from remote_vae.errors import InvalidRequest, UnsupportedLayout
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,37 @@ class Pointwise:
 
 
 @dataclass(frozen=True)
+class RmsNorm:
+    """``x / sqrt(mean(x^2) + eps)`` over the channels of each position, times the module's weight and with its bias, if any."""
+
+    module: nn.Module
+    eps: float
+
+
+@dataclass(frozen=True)
+class Local:
+    """A function that makes ``up`` x ``up`` positions of each ``down`` x ``down``, whatever there is around them.
+
+    Attributes:
+        run: of ``[1, C, n down, m down]``, gives a new tensor ``[1, channels, n up, m up]``.
+        channels: of what comes out.
+    """
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    channels: int
+    down: int = 1
+    up: int = 1
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the result. Raises InvalidRequest where ``down`` does not divide."""
+        if height % self.down or width % self.down:
+            raise InvalidRequest(
+                f"this VAE takes no picture of this size: it comes to {width} x {height}, which {self.down} does not divide"
+            )
+        return height // self.down * self.up, width // self.down * self.up
+
+
+@dataclass(frozen=True)
 class Upsample:
     """Every value becomes ``scale`` x ``scale`` equal ones."""
 
@@ -62,7 +93,7 @@ class Upsample:
 
 @dataclass(frozen=True)
 class Residual:
-    """``main(x) + shortcut(x)``; an empty shortcut is x itself."""
+    """``main(x) + shortcut(x)``; an empty shortcut is x itself, else it is one ``Conv`` or one ``Local``."""
 
     main: tuple[Step, ...]
     shortcut: tuple[Step, ...] = ()
@@ -83,7 +114,30 @@ class Attention:
     heads: int = 1
 
 
-Step = Union[Conv, Norm, Pointwise, Upsample, Residual, Attention]
+@dataclass(frozen=True)
+class LinearAttention:
+    """``x + norm(out(attention(x)))`` without a softmax: of each position only sums over all others are needed.
+
+    Queries, keys and values are cut into heads of ``head`` channels in the order in which the three are joined, those that the
+    convolutions of each of ``scales`` make of them as well (EfficientViT, arXiv 2205.14756).
+    """
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    scales: tuple[tuple[Conv, ...], ...]
+    out: nn.Module
+    norm: RmsNorm
+    head: int
+    eps: float
+
+    @property
+    def inner(self) -> int:
+        """Channels of all queries."""
+        return next(self.query.parameters()).shape[0]
+
+
+Step = Union[Conv, Norm, Pointwise, RmsNorm, Local, Upsample, Residual, Attention, LinearAttention]
 
 
 @dataclass(frozen=True)
@@ -108,13 +162,17 @@ class Plan:
 
 def _modules(steps: tuple[Step, ...]) -> Iterator[nn.Module]:
     for step in steps:
-        if isinstance(step, (Conv, Norm)):
+        if isinstance(step, (Conv, Norm, RmsNorm)):
             yield step.module
         elif isinstance(step, Residual):
             yield from _modules(step.shortcut)
             yield from _modules(step.main)
         elif isinstance(step, Attention):
             yield from (step.norm, step.query, step.key, step.value, step.out)
+        elif isinstance(step, LinearAttention):
+            yield from (step.query, step.key, step.value, step.out, step.norm.module)
+            for scale in step.scales:
+                yield from _modules(scale)
 
 
 def _sizes(steps: tuple[Step, ...], channels: int, height: int, width: int) -> Iterator[tuple[Step, int, int, int]]:
@@ -123,7 +181,11 @@ def _sizes(steps: tuple[Step, ...], channels: int, height: int, width: int) -> I
             channels, (height, width) = step.module.out_channels, step.size(height, width)
         elif isinstance(step, Upsample):
             height, width = height * step.scale, width * step.scale
+        elif isinstance(step, Local):
+            channels, (height, width) = step.channels, step.size(height, width)
         elif isinstance(step, Residual):
+            # Only because it may not take this size.
+            list(_sizes(step.shortcut, channels, height, width))
             for part in _sizes(step.main, channels, height, width):
                 yield part
                 channels, height, width = part[1:]
@@ -163,6 +225,15 @@ def norm(module: object) -> Norm:
     return Norm(module)
 
 
+def rms_norm(module: object) -> RmsNorm:
+    """The step of diffusers' RMSNorm, with a weight. Raises UnsupportedLayout."""
+    eps = getattr(module, "eps", None)
+    known = type(module).__name__ == "RMSNorm" and isinstance(getattr(module, "weight", None), torch.Tensor)
+    if not known or not isinstance(module, nn.Module) or not isinstance(eps, float):
+        raise UnsupportedLayout(f"{type(module).__name__} stands where an RMS norm with a weight is expected")
+    return RmsNorm(module, eps)
+
+
 def activation(module: object = None) -> Pointwise:
     """The activation that ``module`` computes; None is SiLU. Raises UnsupportedLayout."""
     if module is None:
@@ -187,14 +258,20 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def complete_plan(steps: Sequence[Step], *parts: nn.Module | None) -> Plan:
+def complete_plan(steps: Sequence[Step], *parts: nn.Module | None, unused: Sequence[nn.Module] = ()) -> Plan:
     """The plan of ``steps``, in which every weight of ``parts`` must have its place.
+
+    Args:
+        steps: in order.
+        parts: of the VAE; all that it has for this.
+        unused: modules of ``parts`` that a call never comes to.
 
     Raises:
         UnsupportedLayout: there is something that the builder does not know.
     """
     plan = Plan(tuple(steps))
     used = {id(tensor) for module in plan.modules() for tensor in module.parameters(recurse=False)}
+    used |= {id(tensor) for module in unused for tensor in module.parameters()}
     for part in parts:
         for name, tensor in part.named_parameters() if part is not None else ():
             if id(tensor) not in used:

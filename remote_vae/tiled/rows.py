@@ -122,12 +122,12 @@ class Mapped(Rows):
             del strip
 
 
-def pieces(strip: torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
-    """``strip`` cut into as few even pieces as have at most ``rows`` rows."""
-    height = strip.shape[2]
-    count = ceil(height / rows)
+def pieces(strip: torch.Tensor, rows: int, of: int = 1) -> Iterator[torch.Tensor]:
+    """``strip`` cut into as few even pieces as have at most ``rows`` rows, in wholes of ``of`` rows, which it must have."""
+    height = strip.shape[2] // of
+    count = ceil(height / max(1, rows // of))
     if count <= 1:
         yield strip
         return
     for index in range(count):
-        yield strip[:, :, height * index // count : height * (index + 1) // count]
+        yield strip[:, :, of * (height * index // count) : of * (height * (index + 1) // count)]

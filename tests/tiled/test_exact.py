@@ -366,7 +366,6 @@ def test_the_pre_hook_of_a1111s_lowvram_is_called_first_and_nobody_elses() -> No
 @pytest.mark.parametrize(
     "make",
     [
-        layouts.asymmetric_decoder_vae,
         layouts.kl_with_extra_parameter,
         lambda: layouts.sgm_vae("linear"),
         lambda: layouts.sgm_vae(give_pre_end=True),

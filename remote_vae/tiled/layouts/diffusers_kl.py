@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL: SD 1, SD 2, SDXL, SD 3, Flux."""
+"""diffusers' AutoencoderKL and its kin: SD 1, SD 2, SDXL, SD 3, Flux, Flux.2; the asymmetric one too, without a mask."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def decoder_plan(vae: Any) -> Plan:
                 raise UnsupportedLayout("an upsampler with a norm or without interpolation")
             steps += [Upsample(), conv(_conv_of(upsampler))]
     steps += _tail(decoder)
-    return complete_plan(steps, decoder, before)
+    # What the asymmetric decoder has for the picture and the mask of an inpainting, which a plan is not for.
+    unused = [decoder.condition_encoder] if type(decoder).__name__ == "MaskConditionDecoder" else []
+    return complete_plan(steps, decoder, before, unused=unused)
 
 
 def encoder_plan(vae: Any) -> Plan:
