@@ -1,4 +1,4 @@
-"""A running web UI by its HTTP API: which of the three it is, and what is said to it otherwise than to the others."""
+"""A running web UI by its HTTP API: which of them it is, and what is said to it otherwise than to the others."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Shot:
 
 
 class Host:
-    """AUTOMATIC1111; the other two say what is different."""
+    """AUTOMATIC1111; the others say what is different."""
 
     name = "AUTOMATIC1111"
     size = 128
@@ -176,6 +176,13 @@ class Forge(Host):
         return {"forge_additional_modules": [name] if name else []}
 
 
+class Neo(Forge):
+    name = "Forge Neo"
+    # It has none that upscale latents; this one resizes the picture.
+    latent_upscaler = ""
+    pixel_upscaler = "None"
+
+
 class SdNext(Host):
     name = "SD.Next"
     sampler = "Euler a"
@@ -199,7 +206,8 @@ def find_host(url: str) -> Host:
     if host.has("/sdapi/v1/version"):
         return SdNext(url)
     if host.has("/sdapi/v1/sd-modules"):
-        return Forge(url)
+        is_neo = "VERSION_UID" in host.call("/sdapi/v1/options")
+        return Neo(url) if is_neo else Forge(url)
     if host.has("/sdapi/v1/sd-vae"):
         return host
     raise SystemExit(f"{url}: none of the hosts this driver knows, or started without --api")

@@ -1,9 +1,10 @@
-"""Drives a running AUTOMATIC1111, Forge or SD.Next with the extension installed, and writes what came out.
+"""Drives a running AUTOMATIC1111, Forge, Forge Neo or SD.Next with the extension installed, and writes what came out.
 
     python -m tests.e2e.hosts --host http://127.0.0.1:7861 --server http://127.0.0.1:7870 --markdown a1111.md
 
 The server must have the VAE of the host's checkpoint: remote-vae serve --vae CHECKPOINT.safetensors --family sd1.
-AUTOMATIC1111 and Forge keep the endpoint from their API: set it to http://127.0.0.1:7979 in the panel (--port names another).
+AUTOMATIC1111, Forge and Forge Neo keep the endpoint from their API: set it to http://127.0.0.1:7979 in the panel (--port names
+another).
 Everything is generated with the extension switched off first; every cell is the largest difference to that, in levels of 255.
 The extension has its default settings but for what a column's name says; each picture has to be saved as the host alone does.
 Ends with status 1 and a list if a bar is missed.

@@ -71,7 +71,7 @@ class Rows:
             Row("img2img", self._plain(103, "img2img", **self._image)),
             Row(SHARED_SOURCE, self._plain(104, "img2img", **self._image, batch_size=3), pictures=3, batch=3),
             Row("inpaint", self._plain(105, "img2img", **self._image, **self._mask)),
-            Row("hires, latent upscaler", self._plain(106, "txt2img", **latent)),
+            *([Row("hires, latent upscaler", self._plain(106, "txt2img", **latent))] if host.latent_upscaler else []),
             Row("hires, pixel upscaler", self._plain(107, "txt2img", **pixel), decodes_in_between=True),
             Row(PREVIEW, self._preview),
         ]
