@@ -21,11 +21,12 @@ import torch
 
 from remote_vae.call import Answer, VaeCall
 from remote_vae.errors import OutOfMemory, UnsupportedLayout
-from remote_vae.hosts.comfy_kinds import family_of, whole
+from remote_vae.hosts.comfy_kinds import family_of, raw_module, whole
 from remote_vae.hosts.wrapping import mark
 from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.crossing import Crossing
 from remote_vae.vae.families import Family
+from remote_vae.vae.packed import batch_norm_of
 from remote_vae.wire import DecodeAnswer
 
 Around = Callable[..., Any]
@@ -188,12 +189,12 @@ def at_work(seam: Seam, vae: Any, known: Known = _NOTHING) -> VaeAtWork:
         raise UnsupportedLayout("patches change the weights of this VAE")
     family = family_of(vae, known.factors or attribute(vae, seam.factors), known.family)
     return VaeAtWork(
-        module=vae.first_stage_model,
+        module=raw_module(vae.first_stage_model),
         family=family,
         device=torch.device(vae.device),
         dtype=vae.vae_dtype,
         whole=partial(whole, by_picture=seam.by_picture),
-        bring=partial(_brought, seam, vae, family),
+        bring=partial(_brought, seam, vae, _crossing(seam, vae, family)),
         picked=known.picked,
     )
 
@@ -219,7 +220,7 @@ def vae_call(
     if tensor is None or not _is_plain(method, args, kwargs):
         return None
     at = at_work(seam, vae, known)
-    crossing = Crossing(at.family, seam.by_picture)
+    crossing = _crossing(seam, vae, at.family)
 
     def own() -> Any:
         return original(vae, *args, **kwargs)
@@ -252,6 +253,12 @@ def vae_call(
         in_parts=True,
         truncates=True,
     )
+
+
+def _crossing(seam: Seam, vae: Any, family: Family) -> Crossing:
+    module = vae.first_stage_model
+    # Mugen's, in Forge Neo, is Flux.2's and spreads them, too.
+    return Crossing(family, seam.by_picture, batch_norm_of(module), seam.spreads or bool(getattr(module, "mugen", False)))
 
 
 def _tensor_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -308,13 +315,14 @@ def _drawn(seam: Seam, vae: Any, given: torch.Tensor, *, is_posterior: bool) -> 
     return drawn
 
 
-def _brought(seam: Seam, vae: Any, family: Family, tensor: torch.Tensor) -> torch.Tensor:
+def _brought(seam: Seam, vae: Any, crossing: Crossing, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` where and in what the VAE computes, after the host has brought the VAE there and made room for one picture."""
     # A VAE has more latent channels than colours. For a picture taken for latents a host would put every other model away.
-    is_decode = tensor.shape[1] == family.latent_channels
+    is_decode = tensor.shape[1] == crossing.family.latent_channels
     estimate = vae.memory_used_decode if is_decode else vae.memory_used_encode
+    shape = crossing.crossing_shape(tensor.shape) if is_decode else tensor.shape
     more = {"force_full_load": True} if getattr(vae, "disable_offload", False) else {}
-    load(f"{seam.memory}:load_models_gpu")([vae.patcher], memory_required=estimate(tensor.shape, vae.vae_dtype), **more)
+    load(f"{seam.memory}:load_models_gpu")([vae.patcher], memory_required=estimate(shape, vae.vae_dtype), **more)
     return tensor.to(vae.device, vae.vae_dtype)
 
 
