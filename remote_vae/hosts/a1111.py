@@ -55,6 +55,8 @@ class A1111(WebUi):
     """AUTOMATIC1111's web UI."""
 
     name = "AUTOMATIC1111"
+    seams = ("decode_first_stage and encode_first_stage of each model",)
+    version_at = "modules.launch_utils:git_tag"
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ and ``uninstall`` may be called any number of times.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from remote_vae.call import T, VaeCall
 from remote_vae.errors import UnsupportedLayout, VaeCallFailed
 from remote_vae.history import History
 from remote_vae.hosts.generation import Generation
+from remote_vae.hosts.seam_state import SeamState, not_entered
 from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.router import Router
 from remote_vae.settings import Settings, load_options
@@ -55,8 +57,11 @@ class ThreadState(threading.local):
 class WebUi(ABC):
     """What stands between a web UI and its VAE."""
 
-    # For the log.
+    # What users call it.
     name: str
+    # Where its VAE calls are taken, for the console, and what names its version there, as ``module:attribute``.
+    seams: tuple[str, ...] = ()
+    version_at: str = ""
 
     def __init__(self) -> None:
         self.router = Router(History())
@@ -66,6 +71,8 @@ class WebUi(ABC):
         self._problems: tuple[str, ...] = ()
         # Why VAEs were left to the UI; each is said once.
         self._refused: set[str] = set()
+        # What is wrong with the seam since the last generation.
+        self._not_entered = ""
 
     # --- what each UI has of its own -------------------------------------------------------------------------------------
 
@@ -145,11 +152,28 @@ class WebUi(ABC):
         outer = self._thread.generation
         generation = self._thread.generation = Generation(p, outer)
         try:
-            return original(p, *args, **kwargs)
+            processed = original(p, *args, **kwargs)
         finally:
             self._thread.generation = outer
             if generation.stops:
                 self._pass_on_stop(outer)
+        self._look_back(generation, processed)
+        return processed
+
+    def _look_back(self, generation: Generation, processed: Any) -> None:
+        """Say it where pictures were made and the seam was not entered: else nobody notices that nothing is remote."""
+        try:
+            pictures = len(getattr(processed, "images", None) or ())
+            if generation.outer is not None:
+                generation.outer.entered = generation.outer.entered or generation.entered
+            wanted = generation.request.enabled
+            if not pictures or not self.installed or not (self._switched_on() if wanted is None else wanted):
+                return
+            before, self._not_entered = self._not_entered, "" if generation.entered else not_entered(pictures, self.name)
+            if self._not_entered and not before:
+                log.warning("%s", self._not_entered)
+        except Exception:
+            log.debug("a generation could not be looked back at", exc_info=True)
 
     def _pass_on_stop(self, outer: Generation | None) -> None:
         """What is around the generation that has ended, a plot or a loop over pictures, is to end as well."""
@@ -166,6 +190,10 @@ class WebUi(ABC):
         """Around Interrupt, Skip and Stop: a second press shows in no flag."""
         self._presses += 1
         return original(*args, **kwargs)
+
+    def seam_state(self) -> SeamState:
+        """How it stands between the UI and us now. For any thread."""
+        return SeamState(f"{self.name} {_version(self.version_at)}".strip(), self.seams, self._not_entered)
 
     # --- for other UIs ---------------------------------------------------------------------------------------------------
 
@@ -194,8 +222,10 @@ class WebUi(ABC):
         """Whether a VAE call of this thread is for us. Asked at every call, so it has to be quick."""
         if not self.installed or self._thread.passing:
             return False
+        generation = self._thread.generation
+        if generation is not None:
+            generation.entered = True
         try:
-            generation = self._thread.generation
             wanted = None if generation is None else generation.request.enabled
             return self._switched_on() if wanted is None else wanted
         except Exception:
@@ -333,6 +363,16 @@ class WebUi(ABC):
             for problem in problems:
                 log.warning("Settings: %s", problem)
         return settings
+
+
+def _version(where: str) -> str:
+    """The version of the UI, by what names it, or makes the name; "" where that cannot be told."""
+    module, _, attribute = where.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+        return str(found() if callable(found) else found)
+    except Exception:  # as any host pleases
+        return ""
 
 
 def is_picture(tensor: Any) -> bool:

@@ -55,6 +55,7 @@ class Seam:
         spreads: whether the normed latents of Flux.2 cross it as 32 channels, and not packed into 128.
         by_picture: whether a video VAE is asked for pictures ``[B, C, h, w]``, and knows no frames.
         picked: where the name of the VAE file is that the user has picked, as ``module:attribute``.
+        version: what names the host's version, as ``module:attribute``.
         interrupt: a function that raises where a job is to die at once after Interrupt, as ``module:function``; "": none.
     """
 
@@ -69,6 +70,7 @@ class Seam:
     spreads: bool = False
     by_picture: bool = False
     picked: str = "modules.sd_models:model_data.forge_loading_parameters"
+    version: str = "modules_forge.forge_version:version"
     interrupt: str = ""
 
     def vae_class(self) -> type:
@@ -84,7 +86,13 @@ FORGE = Seam(
     is_regulated=True,
     factors="first_stage_model",
 )
-NEO = replace(FORGE, host="Forge Neo", is_regulated=False, factors="first_stage_model.latent_format")
+NEO = replace(
+    FORGE,
+    host="Forge Neo",
+    is_regulated=False,
+    factors="first_stage_model.latent_format",
+    version="modules_forge.forge_version:release",
+)
 ERSATZ = replace(
     FORGE,
     host="ersatzForge",
@@ -106,6 +114,7 @@ COMFYUI = Seam(
     vae="comfy.sd:VAE",
     memory="comfy.model_management",
     picked="",
+    version="comfyui_version:__version__",
     interrupt="comfy.model_management:throw_exception_if_processing_interrupted",
 )
 

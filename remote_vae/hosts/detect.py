@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from remote_vae.hosts import a1111, forge_kin, sdnext
 from remote_vae.hosts.base import WebUi
+from remote_vae.hosts.seam_state import SeamState
+from remote_vae.vae.at_work import VaeAtWork
 
 log = logging.getLogger("remote_vae")
 
+# What the panel and the accordion stand on.
+_PANEL = (
+    "modules.script_callbacks:on_ui_settings",
+    "modules.scripts:Script",
+    "modules.shared:opts",
+)
 # What every adapter stands on: module and attribute.
 _COMMON = (
+    *_PANEL,
     "modules.call_queue:queue_lock",
     "modules.paths:data_path",
     "modules.processing:process_images_inner",
     "modules.sd_samplers_common:single_sample_to_image",
     "modules.script_callbacks:on_model_loaded",
     "modules.script_callbacks:on_script_unloaded",
-    "modules.script_callbacks:on_ui_settings",
-    "modules.scripts:Script",
-    "modules.shared:opts",
     "modules.shared:state",
 )
 
@@ -85,19 +92,55 @@ _KNOWN = (
 )
 
 
+class NoSeam(WebUi):
+    """In a UI whose VAE nobody knows how to stand in front of: the panel is there, and says so."""
+
+    def __init__(self, looks_like: WebUi, missing: list[str]) -> None:
+        super().__init__()
+        self.name = f"a UI like {looks_like.name}"
+        self.version_at = looks_like.version_at
+        self._problem = (
+            f"this UI looks like {looks_like.name}, but it has no {', no '.join(missing)}: it is too old, too new or unknown, "
+            f"and its VAE is left alone. Remote VAE was made for {', '.join(each.adapter.name for each in _KNOWN)}"
+        )
+
+    def install(self) -> None:
+        log.warning("%s", self._problem)
+
+    def uninstall(self) -> None:
+        """Nothing was done."""
+
+    def hook(self, model: Any) -> None:
+        """There is nothing to hook."""
+
+    def _models(self) -> list[Any]:
+        return []
+
+    def _unhook(self, model: Any) -> None:
+        """Nothing was done."""
+
+    def current(self) -> VaeAtWork | None:
+        return None
+
+    def seam_state(self) -> SeamState:
+        return replace(super().seam_state(), problem=self._problem)
+
+
 def detect() -> WebUi | None:
-    """The adapter for the UI that this runs in. None, with a line in the log, where there is none for it."""
+    """The adapter for the UI that this runs in; one that does nothing where there is none for it.
+
+    Returns:
+        None, with a line in the log, where not even a panel can be shown.
+    """
     known = next(known for known in _KNOWN if not known.own or _has(known.own))
-    missing = [name for name in (*_COMMON, *known.needs) if not _has(name)]
+    missing = [name.replace(":", ".") for name in (*_COMMON, *known.needs) if not _has(name)]
     if not missing:
         return known.adapter
-    log.warning(
-        "this UI looks like %s, but it has no %s: it is too old, too new or unknown, and its VAE is left alone. "
-        "Remote VAE was made for AUTOMATIC1111 1.10, Forge, Forge Neo, reForge, ersatzForge and SD.Next of 2026",
-        known.adapter.name,
-        ", no ".join(name.replace(":", ".") for name in missing),
-    )
-    return None
+    without_panel = [name for name in _PANEL if not _has(name)]
+    if without_panel:
+        log.warning("this is no UI that Remote VAE knows: it has no %s", ", no ".join(without_panel).replace(":", "."))
+        return None
+    return NoSeam(known.adapter, missing)
 
 
 def _has(name: str) -> bool:

@@ -30,6 +30,8 @@ class ForgeKin(WebUi):
     def __init__(self, seam: Seam) -> None:
         super().__init__()
         self.name = seam.host
+        self.seams = (f"{seam.vae.replace(':', '.')}: {', '.join(seam.methods)}",)
+        self.version_at = seam.version
         self._seam = seam
 
     def _wrapped_functions(self) -> list[tuple[Any, str, Callable[..., Any]]]:

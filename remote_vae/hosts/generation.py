@@ -75,6 +75,7 @@ class Generation:
         stops: whether no further picture of it is to be begun.
         hurried: whether the user has pressed something in one of its VAE calls.
         names_endpoint: whether the endpoint's name goes into the infotext.
+        entered: whether a VAE call of it has come by.
     """
 
     p: Any
@@ -82,6 +83,7 @@ class Generation:
     stops: bool = False
     hurried: bool = False
     names_endpoint: bool = False
+    entered: bool = False
     _records: list[tuple[int, Record]] = field(default_factory=list)
     _answers: OrderedDict[object, EncodeAnswer] = field(default_factory=OrderedDict)
 
@@ -195,7 +197,8 @@ def _shortly(reason: str) -> str:
 
 
 def _repeated(answer: EncodeAnswer, batch: int) -> EncodeAnswer:
-    return answer if batch == 1 else EncodeAnswer(answer.latents.repeat(batch, 1, 1, 1), answer.is_posterior)
+    latents = answer.latents
+    return answer if batch == 1 else EncodeAnswer(latents.repeat(batch, *[1] * (latents.ndim - 1)), answer.is_posterior)
 
 
 def _digest(picture: torch.Tensor) -> bytes:

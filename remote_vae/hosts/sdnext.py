@@ -33,6 +33,8 @@ class SdNext(WebUi):
     """SD.Next with diffusers."""
 
     name = "SD.Next"
+    seams = ("diffusers.AutoencoderKL.decode and encode",)
+    version_at = "installer:git_commit"
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,11 +17,15 @@ from remote_vae.server.models import LoadedVae
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
 from tests.hosts.a1111_standin import A1111Host
+from tests.hosts.forge_kin_standin import ErsatzHost, NeoHost, ReforgeHost
 from tests.hosts.forge_standin import ForgeHost
 from tests.hosts.sdnext_standin import SdnextHost
 from tests.hosts.standin import OWN, Host, Pictures, put_in_place, source
 
-HOSTS: dict[str, type[Host]] = {"a1111": A1111Host, "forge": ForgeHost, "sdnext": SdnextHost}
+# Of those that came of Forge, whose adapters are one, the one that people use now keeps the whole contract.
+HOSTS: dict[str, type[Host]] = {"a1111": A1111Host, "neo": NeoHost, "sdnext": SdnextHost}
+FORGES: dict[str, type[Host]] = {"forge": ForgeHost, "neo": NeoHost, "ersatz": ErsatzHost, "reforge": ReforgeHost}
+ALL = {**HOSTS, **FORGES}
 # One picture; a batch; a batch of one source.
 WAYS = {
     "txt2img": lambda host: host.txt2img(),
@@ -65,7 +69,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def alone(name: str, loaded: LoadedVae, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     """What the host makes without the extension, by the names of ``WAYS``."""
     with pytest.MonkeyPatch.context() as patch:
-        host = HOSTS[name](loaded.vae, tmp_path_factory.mktemp(name))
+        host = ALL[name](loaded.vae, tmp_path_factory.mktemp(name))
         put_in_place(patch, host)
         return {way: make(host, way) for way in WAYS}
 
@@ -78,7 +82,7 @@ def bare(name: str, loaded: LoadedVae, monkeypatch: pytest.MonkeyPatch, tmp_path
     # Where somebody listens already, the extension adds no handler; and pytest listens at the root.
     log.handlers, log.propagate = [logging.NullHandler()], True
     log.setLevel(logging.INFO)
-    host = HOSTS[name](loaded.vae, tmp_path)
+    host = ALL[name](loaded.vae, tmp_path)
     put_in_place(monkeypatch, host)
     monkeypatch.setattr(host.adapter, "_problems", ())
     host.adapter.router.history.clear()

@@ -150,8 +150,11 @@ class Engine:
 
     scaling_factor, shift_factor = 0.18215, 0.0
 
+    vae_class: ClassVar[type[VAE]] = VAE
+    first_stage_class: ClassVar[type[FirstStage]] = FirstStage
+
     def __init__(self, vae: AutoencoderKL, memory: Any) -> None:
-        own = VAE(FirstStage(vae, self.scaling_factor, self.shift_factor), memory)
+        own = self.vae_class(self.first_stage_class(vae, self.scaling_factor, self.shift_factor), memory)
         self.forge_objects = SimpleNamespace(vae=own)
         self.forge_objects_original = copy.copy(self.forge_objects)
         self.forge_objects_after_applying_lora = copy.copy(self.forge_objects)
@@ -205,9 +208,12 @@ class ForgeHost(Host):
         for name in ("modules_forge", "backend.nn", "backend.patcher"):
             yield make_module(name, __path__=[])
 
-    def made(self, family: str) -> Engine:
-        kinds = {"sd1": Engine, "sdxl": Sdxl}
-        return kinds[family](copy.deepcopy(self.vae), self.memory_management)
+    @property
+    def engines(self) -> dict[str, type[Engine]]:
+        return {"sd1": Engine, "sdxl": Sdxl, "flux": Flux}
+
+    def made(self, family: str, vae: AutoencoderKL | None = None) -> Engine:
+        return self.engines[family](copy.deepcopy(vae or self.vae), self.memory_management)
 
     def load(self, model: Engine) -> Engine:
         """Nothing of another one stays in memory."""
@@ -244,7 +250,7 @@ class ForgeHost(Host):
         """A new engine."""
         other = copy.deepcopy(self.vae)
         other.load_state_dict(dict(weights))
-        self.load(Engine(other, self.memory_management))
+        self.load(self.made("sd1", other))
 
     def seam(self) -> Any:
         return self.vae_class.decode
@@ -297,7 +303,7 @@ def no_memory(first_stage: FirstStage, times: int = 1) -> Iterator[None]:
             left[0] -= 1
             if left[0] >= 0:
                 out_of_memory()
-            return getattr(FirstStage, name)(first_stage, *arguments)
+            return getattr(type(first_stage), name)(first_stage, *arguments)
 
         return call
 

@@ -19,7 +19,19 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 
 from remote_vae.hosts import sdnext
-from tests.hosts.standin import OWN, SCALES, Host, OptionInfo, Options, Pictures, Request, State, make_module, to_levels
+from tests.hosts.standin import (
+    OWN,
+    SCALES,
+    Host,
+    OptionInfo,
+    Options,
+    Pictures,
+    Processed,
+    Request,
+    State,
+    make_module,
+    to_levels,
+)
 
 log = logging.getLogger("sdnext")
 
@@ -137,7 +149,7 @@ class SdnextHost(Host):
 
     # --- what calls the VAE ---------------------------------------------------------------------------------------------
 
-    def _process_images_inner(self, p: Request) -> tuple[Pictures, list[str]]:
+    def _process_images_inner(self, p: Request) -> Processed:
         state = self.state
         self.within(p)
         pictures: Pictures = []
@@ -154,7 +166,7 @@ class SdnextHost(Host):
             for index, picture in enumerate([] if state.interrupted else made):
                 pictures.append(picture)
                 infotexts.append(p.infotext(index))
-        return pictures, infotexts
+        return Processed(pictures, infotexts)
 
     @torch.no_grad()
     def _process_diffusers(self, p: Request) -> Pictures:

@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -226,6 +226,13 @@ class Request:
         return ", ".join(f"{key}: {value}" for key, value in params.items())
 
 
+class Processed(NamedTuple):
+    """What a generation gives."""
+
+    images: Pictures
+    infotexts: list[str]
+
+
 class State:
     """SD.Next's. With every job that begins, presses are forgotten."""
 
@@ -380,7 +387,7 @@ class Host:
         pictures, self.infotexts = self.processing.process_images_inner(p)
         return pictures
 
-    def _process_images_inner(self, p: Request) -> tuple[Pictures, list[str]]:
+    def _process_images_inner(self, p: Request) -> Processed:
         """A1111's, and Forge's."""
         state = self.state
         self.within(p)
@@ -397,7 +404,7 @@ class Host:
                 for index, pixels in enumerate(self._decoded(p.sampled(self._channels, initial))):
                     pictures.append(to_levels(pixels))
                     infotexts.append(p.infotext(index))
-        return pictures, infotexts
+        return Processed(pictures, infotexts)
 
     @property
     def _channels(self) -> int:

@@ -19,7 +19,7 @@ from remote_vae.errors import VaeCallFailed
 from remote_vae.hosts import detect
 from remote_vae.rescue import load_latents
 from remote_vae.vae.at_work import Op, VaeAtWork
-from tests.hosts.conftest import HOSTS, WAYS, Endpoint, Made, make
+from tests.hosts.conftest import ALL, WAYS, Endpoint, Made, make
 from tests.hosts.standin import TITLE, Host, Request, hooks_in, levels_apart, same, sampled, source
 from tests.nearness import psnr, psnr_of_moments
 
@@ -72,7 +72,7 @@ def remote(transfer: str = "raw") -> str:
 
 def test_a_host_is_known_by_what_it_has(host: Host) -> None:
     assert detect.detect() is host.adapter
-    assert [each.adapter.installed for each in HOSTS.values()] == [each.adapter is host.adapter for each in HOSTS.values()]
+    assert [each.adapter.installed for each in ALL.values()] == [each.adapter is host.adapter for each in ALL.values()]
 
 
 class Without(ModuleType):
@@ -90,23 +90,46 @@ class Without(ModuleType):
         return Without(getattr(self._whole, name), self._rest)
 
 
-def test_in_a_host_that_lacks_anything_there_is_no_hook_and_one_warning_that_names_it(
+def test_in_a_host_that_lacks_anything_nothing_is_hooked_and_the_panel_is_there_and_says_what_is_missing(
     bare: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     [known] = [each for each in detect._KNOWN if each.adapter is bare.adapter]
     before, scripts = bare.callables(), list(bare.scripts.scripts_data)
-    for needed in (*detect._COMMON, *known.needs):
+    for needed in {*detect._COMMON, *known.needs} - {*detect._PANEL}:
         module, _, attribute = needed.partition(":")
         caplog.clear()
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, Without(sys.modules[module], attribute))
             bare.load_extension()
-        [warning] = [record.getMessage() for record in caplog.records]
+        assert bare.callables() == before, needed
+        [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert needed.replace(":", ".") in warning
+        assert "nothing hooked; off" in caplog.messages[-1]
+        # The panel, and nothing that would follow the UI.
+        assert [event for event, callbacks in bare.script_callbacks.callbacks.items() if callbacks] == ["ui_settings"]
+        bare.script_callbacks.fire("ui_settings")
+        assert "remotevae_enabled" in bare.opts.data_labels
+        [script] = bare.scripts.scripts_data[len(scripts) :]
+        assert script.script_class().title() == TITLE
+        bare.script_callbacks.callbacks["ui_settings"].clear()
+        bare.scripts.scripts_data[:] = scripts
+    assert not bare.adapter.installed
+
+
+def test_in_what_is_no_ui_nothing_is_registered_and_one_warning_says_what_is_missing(
+    bare: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, scripts = bare.callables(), list(bare.scripts.scripts_data)
+    for needed in detect._PANEL:
+        module, _, attribute = needed.partition(":")
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, Without(sys.modules[module], attribute))
+            bare.load_extension()
+        assert [needed.replace(":", ".") in record.getMessage() for record in caplog.records] == [True]
         assert bare.callables() == before, needed
         assert not any(bare.script_callbacks.callbacks.values())
         assert bare.scripts.scripts_data == scripts
-    assert not bare.adapter.installed
 
 
 @pytest.mark.parametrize("error", [ImportError, RuntimeError])
@@ -133,6 +156,43 @@ def test_after_the_script_is_unloaded_every_function_is_the_hosts_own_again(bare
     assert during != before
     bare.adapter.uninstall()
     assert bare.callables() == before
+
+
+# --- never inert in silence ----------------------------------------------------------------------------------------------
+
+
+def test_at_the_start_one_line_says_what_is_hooked_whether_it_is_on_and_where_it_asks(
+    bare: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare.turn_on("http://studio:7870")
+    bare.load_extension()
+    [line] = caplog.messages
+    assert f"in {bare.adapter.name}" in line
+    assert all(seam in line for seam in bare.adapter.seams)
+    assert line.endswith("; on, endpoint http://studio:7870")
+
+
+def test_pictures_that_were_made_without_asking_us_are_spoken_of_once_until_we_are_asked_again(
+    host: Host, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "without asking Remote VAE" in record.getMessage()]
+
+    host.turn_on(endpoint.url)
+    host.txt2img()
+    assert (host.adapter.seam_state().problem, warnings()) == ("", [])
+    # As where the UI decodes with something that is not hooked.
+    with host.adapter.passing_on():
+        host.txt2img()
+        host.txt2img(batch=3)
+    assert "3 pictures were made without asking Remote VAE" in host.adapter.seam_state().problem
+    assert len(warnings()) == 1
+    host.txt2img()
+    assert host.adapter.seam_state().problem == ""
+    host.turn_on(endpoint.url, enabled=False)
+    with host.adapter.passing_on():
+        host.txt2img()
+    assert host.adapter.seam_state().problem == ""
 
 
 # --- off ---------------------------------------------------------------------------------------------------------------
@@ -435,7 +495,7 @@ def test_a_press_while_sampling_asks_for_the_picture_so_far_and_soon(
     assert [record.fallback_reason for record in host.records()] == ([] if name == "sdnext" else ["", hurried])
 
 
-@pytest.mark.parametrize("name", ["a1111", "forge"], indirect=True)
+@pytest.mark.parametrize("name", ["a1111", "neo"], indirect=True)
 def test_a_second_press_ends_the_wait_as_well(host: Host, endpoint: Endpoint) -> None:
     """The first press ended the sampling: the flag is up, and the picture so far is to be decoded."""
     host.n_iter = 2
@@ -721,7 +781,7 @@ def test_two_models_of_two_families_are_each_asked_for_by_their_own(host: Host, 
 
 PICKS: dict[str, Callable[[Any], Any]] = {
     "a1111": lambda host: setattr(host.sd_vae, "loaded_vae_file", "/models/VAE/mine.safetensors"),
-    "forge": lambda host: host.model_data.forge_loading_parameters.update(
+    "neo": lambda host: host.model_data.forge_loading_parameters.update(
         additional_modules=["/models/text_encoder/clip.safetensors", "/models/VAE/mine.safetensors"]
     ),
     "sdnext": lambda host: host.opts.data.update(sd_vae="mine.safetensors"),
