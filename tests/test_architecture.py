@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "remote_vae"
 
 # What each part may import of the package, beside itself. Arrows go one way:
-# scripts -> extension -> hosts -> router -> remote -> local -> tiled -> wire, vae -> settings, errors
+# scripts -> extension -> hosts -> router -> remote -> local -> tiled -> wire -> vae -> settings, errors
 BASE = {"errors", "settings", "version", "tokens", "history", "vae"}
 CALL = BASE | {"wire", "call"}
 LOCAL = CALL | {"tiled", "local"}
@@ -28,7 +28,7 @@ ALLOWED = {
     "history": set(),
     "settings": {"errors"},
     "vae": {"errors", "settings"},
-    "wire": {"errors"},
+    "wire": {"errors", "vae"},
     "tiled": {"errors"},
     "call": BASE | {"wire"},
     "rescue": {"errors", "vae"},

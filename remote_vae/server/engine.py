@@ -20,6 +20,7 @@ from remote_vae.settings import Settings
 from remote_vae.vae.at_work import Op, Provider, VaeAtWork
 from remote_vae.vae.families import Family, find_family
 from remote_vae.vae.fingerprint import fingerprint_of
+from remote_vae.vae.packed import batch_norm_of
 from remote_vae.wire import (
     FINGERPRINT_KEYS,
     DecodeRequest,
@@ -30,15 +31,13 @@ from remote_vae.wire import (
     decode_response,
     decode_size,
     encode_response,
+    encode_size,
 )
 from remote_vae.wire.tensors import is_within
 
 log = logging.getLogger("remote_vae")
 
 T = TypeVar("T")
-
-# Pictures of a video that one latent frame makes, at most (LTX); most make 4.
-_FRAMES_PER_LATENT = 8
 
 
 class NoModel(RemoteVaeError):
@@ -156,21 +155,20 @@ class Engine:
             InvalidRequest: more pixels or pictures than the limits allow, or latents for another VAE. NoModel.
         """
         own = self._current().family
-        batch, frames, rows, columns = decode_size(head.shape, height, width, own.latent_channels, own.downscale)
+        batch, frames, rows, columns = decode_size(head.shape, height, width, own)
         self.limits.check(batch, frames, rows, columns)
         _check_family(own, family)
-        return batch * rows * columns * (frames * _FRAMES_PER_LATENT if own.video else 1)
+        return batch * frames * rows * columns
 
     def check_encode(self, head: TensorHead | None, family: str | None = None) -> int:
         """Refuse pixels by their head; None for a picture's file. Returns how many they are, 0 for a file. Raises as above."""
-        _check_family(self._current().family, family)
+        own = self._current().family
+        _check_family(own, family)
         if head is None:
             return 0
-        if len(head.shape) != 4 or head.shape[1] != 3:
-            raise InvalidRequest(f"the image tensor must be [B, 3, H, W], not {list(head.shape)}")
-        batch, _, rows, columns = head.shape
-        self.limits.check(batch, 1, rows, columns)
-        return batch * rows * columns
+        batch, frames, rows, columns = encode_size(head.shape, own)
+        self.limits.check(batch, frames, rows, columns)
+        return batch * frames * rows * columns
 
     # --- what runs in the engine's thread ------------------------------------------------------------------------------
 
@@ -183,15 +181,11 @@ class Engine:
         with self._at_work(place) as vae:
             family = vae.family
             _check_family(family, request.family)
-            latents = request.unpacked(family.latent_channels, family.downscale)
-            if request.is_video != family.video:
-                raise InvalidRequest(
-                    f"{family.label} takes {'video' if family.video else 'picture'} latents, not {list(latents.shape)}"
-                )
+            latents = request.unpacked(family, batch_norm_of(vae.module))
 
             def raw(dtype: torch.dtype) -> torch.Tensor:
                 there = latents.to(vae.device, dtype)
-                return request.scaling.unscale(there, family.scaling_factor, family.shift_factor)
+                return request.scaling.unscale(there, family)
 
             pixels = _made(vae, "decode", raw)
             # The answer comes in the dtype that was asked in: a half-precision client wants half the bytes.
@@ -200,25 +194,21 @@ class Engine:
 
     def encode(self, request: EncodeRequest, place: Place) -> HttpResponse:
         """Encode, and make the answer's bytes. Without a posterior wanted, the answer is its mode. Raises as ``decode``."""
-        pixels = request.pixels()
-        place.pixels = pixels.numel() // 3
         with self._at_work(place) as vae:
             family = vae.family
             _check_family(family, request.family)
-            if min(pixels.shape[-2:]) < family.downscale:
-                least = f"{family.downscale} x {family.downscale}"
-                raise InvalidRequest(f"a picture must have at least {least} pixels, not {list(pixels.shape[-2:])}")
-            frames = pixels.unsqueeze(2) if family.video else pixels
-            latents = _made(vae, "encode", lambda dtype: frames.to(vae.device, dtype))
+            pixels = request.pixels(family)
+            place.pixels = pixels.numel() // pixels.shape[1]
+            latents = _made(vae, "encode", lambda dtype: pixels.to(vae.device, dtype))
             is_posterior = request.posterior and vae.has_posterior
-            if not is_posterior:
+            if not is_posterior and vae.has_posterior:
                 # The mode of the posterior is its mean, the first half of the moments.
-                latents = latents.chunk(2, dim=1)[0] if vae.has_posterior else latents
-                latents = request.scaling.scale(latents, family.scaling_factor, family.shift_factor)
+                latents = latents.chunk(2, dim=1)[0]
+            latents = request.in_form(latents, family, batch_norm_of(vae.module), is_posterior=is_posterior)
             # Latents come in the dtype that was asked in; a posterior as the VAE made it, as only our own client asks for it.
             wants_dtype = isinstance(request.image, torch.Tensor) and request.image.is_floating_point() and not is_posterior
             latents = latents.to("cpu", pixels.dtype if wants_dtype else latents.dtype)
-        return encode_response(latents.squeeze(2) if family.video else latents, is_posterior=is_posterior)
+        return encode_response(latents, is_posterior=is_posterior)
 
     @contextmanager
     def _at_work(self, place: Place) -> Iterator[VaeAtWork]:

@@ -5,11 +5,9 @@ The protocol is the one of diffusers' ``remote_utils``; keys of our own (``famil
 
 from __future__ import annotations
 
-import base64
-import json
-import re
+import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Union, cast
 
@@ -18,33 +16,35 @@ import torch
 from PIL import Image
 
 from remote_vae.errors import InvalidRequest, MalformedAnswer, NotFinite, OneColour
+from remote_vae.vae.families import Family
+from remote_vae.vae.packed import BatchNormed
 from remote_vae.wire import pixels as px
 from remote_vae.wire.checks import (
     KNOWN_DOWNSCALES,
+    PIXEL_CHANNELS,
     TENSOR_LABELS,
     check_float,
     check_label,
     check_values,
     checked_bytes,
     head_headers,
-    is_flat,
     media_type,
     read_head,
     read_tensor,
 )
-from remote_vae.wire.errors import ERROR_LIMIT, read_json
+from remote_vae.wire.colours import is_flat, is_flat_video
+from remote_vae.wire.errors import ERROR_LIMIT
 from remote_vae.wire.http import BASE64_TYPE, TENSOR_TYPE, Buffer, Expected, HttpRequest, HttpResponse
+from remote_vae.wire.latents import PACK, PICTURES, VIDEOS, as_the_vae_takes_them, is_packed
+from remote_vae.wire.legacy import from_base64, to_base64
 from remote_vae.wire.query import UNSCALED, Output, Query, Scaling, parse_bool, parse_size, tensor_head
 from remote_vae.wire.tensors import (
     MAX_SIZE,
-    PACK,
     TensorHead,
     dtype_name,
-    is_packed,
     is_within,
     tensor_from_bytes,
     tensor_to_bytes,
-    unpack_latents,
 )
 
 Payload = Union[torch.Tensor, Image.Image, bytes]
@@ -64,18 +64,14 @@ _IMAGE_LABELS = frozenset({"", "image/png", "image/jpeg", "application/octet-str
 _MP4_LABELS = frozenset({"", "text/plain", "video/mp4", "application/octet-stream"})
 _JSON_LABELS = frozenset({"", "application/json", BASE64_TYPE, "text/plain"})
 
-# The one long text in the JSON of a legacy body, and what may stand around it.
-_BASE64_INPUTS = re.compile(rb'"inputs"\s*:\s*"([A-Za-z0-9+/=]*)"')
-_BASE64_REST_LIMIT = 4096
-
 
 @dataclass(frozen=True)
 class DecodeRequest:
     """Latents to be decoded.
 
     Attributes:
-        latents: ``[B, C, h, w]``, packed ``[B, S, 4 C]``, one picture's ``[C, h, w]``, or video ``[B, C, F, h, w]``;
-            finite values, any device, any strides.
+        latents: ``[B, C, h, w]``, video ``[B, C, F, h, w]``, one picture's ``[C, h, w]``, packed ``[B, S, 4 C]``, or Flux.2's
+            packed ``[B, 4 C, h / 2, w / 2]``; finite values, any device, any strides.
         output: the form of the answer.
         scaling: absent means that the latents are raw, as the VAE's decoder takes them.
         height, width: pixels; needed for packed latents, ignored for 4-D ones.
@@ -112,7 +108,7 @@ class DecodeRequest:
 
     def _check_output(self) -> None:
         shape, output = list(self.latents.shape), self.output
-        if output.is_image and (self.batch > 1 or self.is_video):
+        if output.is_image and (self.batch > 1 or self.latent_frames > 1):
             raise InvalidRequest(
                 f"latents {shape} make more than one picture, and a {output.value} answer holds one: "
                 "send them one by one, or ask for output_type pt"
@@ -126,7 +122,12 @@ class DecodeRequest:
 
     @property
     def is_video(self) -> bool:
-        return self.latents.ndim == 5
+        return self.latents.ndim == VIDEOS
+
+    @property
+    def latent_frames(self) -> int:
+        """Of each video; 1 for pictures."""
+        return self.latents.shape[2] if self.is_video else 1
 
     @property
     def is_packed(self) -> bool:
@@ -137,19 +138,18 @@ class DecodeRequest:
         """Number of pictures (or videos)."""
         return 1 if self.latents.ndim == 3 and not self.is_packed else self.latents.shape[0]
 
-    def unpacked(self, channels: int, downscale: int) -> torch.Tensor:
-        """The latents as the VAE takes them, ``[B, C, h, w]`` or ``[B, C, F, h, w]``.
+    def unpacked(self, family: Family, batch_norm: BatchNormed | None = None) -> torch.Tensor:
+        """The latents as the VAE takes them: ``[B, C, h, w]``, or ``[B, C, F, h, w]`` for a video VAE.
+
+        Args:
+            family: of the VAE.
+            batch_norm: what a VAE of Flux.2 normalises packed latents by.
 
         Raises:
-            InvalidRequest: they do not have ``channels`` channels, or do not fit height and width.
+            InvalidRequest: they are not for that VAE, do not fit height and width, or the answer cannot hold what it makes.
         """
-        shape = tuple(self.latents.shape)
-        decode_size(shape, self.height, self.width, channels, downscale)
-        if self.latents.ndim != 3:
-            return self.latents
-        if is_packed(shape, self.height, self.width, downscale):
-            return unpack_latents(self.latents, self.height or 0, self.width or 0, downscale)
-        return self.latents.unsqueeze(0)
+        _check_alpha(self.output, family.pixel_channels)
+        return as_the_vae_takes_them(self.latents, self.height, self.width, family, batch_norm)
 
     def to_http(self) -> HttpRequest:
         query = [*self.output.query, *(("shape", str(size)) for size in self.latents.shape)]
@@ -162,7 +162,7 @@ class DecodeRequest:
             query.append(("truncate", "True"))
         body: bytes | memoryview = self._bytes
         if self.base64_body:
-            body = json.dumps({"inputs": base64.b64encode(body).decode("ascii")}).encode()
+            body = to_base64(body)
         headers = {
             "Content-Type": BASE64_TYPE if self.base64_body else TENSOR_TYPE,
             "Accept": BASE64_TYPE if self.base64_answer else self.output.accept,
@@ -185,7 +185,7 @@ class DecodeRequest:
         legacy = media_type(headers) == BASE64_TYPE
         if legacy:
             try:
-                body = _read_base64(body)[1]
+                body = from_base64(body)[1]
             except ValueError:
                 raise InvalidRequest('a tensor/base64 body: expected the JSON {"inputs": "<base64>"}') from None
         return cls(
@@ -203,10 +203,17 @@ class DecodeRequest:
 
 @dataclass(frozen=True)
 class DecodeAnswer:
-    """A checked answer to a decode. ``payload``'s form is what ``output`` says."""
+    """A checked answer to a decode.
+
+    Attributes:
+        output: what form ``payload`` has.
+        payload: as there; uint8 levels of several videos are ``[B, F, H, W, 3]``.
+        is_video: whether the pictures are frames: pixels are then ``[B, 3, F, H, W]``, also those of one picture.
+    """
 
     output: Output
     payload: Payload
+    is_video: bool = False
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -218,77 +225,100 @@ class DecodeAnswer:
     @property
     def size(self) -> tuple[int, int]:
         """H, W in pixels of a picture answer or a tensor of pictures."""
+        return self.extent[-2:]
+
+    @property
+    def extent(self) -> tuple[int, int, int, int, int]:
+        """B, channels, F (1 for pictures), H, W of what the pixels are."""
         if isinstance(self.payload, Image.Image):
-            return self.payload.height, self.payload.width
-        shape = self.tensor.shape
-        return (shape[-3], shape[-2]) if self.output is Output.UINT8 else (shape[-2], shape[-1])
+            return 1, len(self.payload.getbands()), 1, self.payload.height, self.payload.width
+        shape = tuple(self.tensor.shape)
+        if self.output is Output.UINT8:
+            shape = (*shape[:-3], shape[-1], *shape[-3:-1])  # channels before H and W, as in the other forms
+        if self.output is Output.TENSOR and len(shape) == VIDEOS:
+            batch, channels, frames = shape[:3]
+        else:
+            channels = shape[-3]
+            batch, frames = shape[:-3] if len(shape) == VIDEOS else (1, shape[0]) if self.is_video else (shape[0], 1)
+        return batch, channels, frames, shape[-2], shape[-1]
 
     def picture(self, index: int) -> DecodeAnswer:
         """One picture of a batch's tensor answer, as a batch of one; its memory is shared."""
-        return DecodeAnswer(self.output, self.tensor[index : index + 1])
+        return replace(self, payload=self.tensor[index : index + 1])
 
     def pixels(self, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-        """``[B, 3, H, W]`` in [-1, 1], whatever came over the wire; 8-bit levels survive rounding and truncating hosts."""
+        """``[B, 3, H, W]``, or of videos ``[B, 3, F, H, W]``, in [-1, 1], whatever came over the wire.
+
+        8-bit levels survive rounding and truncating hosts. Beside the payload and the pixels a clip takes no memory.
+        """
         if self.output is Output.TENSOR:
             return self.tensor.to(device, dtype)
-        if self.output is Output.UINT8:
-            return px.from_uint8(self.tensor.to(device), dtype)
         if isinstance(self.payload, Image.Image):
             levels = torch.from_numpy(np.array(self.payload)).unsqueeze(0)
-            return px.from_uint8(levels.to(device), dtype)
-        raise TypeError(f"a {self.output.value} answer is not pixels in [-1, 1]")
-
-
-def decode_size(
-    shape: tuple[int, ...], height: int | None, width: int | None, channels: int, downscale: int
-) -> tuple[int, int, int, int]:
-    """What latents of ``shape`` decode to: pictures (or videos), frames (1 for pictures), height and width in pixels.
-
-    Needs the head of a request only, so that a server can refuse it before it takes memory for the body.
-
-    Raises:
-        InvalidRequest: a VAE with ``channels`` latent channels cannot decode them.
-    """
-    if is_packed(shape, height, width, downscale) and shape[2] == channels * PACK * PACK:
-        cell = downscale * PACK
-        return shape[0], 1, (height or 0) // cell * cell, (width or 0) // cell * cell
-    if len(shape) == 3 and not (height and width):
-        raise InvalidRequest("`height` and `width` required for packed latents.")
-    if len(shape) == 3 and shape[0] == channels:
-        return 1, 1, shape[1] * downscale, shape[2] * downscale
-    if len(shape) == 3:
-        raise InvalidRequest(
-            f"latents: got shape {list(shape)}, neither packed for {height} x {width} pixels nor [{channels}, h, w]"
-        )
-    if len(shape) not in (4, 5) or shape[1] != channels:
-        raise InvalidRequest(f"latents: got shape {list(shape)}, expected {channels} channels as this VAE has")
-    return shape[0], shape[2] if len(shape) == 5 else 1, shape[-2] * downscale, shape[-1] * downscale
+        elif self.output is Output.UINT8:
+            levels = self.tensor
+        else:
+            raise TypeError(f"a {self.output.value} answer is not pixels in [-1, 1]")
+        if self.is_video and levels.ndim < VIDEOS:
+            levels = levels.unsqueeze(0)
+        return px.from_uint8(levels, dtype, device)
 
 
 # --- the server's side -------------------------------------------------------------------------------------------------
 
 
 def decode_response(request: DecodeRequest, pixels: torch.Tensor) -> HttpResponse:
-    """The answer to ``request``; ``pixels`` are ``[B, 3, H, W]`` or ``[B, 3, F, H, W]`` in [-1, 1].
+    """The answer to ``request``, made frame by frame: beside the pixels and the answer a clip takes no memory.
+
+    Args:
+        request: what was asked for.
+        pixels: ``[B, 3 or 4, H, W]`` or ``[B, 3 or 4, F, H, W]`` in [-1, 1]; one frame where the latents had no frames.
 
     Raises:
         NotFinite: NaN or infinite pixels, which would be a black picture.
-        InvalidRequest: this machine cannot make that form (mp4 without its encoder).
+        InvalidRequest: they do not fit into that form, or this machine cannot make it (mp4 without its encoder).
     """
     if not is_within(pixels):
         raise NotFinite("the VAE gave NaN or infinite pixels for these latents")
-    if request.output is Output.TENSOR:
+    output = request.output
+    _check_alpha(output, pixels.shape[1])
+    if pixels.ndim == VIDEOS and not request.is_video:
+        pixels = pixels.squeeze(2)
+    if pixels.ndim != (VIDEOS if request.is_video else PICTURES):
+        raise InvalidRequest(f"latents {list(request.latents.shape)} make pixels {list(pixels.shape)}: send them with frames")
+    if output is Output.TENSOR:
         return _tensor_response(request, pixels)
-    frames = pixels[0].movedim(1, 0) if request.is_video else pixels
-    if request.output is Output.UINT8:
-        return _tensor_response(request, px.to_uint8(frames, truncate=request.truncate))
-    if request.output is Output.UNIT:
-        return _tensor_response(request, px.to_unit(frames))
-    if request.output is Output.MP4:
-        return HttpResponse(200, {"Content-Type": "video/mp4"}, px.video_to_mp4(px.to_uint8(frames, truncate=request.truncate)))
-    image = Image.fromarray(px.to_uint8(frames, truncate=request.truncate)[0].cpu().numpy())
-    data = px.image_to_bytes(image, request.output.value)
-    return HttpResponse(200, {"Content-Type": "image/jpeg" if request.output is Output.JPG else "image/png"}, data)
+    frames = list(px.frames_of(pixels))
+    if output.is_image and len(frames) > 1:
+        raise InvalidRequest(f"these latents make {len(frames)} pictures, and a {output.value} answer holds one")
+    if output is Output.UNIT:
+        return _tensor_response(request, _of_frames(frames, px.to_unit))
+    to_levels = partial(px.to_uint8, truncate=request.truncate)
+    if output is Output.UINT8:
+        return _tensor_response(request, _of_frames(frames, to_levels))
+    if output is Output.MP4:
+        file = io.BytesIO()
+        px.write_mp4((to_levels(frame)[0] for frame in frames), file)
+        return HttpResponse(200, {"Content-Type": "video/mp4"}, file.getbuffer())
+    data = px.image_to_bytes(Image.fromarray(to_levels(frames[0])[0].cpu().numpy()), output.value)
+    return HttpResponse(200, {"Content-Type": "image/jpeg" if output is Output.JPG else "image/png"}, data)
+
+
+def _check_alpha(output: Output, channels: int) -> None:
+    """Raises InvalidRequest: the form has no alpha channel, and to drop it would show what is to be transparent."""
+    if channels > min(PIXEL_CHANNELS) and not output.has_alpha:
+        other = "png" if output.is_image else "output_type pt"
+        raise InvalidRequest(f"this VAE's pictures have an alpha channel, which {output.value} cannot hold: ask for {other}")
+
+
+def _of_frames(frames: list[torch.Tensor], make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """``make`` of every frame, one after the other, as one batch."""
+    first = make(frames[0])
+    made = first.new_empty((len(frames), *first.shape[1:]))
+    made[:1] = first
+    for index, frame in enumerate(frames[1:], start=1):
+        made[index : index + 1] = make(frame)
+    return made
 
 
 def _tensor_response(request: DecodeRequest, tensor: torch.Tensor) -> HttpResponse:
@@ -296,8 +326,7 @@ def _tensor_response(request: DecodeRequest, tensor: torch.Tensor) -> HttpRespon
     if not request.base64_answer:
         return HttpResponse(200, {"Content-Type": TENSOR_TYPE, **head_headers(tensor)}, body)
     parameters = {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
-    document = {"inputs": base64.b64encode(body).decode("ascii"), "parameters": parameters}
-    return HttpResponse(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
+    return HttpResponse(200, {"Content-Type": "application/json"}, to_base64(body, parameters=parameters))
 
 
 # --- the client's side -------------------------------------------------------------------------------------------------
@@ -320,7 +349,7 @@ def expect_decode(request: DecodeRequest, headers: Mapping[str, str]) -> Expecte
     elif request.base64_answer:
         check_label(headers, _JSON_LABELS)
         # float32 for every value, in base64's 4 bytes for 3, and the JSON around it
-        values = request.batch * 3 * _max_pixels(request) * (_max_frames(request) if request.is_video else 1)
+        values = request.batch * max(PIXEL_CHANNELS) * _max_pixels(request) * _max_frames(request)
         finish, limit = partial(_read_base64_answer, request), values * 4 * 4 // 3 + ERROR_LIMIT
     else:
         check_label(headers, TENSOR_LABELS)
@@ -330,7 +359,7 @@ def expect_decode(request: DecodeRequest, headers: Mapping[str, str]) -> Expecte
         exact = limit
 
     def believed(body: np.ndarray) -> DecodeAnswer:
-        answer = DecodeAnswer(request.output, finish(body))
+        answer = DecodeAnswer(request.output, finish(body), request.is_video)
         _check_colours(request, answer)
         return answer
 
@@ -353,7 +382,7 @@ def _read_mp4(body: np.ndarray) -> Payload:
 
 def _read_base64_answer(request: DecodeRequest, body: np.ndarray) -> Payload:
     try:
-        document, data = _read_base64(body.data)
+        document, data = from_base64(body.data)
         parameters = cast("dict[str, object]", document["parameters"])
         shape, dtype = parameters["shape"], parameters["dtype"]
     except (ValueError, KeyError, TypeError):
@@ -370,23 +399,6 @@ def _read_values(request: DecodeRequest, head: TensorHead, body: np.ndarray) -> 
     return tensor
 
 
-def _read_base64(body: Buffer) -> tuple[dict[str, object], bytes]:
-    """A legacy body: the JSON without its long text, and the bytes of that text.
-
-    The text never goes through the parser, so that a body of other JSON takes no more memory than its own.
-
-    Raises:
-        ValueError: something else.
-    """
-    inputs = _BASE64_INPUTS.search(body)
-    if inputs is None or len(body) - len(inputs[1]) > _BASE64_REST_LIMIT:
-        raise ValueError("no base64 text")
-    document = read_json(bytes(body[: inputs.start(1)]) + bytes(body[inputs.end(1) :]))
-    if not isinstance(document, dict) or document.get("inputs") != "":
-        raise ValueError("not a JSON object")
-    return document, base64.b64decode(inputs[1], validate=True)
-
-
 def _check_colours(request: DecodeRequest, answer: DecodeAnswer) -> None:
     """A picture of one colour is believed of latents that are the same everywhere, and of no others.
 
@@ -401,7 +413,7 @@ def _check_colours(request: DecodeRequest, answer: DecodeAnswer) -> None:
     if not flat.any():
         return
     latents = request.latents.detach()
-    if latents.ndim == 3 and not request.is_packed:
+    if latents.ndim < PICTURES and not request.is_packed:
         latents = latents.unsqueeze(0)
     if bool((flat & ~is_flat(latents, 2 if request.is_packed else 1).cpu()).any()):
         raise OneColour("got a picture of one colour for latents that vary, as from a VAE that computes NaN")
@@ -417,10 +429,11 @@ def _flat_pictures(request: DecodeRequest, answer: DecodeAnswer) -> torch.Tensor
         if (sample != sample[0, 0]).any():
             return torch.tensor([False])
         return is_flat(torch.from_numpy(np.array(answer.payload)).unsqueeze(0), -1)
-    pixels = answer.tensor
-    if request.is_video and answer.output is not Output.TENSOR:
-        pixels = pixels.unsqueeze(0)
-    return is_flat(pixels, {Output.UINT8: -1, Output.UNIT: -3, Output.TENSOR: 1}[answer.output])
+    pixels, channel = answer.tensor, -1 if answer.output is Output.UINT8 else -3
+    if not request.is_video:
+        return is_flat(pixels, channel)
+    videos = pixels.movedim(1, 2) if answer.output is Output.TENSOR else pixels.unsqueeze(0)
+    return torch.tensor([is_flat_video(video, channel) for video in videos])
 
 
 def _check_head(request: DecodeRequest, head: TensorHead) -> None:
@@ -432,13 +445,14 @@ def _check_head(request: DecodeRequest, head: TensorHead) -> None:
     else:
         check_float(head)
     if request.is_video and request.output is Output.TENSOR:
-        fits = len(shape) == 5 and shape[0] == request.batch and shape[2] <= _max_frames(request)
+        fits = len(shape) == VIDEOS and shape[0] == request.batch and shape[2] <= _max_frames(request)
     elif request.is_video:
-        fits = len(shape) == 4 and shape[0] <= _max_frames(request)
+        fits = len(shape) == PICTURES and shape[0] <= _max_frames(request)
     else:
-        fits = len(shape) == 4 and shape[0] == request.batch
-    if not fits or shape[1] != 3 or not _fits_picture(request, *shape[-2:]):
-        raise MalformedAnswer(f"got {head}, expected {request.batch} x 3 channels x {_expected_size(request)}")
+        fits = len(shape) == PICTURES and shape[0] == request.batch
+    if not fits or shape[1] not in PIXEL_CHANNELS or not _fits_picture(request, *shape[-2:]):
+        frames = f" x up to {_max_frames(request)} frames" if request.is_video else ""
+        raise MalformedAnswer(f"got {head}, expected {request.batch} x 3 or 4 channels{frames} x {_expected_size(request)}")
 
 
 def _fits_picture(request: DecodeRequest, height: int, width: int) -> bool:
@@ -471,4 +485,4 @@ def _max_pixels(request: DecodeRequest) -> int:
 
 
 def _max_frames(request: DecodeRequest) -> int:
-    return request.latents.shape[2] * MAX_FRAMES_PER_LATENT
+    return request.latent_frames * MAX_FRAMES_PER_LATENT if request.is_video else 1

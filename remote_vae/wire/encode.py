@@ -1,6 +1,6 @@
 """An encode: the request and its answer, each as an object that is valid or cannot be made, and as HTTP in both directions.
 
-The protocol is that of diffusers' ``remote_utils``; keys of our own (``family``, ``posterior``) are ignored by other servers.
+The protocol is that of diffusers' ``remote_utils``; other servers ignore keys of our own (``family``, ``posterior``, ``form``).
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ import torch
 from PIL import Image
 
 from remote_vae.errors import InvalidRequest, MalformedAnswer, NotFinite
+from remote_vae.vae.families import Family
+from remote_vae.vae.packed import BatchNormed
 from remote_vae.wire import pixels as px
 from remote_vae.wire.checks import (
     KNOWN_DOWNSCALES,
+    PIXEL_CHANNELS,
     TENSOR_LABELS,
     check_float,
     check_label,
     check_values,
     checked_bytes,
     head_headers,
-    is_flat,
     read_head,
     read_tensor,
 )
+from remote_vae.wire.colours import is_flat
+from remote_vae.wire.errors import one_line
 from remote_vae.wire.http import TENSOR_TYPE, Buffer, Expected, HttpRequest, HttpResponse
+from remote_vae.wire.latents import PACK, PICTURES, VIDEOS, as_packed
 from remote_vae.wire.query import UNSCALED, Query, Scaling, parse_bool, tensor_head
 from remote_vae.wire.tensors import dtype_name, is_within, tensor_from_bytes, tensor_to_bytes
 
@@ -36,18 +41,23 @@ DEFAULT_MAX_PIXELS = 8192 * 8192
 MAX_LATENT_CHANNELS = 256
 # The latents of trained VAEs stay under a hundred; far beyond is a broken answer.
 LATENT_LIMIT = 1e4
+# What a query says where packed latents are wanted.
+_PACKED = "packed"
 
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """A picture, or a batch of them, to be encoded.
+    """A picture or a video, or a batch of them, to be encoded.
 
     Attributes:
-        image: a PIL image of any mode (made RGB, and sent as PNG), or float ``[B, 3, H, W]`` in [-1, 1], any device, any
-            strides. uint8 ``[B, 3, H, W]`` stands for levels 0 to 255 and is understood by our own server only.
+        image: a PIL image of any mode (made RGB, and sent as PNG), or float ``[B, 3 or 4, H, W]``, of videos
+            ``[B, 3 or 4, F, H, W]``, in [-1, 1], any device, any strides. uint8 stands for levels 0 to 255 and is understood by
+            our own server only.
         scaling: absent means that raw latents are wanted.
         posterior: ask our own server for mean and logvar ``[B, 2 C, h, w]``, unscaled; other servers return a sample.
         family: tells our own server which VAE is wanted.
+        packed: ask our own server for latents as transformers take them; see ``latents``.
+        alpha: whether a PIL image is sent with its alpha channel, for a VAE of such pictures.
 
     Raises:
         InvalidRequest: the parts do not make a request.
@@ -57,39 +67,89 @@ class EncodeRequest:
     scaling: Scaling = UNSCALED
     posterior: bool = False
     family: str | None = None
+    packed: bool = False
+    alpha: bool = False
     _bytes: memoryview = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.image, torch.Tensor):
-            object.__setattr__(self, "_bytes", checked_bytes(self.image, "the image tensor", (4,)))
-            if self.image.shape[1] != 3:
-                raise InvalidRequest(f"the image tensor: got shape {list(self.image.shape)}, expected [B, 3, H, W]")
+            object.__setattr__(self, "_bytes", checked_bytes(self.image, "the image tensor", (PICTURES, VIDEOS)))
+            if self.image.shape[1] not in PIXEL_CHANNELS:
+                raise InvalidRequest(
+                    f"the image tensor: got shape {list(self.image.shape)}, expected [B, 3, H, W], of videos [B, 3, F, H, W], "
+                    "or 4 channels with alpha"
+                )
         elif isinstance(self.image, Image.Image):
-            object.__setattr__(self, "image", px.to_rgb(self.image))
+            object.__setattr__(self, "image", px.to_rgb(self.image, alpha=self.alpha))
         else:
             raise InvalidRequest(f"the image: got {type(self.image).__name__}, expected a PIL image or a tensor")
-        if self.posterior and (self.scaling != UNSCALED):
-            raise InvalidRequest("a posterior is never scaled: leave scaling_factor and shift_factor out")
+        if self.posterior and (self.scaling != UNSCALED or self.packed):
+            raise InvalidRequest("a posterior is never scaled or packed: leave scaling_factor, shift_factor and form out")
+
+    @property
+    def is_video(self) -> bool:
+        return isinstance(self.image, torch.Tensor) and self.image.ndim == VIDEOS
+
+    @property
+    def frames(self) -> int:
+        """Of each video; 1 for pictures."""
+        return self.image.shape[2] if isinstance(self.image, torch.Tensor) and self.is_video else 1
 
     @property
     def size(self) -> tuple[int, int, int]:
         """B, H, W in pixels."""
         if isinstance(self.image, torch.Tensor):
-            return self.image.shape[0], self.image.shape[2], self.image.shape[3]
+            return self.image.shape[0], self.image.shape[-2], self.image.shape[-1]
         return 1, self.image.height, self.image.width
 
-    def pixels(self) -> torch.Tensor:
-        """``[B, 3, H, W]`` in [-1, 1]; float32 for a picture or uint8, else the dtype that was sent."""
-        if not isinstance(self.image, torch.Tensor):
-            return px.image_to_pixels(self.image)
-        if self.image.dtype == torch.uint8:
-            return self.image.to(torch.float32) / 127.5 - 1.0
-        return self.image
+    def pixels(self, family: Family) -> torch.Tensor:
+        """What the VAE takes: ``[B, 3 or 4, H, W]``, of a video VAE ``[B, 3 or 4, F, H, W]``, in [-1, 1].
+
+        Pictures without alpha are opaque to a VAE of pictures with alpha. float32 for a picture or uint8, else the dtype that
+        was sent.
+
+        Raises:
+            InvalidRequest: they are not for that VAE.
+        """
+        channels = family.pixel_channels
+        batch, height, width = self.size
+        encode_size(tuple(self.image.shape) if isinstance(self.image, torch.Tensor) else (batch, 3, height, width), family)
+        if isinstance(self.image, torch.Tensor):
+            pixels = self.image
+            if pixels.dtype == torch.uint8:
+                pixels = pixels.to(torch.float32).div_(127.5).sub_(1.0)
+            if pixels.shape[1] < channels:
+                pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
+        else:
+            pixels = px.image_to_pixels(self.image, channels)
+        return pixels.unsqueeze(2) if family.video and pixels.ndim == PICTURES else pixels
+
+    def in_form(
+        self, latents: torch.Tensor, family: Family, batch_norm: BatchNormed | None = None, *, is_posterior: bool = False
+    ) -> torch.Tensor:
+        """What the VAE gave, as it is answered: scaled and packed as was asked, with frames where the request had them.
+
+        Args:
+            latents: raw ones, or a posterior's mean and logvar.
+            family: of the VAE.
+            batch_norm: what a VAE of Flux.2 normalises packed latents by.
+            is_posterior: whether they are a posterior, which stays as it is.
+
+        Raises:
+            InvalidRequest: they cannot be scaled or packed.
+        """
+        if not is_posterior:
+            latents = self.scaling.scale(latents, family)
+            if self.packed:
+                return as_packed(latents, family, batch_norm)
+        return latents.squeeze(2) if latents.ndim == VIDEOS and not self.is_video else latents
 
     def to_http(self) -> HttpRequest:
         query = self.scaling.to_query()
         if self.posterior:
             query.append(("posterior", "True"))
+        if self.packed:
+            query.append(("form", _PACKED))
         if self.family:
             query.append(("family", self.family))
         if not isinstance(self.image, torch.Tensor):
@@ -116,19 +176,44 @@ class EncodeRequest:
             scaling=Scaling.from_query(values),
             posterior=parse_bool(values.get("posterior")),
             family=values.get("family") or None,
+            packed=_is_packed_form(values.get("form")),
+            alpha=True,
         )
 
 
 @dataclass(frozen=True)
 class EncodeAnswer:
-    """A checked answer to an encode: latents ``[B, C, h, w]``, or the posterior's mean and logvar ``[B, 2 C, h, w]``."""
+    """A checked answer to an encode.
+
+    Attributes:
+        latents: ``[B, C, h, w]``, of videos ``[B, C, F, h, w]``, or a posterior's mean and logvar with 2 C channels.
+        is_posterior: which of them.
+    """
 
     latents: torch.Tensor
     is_posterior: bool
 
 
+def encode_size(shape: tuple[int, ...], family: Family) -> tuple[int, int, int, int]:
+    """What pixels of ``shape`` are: pictures (or videos), frames of each (1 for pictures), height and width.
+
+    Needs the head of a request only, so that a server can refuse it before it takes memory for the body.
+
+    Raises:
+        InvalidRequest: the VAE of ``family`` cannot encode them.
+    """
+    channels = sorted({min(PIXEL_CHANNELS), family.pixel_channels})
+    if len(shape) not in (PICTURES, VIDEOS) or shape[1] not in channels or (len(shape) == VIDEOS and not family.video):
+        allowed = f"[B, {' or '.join(map(str, channels))}, {'F, ' if family.video else ''}H, W]"
+        raise InvalidRequest(f"the image tensor: got shape {list(shape)}, expected {allowed} for {family.label}")
+    if min(shape[-2:]) < family.downscale:
+        least = f"{family.downscale} x {family.downscale}"
+        raise InvalidRequest(f"a picture must have at least {least} pixels, not {list(shape[-2:])}")
+    return shape[0], shape[2] if len(shape) == VIDEOS else 1, shape[-2], shape[-1]
+
+
 def encode_response(latents: torch.Tensor, *, is_posterior: bool = False) -> HttpResponse:
-    """The answer to an encode: ``[B, C, h, w]``, or ``[B, 2 C, h, w]`` with the header ``posterior: True``.
+    """The answer to an encode: latents ``in_form``, or a posterior's with the header ``posterior: True``.
 
     Raises:
         NotFinite: NaN or infinite latents.
@@ -152,16 +237,8 @@ def expect_encode(request: EncodeRequest, headers: Mapping[str, str]) -> Expecte
     is_posterior = headers.get("posterior", "").strip().lower() == "true"
     if is_posterior and not request.posterior:
         raise MalformedAnswer("got a posterior, expected latents")
-    batch, height, width = request.size
-    fits = (
-        len(head.shape) == 4
-        and head.shape[0] == batch
-        and head.shape[1] <= MAX_LATENT_CHANNELS
-        and any(head.shape[2:] == (height // scale, width // scale) for scale in KNOWN_DOWNSCALES)
-    )
-    if not fits or (is_posterior and head.shape[1] % 2):
-        sizes = " or ".join(f"{height // scale} x {width // scale}" for scale in KNOWN_DOWNSCALES)
-        raise MalformedAnswer(f"got {head}, expected {batch} of latents {sizes}")
+    if not _fits(request, head.shape) or (is_posterior and head.shape[1] % 2):
+        raise MalformedAnswer(f"got {head}, expected {_expected(request)}")
     check_float(head)
 
     def finish(body: np.ndarray) -> EncodeAnswer:
@@ -173,13 +250,56 @@ def expect_encode(request: EncodeRequest, headers: Mapping[str, str]) -> Expecte
     return Expected(finish, head.nbytes, exact=head.nbytes)
 
 
+def latent_sides(pixels: int, downscale: int) -> tuple[int, int]:
+    """Latent cells along a side of so many pixels: most VAEs round down, HunyuanVideo's kind up."""
+    return pixels // downscale, -(-pixels // downscale)
+
+
+def _fits(request: EncodeRequest, shape: tuple[int, ...]) -> bool:
+    """Whether latents of ``shape`` may be of the request's pixels; which VAE made them is not known here."""
+    batch, height, width = request.size
+    if request.packed and len(shape) == 3:
+        tokens = [(height // scale // PACK) * (width // scale // PACK) for scale in KNOWN_DOWNSCALES]
+        return shape[0] == batch and shape[1] in tokens and shape[2] <= MAX_LATENT_CHANNELS
+    frames = shape[2] if request.is_video and len(shape) == VIDEOS else 1
+    return (
+        len(shape) == (VIDEOS if request.is_video and not request.packed else PICTURES)
+        and shape[0] == batch
+        and shape[1] <= MAX_LATENT_CHANNELS
+        and frames <= request.frames
+        and any(
+            shape[-2] in latent_sides(height, scale) and shape[-1] in latent_sides(width, scale) for scale in KNOWN_DOWNSCALES
+        )
+    )
+
+
+def _expected(request: EncodeRequest) -> str:
+    """What may come, for messages."""
+    batch, height, width = request.size
+    sizes = " or ".join(f"{height // scale} x {width // scale}" for scale in KNOWN_DOWNSCALES)
+    frames = f"up to {request.frames} frames of " if request.is_video else ""
+    return f"{batch} of {'packed ' if request.packed else ''}latents {frames}{sizes}"
+
+
 def _check_latents(request: EncodeRequest, latents: torch.Tensor) -> None:
     """Raises MalformedAnswer: latents that are the same everywhere (all zero, say), of a picture that varies."""
-    if latents.shape[2] * latents.shape[3] == 1:
+    channel = 2 if latents.ndim == 3 else 1
+    if latents.numel() == latents.shape[0] * latents.shape[channel]:
         return
-    flat = is_flat(latents, 1)
+    flat = is_flat(latents, channel)
     if not flat.any():
         return
-    image = request.image.detach().cpu() if isinstance(request.image, torch.Tensor) else px.image_to_pixels(request.image)
+    if isinstance(request.image, torch.Tensor):
+        image = request.image.detach().cpu()
+    else:
+        image = px.image_to_pixels(request.image, len(request.image.getbands()))
     if bool((flat & ~is_flat(image, 1)).any()):
         raise MalformedAnswer("got latents that are the same everywhere for a picture that is not")
+
+
+def _is_packed_form(form: str | None) -> bool:
+    if form not in (None, "", _PACKED):
+        raise InvalidRequest(
+            f"form: got {one_line(form or '', 40)!r}, expected {_PACKED}, or no form for latents as the VAE has them"
+        )
+    return form == _PACKED

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from remote_vae.errors import InvalidRequest
+from remote_vae.vae.factors import model_of, raw_of
+from remote_vae.vae.families import Family
 from remote_vae.wire.errors import one_line
 from remote_vae.wire.http import TENSOR_TYPE
 from remote_vae.wire.tensors import TensorHead, is_within
@@ -26,7 +28,7 @@ MAX_SHIFT = 1e3
 class Output(enum.Enum):
     """What a decode answers with."""
 
-    TENSOR = "tensor"  # float [B, 3, H, W] in [-1, 1]; video [B, 3, F, H, W]
+    TENSOR = "tensor"  # float [B, 3, H, W] in [-1, 1]; video [B, 3, F, H, W]; 4 channels in the place of 3 with alpha
     UINT8 = "uint8"  # uint8 [B, H, W, 3]; video [F, H, W, 3]
     UNIT = "unit"  # float [B or F, 3, H, W] in [0, 1]
     JPG = "jpg"  # one JPEG file
@@ -42,6 +44,11 @@ class Output(enum.Enum):
     def is_image(self) -> bool:
         """Whether the answer is one picture file."""
         return self in (Output.JPG, Output.PNG)
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether it can hold an alpha channel."""
+        return self not in (Output.JPG, Output.MP4)
 
     @property
     def query(self) -> tuple[tuple[str, str], ...]:
@@ -119,28 +126,35 @@ class Scaling:
             items.append(("do_scaling", "True"))
         return items
 
-    def unscale(self, latents: torch.Tensor, own_factor: float, own_shift: float) -> torch.Tensor:
-        """Model latents to raw latents, the decode's direction; ``own_*`` are the server's factors for ``by_model``.
+    def unscale(self, latents: torch.Tensor, family: Family) -> torch.Tensor:
+        """Model latents to raw latents, the decode's direction; ``family`` has the numbers for ``by_model``.
 
         Raises:
-            InvalidRequest: they are not finite in the dtype of ``latents``.
+            InvalidRequest: they are not finite in the dtype of ``latents``, or the VAE does not know the numbers.
         """
-        factor, shift = (own_factor, own_shift) if self.by_model else (self.factor, self.shift)
-        if factor is not None:
-            latents = latents / factor
-        if shift:
-            latents = latents + shift
+        if self.by_model:
+            latents = raw_of(latents, family)
+        else:
+            if self.factor is not None:
+                latents = latents / self.factor
+            if self.shift:
+                latents = latents + self.shift
         if not is_within(latents):
             dtype = str(latents.dtype).removeprefix("torch.")
             raise InvalidRequest(f"the unscaled latents are too large for the VAE's {dtype}: check scaling_factor")
         return latents
 
-    def scale(self, latents: torch.Tensor, own_factor: float, own_shift: float) -> torch.Tensor:
-        """Raw latents to model latents, the encode's direction; ``own_*`` are the server's factors for ``by_model``."""
-        factor, shift = (own_factor, own_shift) if self.by_model else (self.factor, self.shift)
-        if shift:
-            latents = latents - shift
-        return latents * factor if factor is not None else latents
+    def scale(self, latents: torch.Tensor, family: Family) -> torch.Tensor:
+        """Raw latents to model latents, the encode's direction; ``family`` has the numbers for ``by_model``.
+
+        Raises:
+            InvalidRequest: the VAE does not know the numbers.
+        """
+        if self.by_model:
+            return model_of(latents, family)
+        if self.shift:
+            latents = latents - self.shift
+        return latents * self.factor if self.factor is not None else latents
 
 
 UNSCALED = Scaling()

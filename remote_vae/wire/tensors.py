@@ -1,4 +1,4 @@
-"""Tensors as bytes: dtypes by name, shapes as text, and packed Flux latents."""
+"""Tensors as bytes: dtypes by name, shapes as text."""
 
 from __future__ import annotations
 
@@ -35,10 +35,6 @@ MAX_DIMENSIONS = 5
 
 _SHAPE = re.compile(r" *\[[0-9, ]{1,60}\] *")
 _SIZE = re.compile(r" *[0-9]{1,6} *")
-
-# Flux packs 2 x 2 latent cells into one token: [B, (h / 2)(w / 2), 4 C] (diffusers' FluxPipeline._pack_latents).
-PACK = 2
-MIN_CHANNELS = 4
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -148,46 +144,3 @@ def _parse_size(size: object) -> int:
         return int(size)
     shown = one_line(size, 20) if isinstance(size, str) else type(size).__name__
     raise ValueError(f"got {shown!r} in the shape, expected whole numbers")
-
-
-def is_packed(shape: tuple[int, ...], height: int | None, width: int | None, downscale: int = 8) -> bool:
-    """Whether 3-D latents are packed ``[B, S, 4 C]`` rather than one picture's ``[C, h, w]`` without its batch axis.
-
-    S = (H / 16)(W / 16) and the last dimension decide. ``[C, h, w]`` has h = H / 8, which is S only for W = 32, and then w = 4,
-    which would be packed latents of one channel; no VAE has fewer than four.
-    """
-    if len(shape) != 3 or not height or not width:
-        return False
-    cell = downscale * PACK
-    channels, rest = divmod(shape[2], PACK * PACK)
-    return shape[1] == (height // cell) * (width // cell) and channels >= MIN_CHANNELS and not rest
-
-
-def pack_latents(latents: torch.Tensor) -> torch.Tensor:
-    """``[B, C, h, w]`` to ``[B, (h / 2)(w / 2), 4 C]``; odd last rows and columns cannot be packed.
-
-    Raises:
-        InvalidRequest: h or w is odd.
-    """
-    batch, channels, height, width = latents.shape
-    if height % PACK or width % PACK:
-        raise InvalidRequest(f"latents to be packed: got {height} x {width} cells, expected even numbers")
-    cells = latents.reshape(batch, channels, height // PACK, PACK, width // PACK, PACK)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PACK * PACK)
-
-
-def unpack_latents(packed: torch.Tensor, height: int, width: int, downscale: int = 8) -> torch.Tensor:
-    """``[B, S, 4 C]`` to ``[B, C, h, w]``; ``height`` and ``width`` in pixels are rounded down to multiples of 16.
-
-    Raises:
-        InvalidRequest: S does not fit height and width.
-    """
-    rows, columns = height // (downscale * PACK), width // (downscale * PACK)
-    batch, tokens, features = packed.shape
-    if tokens != rows * columns or features % (PACK * PACK):
-        raise InvalidRequest(
-            f"packed latents for height {height} and width {width}: got shape {list(packed.shape)}, "
-            f"expected [B, {rows * columns}, {PACK * PACK} x channels]"
-        )
-    cells = packed.reshape(batch, rows, columns, features // (PACK * PACK), PACK, PACK)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, rows * PACK, columns * PACK)

@@ -3,14 +3,17 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from remote_vae.errors import InvalidRequest, MalformedAnswer, NotFinite, OneColour
+from remote_vae.vae.families import Family, find_family
 from remote_vae.wire import (
     DecodeAnswer,
     DecodeRequest,
@@ -28,6 +31,10 @@ LATENTS = torch.linspace(-3, 3, 4 * 4 * 6).reshape(1, 4, 4, 6)
 PIXELS = torch.linspace(-1.2, 1.2, 3 * 32 * 48).reshape(1, 3, 32, 48)
 BATCH = torch.zeros(2, 4, 4, 4)
 VIDEO = torch.linspace(-3, 3, 16 * 2 * 4 * 6).reshape(1, 16, 2, 4, 6)
+
+
+def family(channels: int) -> Family:
+    return Family("any", "any VAE", channels, 8)
 
 
 def lower(headers: Mapping[str, str]) -> dict[str, str]:
@@ -176,18 +183,18 @@ def test_a_base64_body_that_is_none_is_refused(body: bytes) -> None:
 def test_latents_come_unpacked_whatever_form_they_had() -> None:
     latents = torch.randn(1, 16, 4, 6)
     packed = DecodeRequest(torch.randn(2, 6, 64), height=32, width=48)
-    assert packed.unpacked(16, 8).shape == (2, 16, 4, 6)
+    assert packed.unpacked(family(16)).shape == (2, 16, 4, 6)
     unbatched = DecodeRequest(latents[0], height=32, width=48)
-    assert torch.equal(unbatched.unpacked(16, 8), latents)
+    assert torch.equal(unbatched.unpacked(family(16)), latents)
     ignored = DecodeRequest(latents, height=999, width=7)
-    assert torch.equal(ignored.unpacked(16, 8), latents)
+    assert torch.equal(ignored.unpacked(family(16)), latents)
 
 
 @pytest.mark.parametrize(("shape", "channels"), [((1, 4, 4, 6), 16), ((4, 4, 6), 16), ((1, 7, 64), 16), ((1, 6, 64), 4)])
 def test_latents_for_another_vae_are_refused(shape: tuple[int, ...], channels: int) -> None:
     request = DecodeRequest(torch.zeros(shape), height=32, width=48)
     with pytest.raises(InvalidRequest):
-        request.unpacked(channels, 8)
+        request.unpacked(family(channels))
 
 
 # --- answers
@@ -245,6 +252,135 @@ def test_video_comes_in_the_shape_of_the_protocol(output: Output, shape: tuple[i
     assert believed(request, decode_response(request, frames)).tensor.shape == shape
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("output", [Output.TENSOR, Output.UINT8])
+def test_a_video_comes_back_frame_for_frame(output: Output, channels: int) -> None:
+    request = DecodeRequest(VIDEO, output)
+    clip = torch.rand(1, channels, 5, 32, 48) * 2 - 1
+    answer = believed(request, decode_response(request, clip))
+    assert answer.extent == (1, channels, 5, 32, 48)
+    pixels = answer.pixels("cpu", torch.float32)
+    assert pixels.shape == clip.shape
+    for frame in range(5):
+        assert torch.equal(to_uint8(pixels[:, :, frame]), to_uint8(clip[:, :, frame]))
+
+
+def test_batches_of_videos_come_as_tensors() -> None:
+    request = DecodeRequest(VIDEO.repeat(2, 1, 1, 1, 1))
+    clips = torch.rand(2, 3, 5, 32, 48)
+    answer = believed(request, decode_response(request, clips))
+    assert answer.extent == (2, 3, 5, 32, 48)
+    assert torch.equal(answer.pixels("cpu", torch.float32), clips)
+
+
+ONE_FRAME = VIDEO[:, :, :1]
+
+
+@pytest.mark.parametrize("output", [Output.TENSOR, Output.UINT8, Output.PNG, Output.JPG])
+def test_one_frame_of_a_video_vae_is_a_picture_with_an_axis_of_frames(output: Output) -> None:
+    request = DecodeRequest(ONE_FRAME, output)
+    answer = believed(request, decode_response(request, PIXELS.unsqueeze(2)))
+    assert answer.extent == (1, 3, 1, 32, 48)
+    pixels = answer.pixels("cpu", torch.float32)
+    assert pixels.shape == (1, 3, 1, 32, 48)
+    off = to_uint8(pixels.squeeze(2)).int() - to_uint8(PIXELS).int()
+    assert off.abs().max() <= (4 if output is Output.JPG else 0)
+
+
+@pytest.mark.parametrize("output", [Output.TENSOR, Output.UINT8, Output.PNG, Output.UNIT])
+def test_latents_without_frames_are_answered_without_frames(output: Output) -> None:
+    request = DecodeRequest(LATENTS, output)
+    answer, expected = decode_response(request, PIXELS.unsqueeze(2)), decode_response(request, PIXELS)
+    assert bytes(answer.body) == bytes(expected.body)
+    assert answer.headers == expected.headers
+
+
+@pytest.mark.parametrize(
+    ("latents", "output", "clip", "message"),
+    [
+        (LATENTS, Output.TENSOR, (1, 3, 2, 32, 48), "send them with frames"),
+        (ONE_FRAME, Output.PNG, (1, 3, 4, 32, 48), "make 4 pictures"),
+        (ONE_FRAME, Output.TENSOR, (1, 3, 32, 48), "send them with frames"),
+        (ONE_FRAME, Output.JPG, (1, 4, 1, 32, 48), "alpha channel, which jpg cannot hold: ask for png"),
+        (VIDEO, Output.MP4, (1, 4, 5, 32, 48), "alpha channel, which mp4 cannot hold: ask for output_type pt"),
+    ],
+)
+def test_an_answer_that_cannot_hold_the_pixels_is_not_made(
+    latents: torch.Tensor, output: Output, clip: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        decode_response(DecodeRequest(latents, output), torch.rand(clip))
+
+
+def test_jpeg_of_a_vae_with_alpha_is_refused_before_the_vae_is_asked() -> None:
+    with pytest.raises(InvalidRequest, match="ask for png"):
+        DecodeRequest(torch.zeros(1, 64, 1, 2, 2), Output.JPG).unpacked(find_family("qwen-image-2.1"))
+
+
+def test_a_png_keeps_the_alpha_channel() -> None:
+    levels = torch.randint(0, 256, (1, 4, 32, 48), generator=torch.Generator().manual_seed(0))
+    request = DecodeRequest(ONE_FRAME, Output.PNG)
+    answer = believed(request, decode_response(request, (levels / 127.5 - 1).unsqueeze(2)))
+    assert answer.extent == (1, 4, 1, 32, 48)
+    assert torch.equal(to_uint8(answer.pixels("cpu", torch.float32).squeeze(2)), levels.movedim(1, -1).to(torch.uint8))
+
+
+class Largest(TorchDispatchMode):
+    """The most floating point values that any operation makes a new tensor of; ``empty`` makes none."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.is_floating_point() and "empty" not in str(function):
+            own = made.untyped_storage().data_ptr() not in {
+                arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)
+            }
+            self.values = max(self.values, made.numel() if own else 0)
+        return made
+
+
+@pytest.mark.parametrize("output", [Output.UINT8, Output.MP4])
+def test_a_clip_is_answered_and_read_frame_by_frame(output: Output) -> None:
+    clip, request = torch.rand(1, 3, 40, 64, 64), DecodeRequest(VIDEO.repeat(1, 1, 20, 1, 1), output)
+    frame = clip[:, :, 0].numel()
+    with Largest() as largest:
+        decode_response(request, clip)
+    assert 0 < largest.values <= frame
+    levels = torch.randint(0, 256, (40, 64, 64, 3), dtype=torch.uint8)
+    with Largest() as largest:
+        assert DecodeAnswer(Output.UINT8, levels, is_video=True).pixels("cpu", torch.float32).shape == clip.shape
+    assert 0 < largest.values <= frame
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        tensor_head([1, 3, 17, 32, 48]),
+        tensor_head([1, 5, 5, 32, 48]),
+        tensor_head([1, 2, 5, 32, 48]),
+        tensor_head([2, 3, 5, 32, 48]),
+        tensor_head([1, 3, 5, 32, 47]),
+        tensor_head([1, 3, 5, 1280, 1920]),
+        tensor_head([1, 3, 65536, 65536, 65536]),
+        tensor_head([3, 5, 32, 48]),
+        tensor_head([5, 3, 32, 48]),
+    ],
+)
+def test_a_head_that_is_no_video_of_these_latents_is_refused(headers: dict[str, str]) -> None:
+    with pytest.raises(MalformedAnswer):
+        expect_decode(DecodeRequest(VIDEO), headers)
+
+
+def test_a_torn_video_is_not_taken() -> None:
+    request = DecodeRequest(VIDEO, Output.UINT8)
+    answer = decode_response(request, torch.rand(1, 3, 5, 32, 48))
+    expected = expect_decode(request, lower(answer.headers))
+    for length in (0, 1, len(answer.body) - 1):
+        with pytest.raises(MalformedAnswer, match="expected 23040"):
+            expected.finish(np.frombuffer(bytes(answer.body)[:length], np.uint8))
+
+
 def test_an_mp4_answer_is_the_bytes_of_the_file() -> None:
     request = DecodeRequest(VIDEO, Output.MP4)
     answer = decode_response(request, PIXELS.unsqueeze(2).expand(1, 3, 5, 32, 48))
@@ -272,7 +408,7 @@ def test_the_dtype_of_the_answer_may_differ_from_the_request() -> None:
         {"content-type": "text/html; charset=utf-8", "shape": "[1, 3, 32, 48]", "dtype": "float32"},
         tensor_head([1, 3, 32, 48], label="application/json"),
         tensor_head([2, 3, 32, 48]),
-        tensor_head([1, 4, 32, 48]),
+        tensor_head([1, 5, 32, 48]),
         tensor_head([1, 3, 48, 32]),
         tensor_head([1, 3, 32, 49]),
         tensor_head([1, 3, 24, 36]),
@@ -417,7 +553,7 @@ def test_latents_that_are_not_finite_after_unscaling_are_refused_and_not_decoded
     latents = torch.full((1, 4, 2, 2), 3e4).to(DTYPES[name])
     request = DecodeRequest(latents, scaling=Scaling(0.13025))
     if name == "bfloat16":
-        assert torch.isfinite(request.scaling.unscale(latents, 1.0, 0.0)).all()
+        assert torch.isfinite(request.scaling.unscale(latents, family(4))).all()
     else:
         with pytest.raises(InvalidRequest, match="too large for the VAE's float16"):
-            request.scaling.unscale(latents, 1.0, 0.0)
+            request.scaling.unscale(latents, family(4))

@@ -18,12 +18,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from remote_vae.errors import InvalidRequest, MalformedAnswer
+from remote_vae.vae.families import Family
+from remote_vae.vae.packed import BatchNormed
 from remote_vae.wire import (
     DecodeRequest,
     EncodeRequest,
     Expected,
     Output,
     decode_size,
+    encode_size,
     error_detail,
     expect_decode,
     expect_encode,
@@ -39,20 +42,43 @@ WORDS = st.sampled_from(
     [
         "float16", "float32", "bfloat16", "uint8", "float64", "pil", "pt", "mp4", "png", "jpg", "webp", "True", "False", "None",
         "0", "1", "1e-30", "1e30", "1e999", "-0.0", "nan", "inf", "0.18215", "32", "9" * 5000, "[" * 1000, "[1, 4, 2, 2]",
-        "[1, 3, 16, 16]", "[1, 16, 16, 3]", "[1, 3, 65536, 65536]", "[1, 4, 2, 2" + " " * 5000 + "]", "tensor/binary",
-        "tensor/base64", "image/png", "image/jpeg", "text/html", "application/json", "gzip", "identity", "\x1b[2J", "\ud800",
+        "[1, 3, 16, 16]", "[1, 16, 16, 3]", "[1, 3, 5, 16, 16]", "[5, 16, 16, 4]", "[1, 8, 2, 2, 2]", "[1, 1, 64]",
+        "[1, 3, 65536, 65536]", "[1, 4, 2, 2" + " " * 5000 + "]", "tensor/binary", "tensor/base64", "packed", "image/png",
+        "image/jpeg", "text/html", "application/json", "gzip", "identity", "\x1b[2J", "\ud800",
     ]
 ) | st.text(max_size=20)  # fmt: skip
 KEYS = [
     "dtype", "output_type", "image_format", "partial_postprocess", "scaling_factor", "shift_factor", "do_scaling", "height",
-    "width", "family", "truncate", "posterior", "input_tensor_type",
+    "width", "family", "truncate", "posterior", "input_tensor_type", "form",
 ]  # fmt: skip
 PAIRS = st.lists(st.tuples(st.just("shape"), SIZES), max_size=6).flatmap(
     lambda shape: st.lists(st.tuples(st.sampled_from(KEYS), WORDS), max_size=6).map(lambda others: shape + others)
 )
-# One that is nearly right, as what is wrong altogether does not come far.
-GOOD = [("shape", "1"), ("shape", "4"), ("shape", "2"), ("shape", "2"), ("dtype", "float16")]
-QUERIES = PAIRS | PAIRS.map(lambda more: GOOD + [pair for pair in more if pair[0] not in ("shape", "dtype")])
+# Some that are nearly right, as what is wrong altogether does not come far.
+GOOD = [
+    [*(("shape", str(size)) for size in shape), ("dtype", "float16"), ("height", "32"), ("width", "32")]
+    for shape in (
+        (1, 4, 2, 2),
+        (1, 4, 1, 2, 2),
+        (1, 4, 2, 1, 2),
+        (1, 1, 16),
+        (4, 2, 2),
+        (1, 4, 4),
+        (1, 3, 16, 16),
+        (1, 4, 3, 8, 8),
+    )
+]
+QUERIES = PAIRS | st.tuples(st.sampled_from(GOOD), PAIRS).map(
+    lambda both: both[0] + [pair for pair in both[1] if pair[0] not in ("shape", "dtype", "height", "width")]
+)
+# What a server may have: a VAE of pictures, of videos, of pictures with alpha, and one that normalises packed latents.
+VAES = [
+    Family("plain", "a plain VAE", 4, 8),
+    Family("video", "a video VAE", 4, 8, video=True, frame_scale=4, latents_mean=(0.1,) * 4, latents_std=(2.0,) * 4),
+    Family("rgba", "a VAE with alpha", 4, 16, pixel_channels=4, video=True),
+    Family("normed", "a VAE that norms", 1, 8, classes=("AutoencoderKLFlux2",)),
+]
+NORM = BatchNormed(torch.zeros(4), torch.ones(4))
 HEADERS = st.dictionaries(st.sampled_from(["content-type", "content-encoding", "accept", "shape", "dtype", "posterior"]), WORDS)
 IMAGES = [image_to_bytes(Image.linear_gradient("L").resize((16, 16)), form) for form in ("png", "jpg")]
 JSON: st.SearchStrategy[Any] = st.recursive(
@@ -102,39 +128,48 @@ def headed(value: Callable[[], Expected[Any]], body: bytes) -> None:
 
 
 @MANY
-@given(query=QUERIES, headers=HEADERS, body=BODIES)
+@given(query=QUERIES, headers=HEADERS, body=BODIES, family=st.sampled_from(VAES))
 def test_a_server_meets_nothing_but_invalid_requests(
-    query: list[tuple[str, str]], headers: dict[str, str], body: bytes
+    query: list[tuple[str, str]], headers: dict[str, str], body: bytes, family: Family
 ) -> None:
     with bounded():
         with suppress(InvalidRequest):
             head = tensor_head(query)
             if head is not None:
-                decode_size(head.shape, 32, 32, 4, 8)
+                decode_size(head.shape, 32, 32, family)
+                encode_size(head.shape, family)
         with suppress(InvalidRequest):
             request = DecodeRequest.from_http(query, headers, body)
-            request.scaling.unscale(request.unpacked(4, 8), 0.18215, 0.0)
+            request.scaling.unscale(request.unpacked(family, NORM), family)
         with suppress(InvalidRequest):
-            EncodeRequest.from_http(query, body, max_pixels=4096).pixels()
+            EncodeRequest.from_http(query, body, max_pixels=4096).pixels(family)
 
 
 ASKED = [
     *(DecodeRequest(torch.arange(16).reshape(1, 4, 2, 2).half(), output) for output in Output if output is not Output.MP4),
     DecodeRequest(torch.arange(16).reshape(1, 4, 2, 2).half(), base64_answer=True),
     DecodeRequest(torch.randn(1, 16, 64), height=64, width=64),
-    DecodeRequest(torch.randn(1, 16, 2, 2, 2), Output.MP4),
-    DecodeRequest(torch.randn(1, 16, 2, 2, 2), Output.UINT8),
+    DecodeRequest(torch.randn(1, 128, 2, 2)),
+    *(DecodeRequest(torch.randn(1, 16, 2, 2, 2), output) for output in Output if not output.is_image),
+    *(DecodeRequest(torch.randn(1, 16, 1, 2, 2), output) for output in Output),
+]
+ENCODED = [
+    EncodeRequest(torch.rand(1, 3, 16, 16), posterior=True),
+    EncodeRequest(torch.rand(1, 4, 5, 16, 16), posterior=True),
+    EncodeRequest(torch.rand(1, 3, 1, 16, 16), packed=True),
 ]
 
 
 @MANY
-@given(request=st.sampled_from(ASKED), headers=HEADERS, body=BODIES)
-def test_a_client_meets_nothing_but_malformed_answers(request: DecodeRequest, headers: dict[str, str], body: bytes) -> None:
+@given(request=st.sampled_from(ASKED), encoded=st.sampled_from(ENCODED), headers=HEADERS, body=BODIES)
+def test_a_client_meets_nothing_but_malformed_answers(
+    request: DecodeRequest, encoded: EncodeRequest, headers: dict[str, str], body: bytes
+) -> None:
     with bounded():
         with suppress(MalformedAnswer):
             headed(lambda: expect_decode(request, headers), body)
         with suppress(MalformedAnswer):
-            headed(lambda: expect_encode(EncodeRequest(torch.rand(1, 3, 16, 16), posterior=True), headers), body)
+            headed(lambda: expect_encode(encoded, headers), body)
         with suppress(MalformedAnswer):
             headed(lambda: expect_info(headers), body)
         line = error_detail(body)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -69,9 +70,25 @@ def test_png_is_lossless_and_jpeg_keeps_every_colour_sample() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "CMYK", "LA", "I;16"])
-def test_a_picture_of_any_mode_is_sent_as_rgb(mode: str) -> None:
+def test_a_picture_of_any_mode_becomes_rgb_or_keeps_its_alpha(mode: str) -> None:
     image = Image.new(mode, (16, 8))
-    assert px.image_from_bytes(px.image_to_bytes(image, "png"), max_pixels=128).mode == "RGB"
+    assert px.to_rgb(image).mode == "RGB"
+    kept = "RGBA" if mode.endswith("A") else "RGB"
+    assert px.image_from_bytes(px.image_to_bytes(image, "png"), max_pixels=128).mode == kept
+    assert px.image_from_bytes(px.image_to_bytes(image, "jpg"), max_pixels=128).mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_png_has_every_level_of_colour_and_alpha(mode: str) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (16, 24, len(mode)), dtype=np.uint8)
+    image = Image.fromarray(levels, mode)
+    back = px.image_from_bytes(px.image_to_bytes(image, "png"), max_pixels=400)
+    assert np.array_equal(np.array(back), np.array(image.convert("RGBA")))
+    assert torch.equal(px.to_uint8(px.image_to_pixels(image, 4))[0], torch.from_numpy(np.array(back)))
+
+
+def test_a_picture_without_alpha_is_opaque_where_alpha_is_wanted() -> None:
+    assert px.image_to_pixels(Image.new("RGB", (16, 8)), 4)[:, 3].unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -282,16 +299,22 @@ def test_a_users_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
 # --- films
 
 
+def film(frames: Iterable[torch.Tensor]) -> bytes:
+    file = io.BytesIO()
+    px.write_mp4(frames, file)
+    return file.getvalue()
+
+
 def test_an_mp4_has_every_frame_in_its_size() -> None:
     frames = torch.randint(0, 255, (5, 33, 48, 3), dtype=torch.uint8)
-    data = px.check_mp4(px.video_to_mp4(frames))
+    data = px.check_mp4(film(frames))
     with av.open(io.BytesIO(data)) as container:
         decoded = [frame.to_ndarray(format="rgb24").shape for frame in container.decode(video=0)]
     assert decoded == [(32, 48, 3)] * 5
 
 
 def test_a_file_that_is_no_whole_mp4_is_not_believed() -> None:
-    data = px.video_to_mp4(torch.randint(0, 255, (5, 32, 48, 3), dtype=torch.uint8))
+    data = film(torch.randint(0, 255, (5, 32, 48, 3), dtype=torch.uint8))
     for length in range(0, len(data), 97):
         with pytest.raises(MalformedAnswer, match="mp4"):
             px.check_mp4(data[:length])

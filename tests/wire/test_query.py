@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from remote_vae.errors import InvalidRequest
-from remote_vae.vae.families import load_families
+from remote_vae.vae.families import Family, load_families
 from remote_vae.wire import Scaling
 
 
@@ -29,12 +29,13 @@ def test_booleans_and_absent_factors_are_read_as_clients_write_them() -> None:
 
 def test_scaling_is_that_of_the_protocol() -> None:
     z = torch.randn(1, 4, 2, 2)
-    assert torch.equal(Scaling(0.5, 0.25).unscale(z, 9.0, 9.0), z / 0.5 + 0.25)
-    assert torch.equal(Scaling(by_model=True).unscale(z, 0.25, 0.5), z / 0.25 + 0.5)
-    assert torch.equal(Scaling().unscale(z, 9.0, 9.0), z)
-    assert torch.equal(Scaling(0.5, 0.25).scale(z, 9.0, 9.0), (z - 0.25) * 0.5)
-    assert torch.equal(Scaling(by_model=True).scale(z, 0.5, 0.25), (z - 0.25) * 0.5)
-    assert torch.equal(Scaling().scale(z, 9.0, 9.0), z)
+    own = Family("any", "any VAE", 4, 8, 4.0, 9.0)
+    assert torch.equal(Scaling(0.5, 0.25).unscale(z, own), z / 0.5 + 0.25)
+    assert torch.equal(Scaling(by_model=True).unscale(z, own), z / 4.0 + 9.0)
+    assert torch.equal(Scaling().unscale(z, own), z)
+    assert torch.equal(Scaling(0.5, 0.25).scale(z, own), (z - 0.25) * 0.5)
+    assert torch.equal(Scaling(by_model=True).scale(z, own), (z - 9.0) * 4.0)
+    assert torch.equal(Scaling().scale(z, own), z)
 
 
 def test_the_factors_of_every_family_are_allowed() -> None:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remote_vae.errors import InvalidRequest, MalformedAnswer
-from remote_vae.wire import TensorHead, pack_latents, unpack_latents
-from remote_vae.wire.tensors import DTYPES, dtype_name, is_packed, is_within, tensor_from_bytes, tensor_to_bytes
+from remote_vae.wire import TensorHead
+from remote_vae.wire.tensors import DTYPES, dtype_name, is_within, tensor_from_bytes, tensor_to_bytes
 from tests.pretend_gpu import pretended
 
 SIZES = st.integers(1, 6)
@@ -100,42 +100,6 @@ def test_a_result_can_be_written_to_even_from_immutable_bytes() -> None:
     tensor = tensor_from_bytes(bytes(12), TensorHead((3,), torch.float32))
     tensor += 1
     assert tensor.sum() == 3
-
-
-@given(batch=SIZES, channels=SIZES, rows=SIZES, columns=SIZES)
-def test_unpacking_undoes_packing(batch: int, channels: int, rows: int, columns: int) -> None:
-    latents = torch.randn(batch, channels, rows * 2, columns * 2)
-    packed = pack_latents(latents)
-    assert packed.shape == (batch, rows * columns, channels * 4)
-    assert torch.equal(unpack_latents(packed, rows * 16, columns * 16), latents)
-
-
-def test_packing_is_that_of_diffusers_flux_pipeline() -> None:
-    from diffusers import FluxPipeline
-
-    latents = torch.randn(2, 16, 6, 10)
-    packed = FluxPipeline._pack_latents(latents, 2, 16, 6, 10)
-    assert torch.equal(pack_latents(latents), packed)
-    assert torch.equal(unpack_latents(packed, 48, 80), FluxPipeline._unpack_latents(packed, 48, 80, 8))
-
-
-def test_packed_1208_pixels_are_75_tokens_a_side() -> None:
-    assert unpack_latents(torch.zeros(1, 75 * 75, 64), 1208, 1208).shape == (1, 16, 150, 150)
-
-
-def test_packed_latents_that_do_not_fit_their_size_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="expected"):
-        unpack_latents(torch.zeros(1, 100, 64), 512, 512)
-    with pytest.raises(InvalidRequest, match="even"):
-        pack_latents(torch.zeros(1, 4, 3, 4))
-
-
-@given(rows=st.integers(1, 64), columns=st.integers(1, 64))
-def test_one_pictures_latents_are_never_taken_for_packed_ones(rows: int, columns: int) -> None:
-    height, width = rows * 16, columns * 16
-    assert is_packed((1, rows * columns, 64), height, width)
-    assert is_packed((3, rows * columns, 16), height, width)
-    assert not is_packed((16, height // 8, width // 8), height, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
