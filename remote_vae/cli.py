@@ -21,10 +21,11 @@ from remote_vae.errors import EndpointError, MalformedAnswer, RemoteVaeError, Ro
 from remote_vae.history import Record
 from remote_vae.remote.client import Deadlines, beside, client_for, shown
 from remote_vae.remote.endpoints import endpoint_for
+from remote_vae.remote.trial import family_said
 from remote_vae.router import Router
 from remote_vae.settings import Option, Settings, load_options
 from remote_vae.vae.at_work import Op, VaeAtWork
-from remote_vae.vae.families import CUSTOM, Family, find_family, load_families
+from remote_vae.vae.families import Family, find_family, load_families
 from remote_vae.version import __version__
 from remote_vae.wire import DecodeAnswer, EncodeAnswer, Info
 from remote_vae.wire.pixels import image_to_pixels, open_picture, to_uint8
@@ -299,10 +300,9 @@ def _family(op: Op, named: str | None, settings: Settings, otherwise: str = "") 
     # What else is wrong with the endpoint, the call itself will say.
     with suppress(EndpointError, MalformedAnswer):
         info = client_for(beside(url, "info")).info(Deadlines.of(settings).quick)
-    if info.family in load_families():
-        return load_families()[info.family]
-    if info.factors:
-        return Family(CUSTOM, "custom VAE", *info.factors)
+    found = family_said(info)
+    if found is not None:
+        return found
     if otherwise:
         return find_family(otherwise)
     raise SettingsError(f"{shown(url)} does not say which VAE it has; name it with --family, for example --family sd1")

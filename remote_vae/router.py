@@ -51,7 +51,7 @@ class Router:
                 outcome = local.answer(call, settings)
             except Exception as error:
                 self._record(call, settings, Outcome(None, "failed"), started, [*reasons, str(error)])
-                raise self._failed(call, settings, error) from error
+                raise self.failed(call, settings, error) from error
         self._record(call, settings, outcome, started, [*reasons, outcome.because])
         return outcome.value
 
@@ -111,7 +111,8 @@ class Router:
         except Exception:
             log.debug("the record was lost", exc_info=True)
 
-    def _failed(self, call: VaeCall[T], settings: Settings, error: Exception) -> VaeCallFailed:
+    def failed(self, call: VaeCall[T], settings: Settings, error: Exception) -> VaeCallFailed:
+        """What to raise for a call that nothing could answer, in the end for ``error``; the latents of a decode are saved."""
         if call.op == "encode":
             return VaeCallFailed(f"the picture could not be encoded: {error}")
         folders = [folder for folder in (settings.rescue_folder, self._rescue_folder) if folder]

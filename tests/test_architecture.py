@@ -43,7 +43,20 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": ROUTER | {"hosts"},
 }
-HOST_MODULES = {"modules", "ldm", "sgm", "launch", "gradio", "modules_forge", "backend"}
+HOST_MODULES = {
+    "modules",
+    "ldm",
+    "sgm",
+    "launch",
+    "gradio",
+    "modules_forge",
+    "backend",
+    "comfy",
+    "comfy_execution",
+    "execution",
+    "folder_paths",
+    "server",
+}
 
 
 def files() -> list[Path]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 from remote_vae.extension.accordion import script_class
 from remote_vae.extension.axes import add_axes, remove_axes
+from remote_vae.extension.console import show_log
 from remote_vae.extension.settings_panel import add_options, restrict_options
 from remote_vae.extension.share import mount
 from remote_vae.hosts.base import WebUi
@@ -21,7 +21,7 @@ def load() -> type | None:
     Returns:
         The script that the host is to show, or None where it cannot show one.
     """
-    _show_log()
+    show_log()
     adapter = detect()
     if adapter is None:
         return None
@@ -54,39 +54,3 @@ def _register(adapter: WebUi) -> None:
     script_callbacks.on_script_unloaded(remove_axes)
     script_callbacks.on_before_ui(add_axes)
     script_callbacks.on_app_started(lambda _demo, app: mount(app, adapter, queue_lock))
-
-
-class _Named(logging.Filter):
-    """Puts the extension's name before its lines, whoever prints them: SD.Next gives every logger its own handlers.
-
-    The text is made here: one of SD.Next's handlers writes it into the record's ``msg`` and leaves its ``args``, at which the
-    handlers after it fail.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = f"Remote VAE: {record.getMessage()}", None
-        return True
-
-
-class _Console(logging.Handler):
-    """Prints to what is standard output by then: SD.Next redirects it while it loads scripts."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # A line is not worth a picture: there may be no console, or one that has not all letters.
-        try:
-            stream = sys.stdout
-            line = self.format(record).encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
-            stream.write(line.decode(getattr(stream, "encoding", None) or "utf-8") + "\n")
-        except Exception:
-            self.handleError(record)
-
-
-def _show_log() -> None:
-    """One line a VAE call in the host's console, where the host shows no INFO lines itself."""
-    if not any(isinstance(each, _Named) for each in log.filters):
-        log.addFilter(_Named())
-    if log.handlers:
-        return
-    log.addHandler(_Console())
-    log.setLevel(logging.INFO)
-    log.propagate = False

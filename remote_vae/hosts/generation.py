@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional, TypeVar
 from urllib.parse import urlsplit
@@ -133,29 +133,11 @@ class Generation:
 
     def summary(self) -> str:
         """Such as "decode remote (u8), encode local (503)"; empty where nothing was to be remote."""
-        records = self._of_this_picture()
-        if all(record.route != "remote" and not record.fallback_reason for record in records):
-            return ""
-        parts = []
-        for op in ("decode", "encode"):
-            ways = list(dict.fromkeys(self._way(record) for record in records if record.op == op))
-            if ways:
-                parts.append(f"{op} {' and '.join(ways)}")
-        return ", ".join(parts)
+        return in_words(self._of_this_picture(), names_endpoint=self.names_endpoint)
 
     def _of_this_picture(self) -> list[Record]:
         # A source picture is encoded once for all iterations; what decoded an earlier one says nothing of this one.
         return [record for iteration, record in self._records if record.op == "encode" or iteration == self._iteration]
-
-    def _way(self, record: Record) -> str:
-        host = urlsplit(record.endpoint).hostname or ""
-        if record.route == "remote":
-            return f"remote {host} ({record.detail})" if self.names_endpoint else f"remote ({record.detail})"
-        name = record.route if record.route == "failed" else "local"
-        reason = _shortly(record.fallback_reason)
-        if host and not self.names_endpoint:
-            reason = reason.replace(host, "the endpoint")
-        return f"{name} ({reason})" if reason else name
 
     @property
     def _iteration(self) -> int:
@@ -186,6 +168,29 @@ class Generation:
             return call.adopt(keep(answer) if isinstance(answer, EncodeAnswer) else answer)
 
         return run(replace(call, tensor=picture, adopt=adopt))
+
+
+def in_words(records: Sequence[Record], *, names_endpoint: bool) -> str:
+    """What ``records`` say of a picture: "decode remote (u8), encode local (503)"; empty where nothing was to be remote."""
+    if all(record.route != "remote" and not record.fallback_reason for record in records):
+        return ""
+    parts = []
+    for op in ("decode", "encode"):
+        ways = list(dict.fromkeys(_way(record, names_endpoint=names_endpoint) for record in records if record.op == op))
+        if ways:
+            parts.append(f"{op} {' and '.join(ways)}")
+    return ", ".join(parts)
+
+
+def _way(record: Record, *, names_endpoint: bool) -> str:
+    host = urlsplit(record.endpoint).hostname or ""
+    if record.route == "remote":
+        return f"remote {host} ({record.detail})" if names_endpoint else f"remote ({record.detail})"
+    name = record.route if record.route == "failed" else "local"
+    reason = _shortly(record.fallback_reason)
+    if host and not names_endpoint:
+        reason = reason.replace(host, "the endpoint")
+    return f"{name} ({reason})" if reason else name
 
 
 def _shortly(reason: str) -> str:

@@ -98,11 +98,12 @@ class RemoteRoute:
 
     def _asked(self, call: VaeCall[T], settings: Settings, client: EndpointClient, turn: Turn, *, public: bool) -> Outcome[T]:
         url = client.url
-        call.user.tell(f"{call.doing} on {urlsplit(url).netloc}")
         batch, height, width = call.size
         pixels = batch * height * width
         deadlines = Deadlines.of(settings, pixels, self._endpoints.expected(url, pixels))
         try:
+            # In here: where the user has given up, a host's own exception ends the call, and the turn has to end with it.
+            call.user.tell(f"{call.doing} on {urlsplit(url).netloc}")
             ask = partial(_ask_test_picture, client, call, settings)
             note = self._same_vae.admit(call, url, settings, ask, public=public)
             started = time.monotonic()

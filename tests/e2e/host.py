@@ -62,6 +62,8 @@ class Host:
     """AUTOMATIC1111; the others say what is different."""
 
     name = "AUTOMATIC1111"
+    # Whether Interrupt ends the job, and not only the wait for an endpoint.
+    interrupt_ends_job = False
     size = 128
     steps = 4
     sampler = "Euler"
@@ -128,6 +130,13 @@ class Host:
         finally:
             self._saves = None
             self.options({key: stored[key] for key in wanted if key in stored})
+
+    def interrupt(self) -> None:
+        self.call("/sdapi/v1/interrupt", {})
+
+    def progress_text(self) -> str:
+        """The host's progress line."""
+        return self.call("/sdapi/v1/progress?skip_current_image=true").get("textinfo") or ""
 
     def generate(self, path: str, body: dict[str, Any]) -> Shot:
         before = self._files()
@@ -202,7 +211,11 @@ class SdNext(Host):
 
 def find_host(url: str) -> Host:
     """Which host answers at ``url``, by what its API has."""
+    from tests.e2e.comfyui import ComfyUi  # it is made of this module
+
     host = Host(url)
+    if host.has("/system_stats"):
+        return ComfyUi(url)
     if host.has("/sdapi/v1/version"):
         return SdNext(url)
     if host.has("/sdapi/v1/sd-modules"):

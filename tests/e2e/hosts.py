@@ -1,4 +1,4 @@
-"""Drives a running AUTOMATIC1111, Forge, Forge Neo or SD.Next with the extension installed, and writes what came out.
+"""Drives a running AUTOMATIC1111, Forge, Forge Neo, SD.Next or ComfyUI with the extension installed, and writes the tables.
 
     python -m tests.e2e.hosts --host http://127.0.0.1:7861 --server http://127.0.0.1:7870 --markdown a1111.md
 
@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.chaos import Chaos
+from tests.e2e.comfyui import ComfyRows, ComfyUi
 from tests.e2e.host import EXTENSION, Host, Shot, find_host
 from tests.e2e.report import Cell, Report
 from tests.e2e.rows import Names, Row, Rows
@@ -93,9 +94,9 @@ class Interrupter(threading.Thread):
             if self.over.wait(0.01):
                 return
         time.sleep(0.5)
-        self.progress = self._host.call("/sdapi/v1/progress?skip_current_image=true").get("textinfo") or ""
+        self.progress = self._host.progress_text()
         self.pressed = time.monotonic()
-        self._host.call("/sdapi/v1/interrupt", {})
+        self._host.interrupt()
 
 
 class Driver:
@@ -117,6 +118,8 @@ class Driver:
             print(f"{'local':18}{row.name:34}{shots[row.name].seconds:.1f} s", flush=True)
             if any(picture.std() < 1.0 for picture in shots[row.name].pictures):
                 raise SystemExit(f"{row.name}: the host alone gives an empty picture, which proves nothing")
+            if row.untiled is not None and row.name not in self._report.untiled:
+                self._report.untiled[row.name] = row.untiled()
         return shots
 
     def run(self, situations: list[Situation]) -> None:
@@ -144,9 +147,16 @@ class Driver:
             if situation.interrupt:
                 presser.start()
             shot = self._shot(row, presser)
-            cell = Cell(shot, self._report.local[row.name], list(chaos.requests), list(chaos.infos), progress=presser.progress)
+            requests, infos, ended = list(chaos.requests), list(chaos.infos), shot.ended
+            if situation.interrupt and self._host.interrupt_ends_job:
+                if shot.pictures:
+                    return Cell(problem="pictures of a job that was interrupted", requests=requests)
+                # The next job is remote as ever: the press was no failure of the endpoint.
+                chaos.reset("pass")
+                shot, requests = row.run(), list(chaos.requests)
+            cell = Cell(shot, self._report.reference(situation.name, row), requests, infos, progress=presser.progress)
             if situation.interrupt:
-                cell.after_interrupt = None if presser.pressed is None else shot.ended - presser.pressed
+                cell.after_interrupt = None if presser.pressed is None else ended - presser.pressed
         except (urllib.error.URLError, subprocess.CalledProcessError) as error:
             body = error.read()[:300].decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
             return Cell(problem=f"{error} {body}".strip(), requests=list(chaos.requests))
@@ -194,6 +204,7 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="file for the tables")
     parser.add_argument("--baseline", type=Path, help="pictures of the host without the extension (.npz)")
     parser.add_argument("--save-baseline", type=Path, help="write them; the host must run without the extension")
+    parser.add_argument("--by-node", action="store_true", help="ComfyUI: switch on by the node Remote VAE in each graph")
     parser.add_argument("--only", nargs="+", default=[], help="beginnings of the names of rows and of columns")
     options = parser.parse_args()
 
@@ -202,10 +213,16 @@ def main() -> int:
     started = time.monotonic()
     host = find_host(options.host)
     host.options(host.no_previews)
-    rows = Rows(host, Names(options.vae, options.checkpoint, options.reload)).all()
+    switches = Names(options.vae, options.checkpoint, options.reload)
+    if isinstance(host, ComfyUi):
+        host.by_node = options.by_node
+        host.listen()
+        rows = ComfyRows(host, switches).all()
+    else:
+        rows = Rows(host, switches).all()
     names = chosen([row.name for row in rows], options.only)
     rows = [row for row in rows if row.name in names]
-    report = Report(f"{host.name} {host.version()}")
+    report = Report(f"{host.name} {host.version()}", interrupt_ends_job=host.interrupt_ends_job)
     driver = Driver(host, options.server, options.port, rows, report)
     if options.save_baseline:
         save_baseline(options.save_baseline, driver.local())

@@ -87,22 +87,30 @@ class Report:
 
     Args:
         host: its name and version.
+        interrupt_ends_job: whether Interrupt ends the host's job; what is shown then is the next one.
 
     Attributes:
+        untiled: rows that ask for overlapping tiles, by the host alone and without them.
         local, again: every row by the host alone, twice.
         baseline: the same from a run without the extension; empty where there is none.
         seconds: what the whole run took.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, *, interrupt_ends_job: bool = False) -> None:
+        self.untiled: dict[str, Shot] = {}
         self.local: dict[str, Shot] = {}
         self.again: dict[str, Shot] = {}
         self.baseline: dict[str, Shot] = {}
         self.seconds = 0.0
         self._host = host
+        self._interrupt_ends_job = interrupt_ends_job
         self._cells: dict[tuple[str, str], Cell] = {}
         self._rows: dict[str, Row] = {}
         self._situations: list[str] = []
+
+    def reference(self, situation: str, row: Row) -> Shot:
+        """What a cell is held to: an endpoint makes no tiles."""
+        return self.untiled[row.name] if row.untiled and situation in (*REMOTE, "Interrupt") else self.local[row.name]
 
     def add(self, situation: str, row: Row, cell: Cell) -> None:
         self._cells[situation, row.name] = cell
@@ -136,7 +144,7 @@ class Report:
             if unanswered > 1 or cell.extra > 1.5 * HANG_DEADLINE:
                 yield f"{unanswered} requests waited for, {cell.extra:.1f} s more than local"
         if situation == "Interrupt":
-            limit = CANCEL_DEADLINE + cell.local.seconds + SLACK
+            limit = CANCEL_DEADLINE + SLACK + (0.0 if self._interrupt_ends_job else cell.local.seconds)
             if cell.after_interrupt is None:
                 yield "over before Interrupt was pressed"
             elif cell.after_interrupt > limit:

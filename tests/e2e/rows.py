@@ -27,6 +27,7 @@ class Row:
         pictures: how many must come back.
         batch: of how many pictures its decode is.
         decodes_in_between: whether a decoded picture is encoded again for another pass.
+        untiled: what an endpoint makes, where the row asks for overlapping tiles: the same without them.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Row:
     pictures: int = 1
     batch: int = 1
     decodes_in_between: bool = False
+    untiled: Callable[[], Shot] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,25 @@ class Names:
     reload: str = ""
 
 
+def source_picture(size: int) -> np.ndarray:
+    """Levels ``[size, size, 3]`` by formula: the same in every run of the driver, whatever the host draws."""
+    y, x = np.mgrid[0:size, 0:size] / size
+    return np.stack([255 * x, 255 * y, 127.5 + 127.5 * np.sin(9 * x * y)], axis=-1)
+
+
+def square_mask(size: int) -> np.ndarray:
+    """White in the middle."""
+    mask = np.zeros((size, size, 3))
+    mask[size // 4 : -size // 4, size // 4 : -size // 4] = 255
+    return mask
+
+
+def restarted(command: str, run: Callable[[], Shot]) -> Shot:
+    """What ``run`` gives after the UI was restarted by ``command``."""
+    subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL)
+    return run()
+
+
 class Rows:
     """Makes the rows for a host."""
 
@@ -53,13 +74,8 @@ class Rows:
         self._names = names
         self._checkpoint = host.checkpoint()
         size = host.size
-        # A picture by formula: the same one in every run of the driver, whatever the host draws.
-        y, x = np.mgrid[0:size, 0:size] / size
-        source = np.stack([255 * x, 255 * y, 127.5 + 127.5 * np.sin(9 * x * y)], axis=-1)
-        mask = np.zeros((size, size, 3))
-        mask[size // 4 : -size // 4, size // 4 : -size // 4] = 255
-        self._image = {**host.image, "init_images": [as_base64(source)]}
-        self._mask = {"mask": as_base64(mask), "inpainting_fill": 1, "mask_blur": 4, "inpaint_full_res": False}
+        self._image = {**host.image, "init_images": [as_base64(source_picture(size))]}
+        self._mask = {"mask": as_base64(square_mask(size)), "inpainting_fill": 1, "mask_blur": 4, "inpaint_full_res": False}
 
     def all(self) -> list[Row]:
         host, names = self._host, self._names
@@ -97,8 +113,7 @@ class Rows:
         return shot + self._host.generate("txt2img", self._host.base(seed + 1))
 
     def _reloaded(self) -> Shot:
-        subprocess.run(self._names.reload, shell=True, check=True, stdout=subprocess.DEVNULL)
-        return self._host.generate("txt2img", self._host.base(112))
+        return restarted(self._names.reload, lambda: self._host.generate("txt2img", self._host.base(112)))
 
     def _preview(self) -> Shot:
         """With somebody who watches every step."""

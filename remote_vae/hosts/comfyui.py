@@ -1,0 +1,339 @@
+"""The adapter for ComfyUI: its jobs, its settings, its Interrupt. What crosses the VAE itself is in ``comfy_shaped``.
+
+A VAE call is answered remotely for two reasons: a node has made the VAE object a remote one (``ComfyUi.remote``), or the user
+wants it for every VAE; for those, the methods of ComfyUI's class are hooked.
+
+Interrupt ends a job of ComfyUI at once, also while an endpoint is being waited for: nothing is done here in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Optional
+from urllib.parse import urlsplit
+
+from remote_vae import rescue
+from remote_vae.call import User, VaeCall
+from remote_vae.errors import RouteFailed, UnsupportedLayout, VaeCallFailed
+from remote_vae.history import History, Record
+from remote_vae.hosts import comfy_shaped
+from remote_vae.hosts.comfyui_jobs import Job, Jobs
+from remote_vae.hosts.comfyui_settings import StoredSettings
+from remote_vae.hosts.generation import Request
+from remote_vae.hosts.wrapping import unwrap, wrap
+from remote_vae.remote.endpoints import endpoint_for
+from remote_vae.remote.trial import Trial, family_there, state, try_out
+from remote_vae.router import Router
+from remote_vae.vae.families import Family
+
+log = logging.getLogger("remote_vae")
+
+# How often a text on a node may change while tiles are made, in seconds.
+_TEXT_SECONDS = 0.1
+
+
+class _Ended(BaseException):
+    """Interrupt was pressed. Nobody between the waiting and the node takes it for a failure."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a node, or the settings, want of the calls of a VAE.
+
+    Attributes:
+        request: remote or not, and by which transfer.
+        family: what the user says the VAE is; None: what it looks like.
+    """
+
+    request: Request = field(default_factory=Request)
+    family: Optional[Family] = None
+
+
+_NOTHING = Wanted()
+# The attribute of a VAE object that has it.
+_WANTED = "remote_vae_wanted"
+
+
+class ComfyUi:
+    """What stands between ComfyUI and its VAEs."""
+
+    name = "ComfyUI"
+
+    def __init__(self) -> None:
+        self.router = Router(History())
+        self.jobs = Jobs()
+        self.settings = StoredSettings()
+        self.installed = False
+        self._thread = threading.local()
+        self._said: set[str] = set()
+        self._last_vae: Callable[[], Any] = lambda: None
+
+    # --- life cycle ------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Get in the way of ComfyUI's VAE class and of its jobs. Safe to call again."""
+        import folder_paths
+
+        self.router = Router(self.router.history, Path(folder_paths.get_output_directory()) / rescue.FOLDER)
+        self.settings = StoredSettings(Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json")
+        self.installed = True
+        for owner, name, around in self._wrapped_functions():
+            wrap(owner, name, around, self)
+
+    def uninstall(self) -> None:
+        """Give ComfyUI its own functions back."""
+        self.installed = False
+        for owner, name, _ in self._wrapped_functions():
+            unwrap(owner, name, self)
+
+    def _wrapped_functions(self) -> list[tuple[Any, str, Callable[..., Any]]]:
+        import execution
+
+        calls = comfy_shaped.class_hooks(comfy_shaped.COMFYUI, self._around_call)
+        return [*calls, (execution.PromptExecutor, "execute", self._around_job)]
+
+    def _around_job(self, original: Callable[..., Any], executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around ``PromptExecutor.execute(prompt, prompt_id, extra_data, execute_outputs)``."""
+        job = None
+        try:
+            given = dict(zip(("prompt", "prompt_id", "extra_data"), args, strict=False)) | kwargs
+            metadata = (given.get("extra_data") or {}).get("extra_pnginfo")
+            job = self.jobs.begin(given["prompt"], metadata if isinstance(metadata, dict) else None)
+        except Exception:
+            log.exception("the job is not known to Remote VAE")
+        try:
+            return original(executor, *args, **kwargs)
+        finally:
+            if job is not None:
+                self.jobs.end(job)
+
+    # --- the calls -------------------------------------------------------------------------------------------------------
+
+    def remote(self, vae: Any, wanted: Wanted) -> Any:
+        """A VAE object like ``vae``, with the same weights, whose calls are answered as ``wanted``."""
+        twin = comfy_shaped.overriding(comfy_shaped.COMFYUI, vae, self._around_call)
+        setattr(twin, _WANTED, wanted)
+        return twin
+
+    def _around_call(self, method: str, original: Callable[..., Any], vae: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around the methods of ComfyUI's VAE class, and of objects that ``remote`` has made.
+
+        Raises:
+            VaeCallFailed: nothing could answer, the VAE itself neither. What ComfyUI raises at Interrupt.
+        """
+        if self._is_passing():
+            return original(vae, *args, **kwargs)
+        try:
+            wanted = getattr(vae, _WANTED, _NOTHING)
+            node = _Node.now(self.jobs.current)
+            self.jobs.begins_call(node.job, node.name)
+            self._last_vae = _reference(vae)
+            if self._takes(wanted):
+                known = comfy_shaped.Known(family=wanted.family)
+                call = comfy_shaped.vae_call(comfy_shaped.COMFYUI, method, original, vae, args, kwargs, known)
+                if call is not None:
+                    return self._answer(call, wanted, node)
+        except VaeCallFailed:
+            raise
+        except UnsupportedLayout as error:
+            self._say_once(f"a VAE is left alone: {error}")
+        except Exception as error:
+            if is_interrupt(error):
+                raise
+            log.exception("this call went wrong in Remote VAE; the VAE answers it itself")
+        with self.passing_on():
+            return original(vae, *args, **kwargs)
+
+    def ask(self, call: VaeCall[Any], wanted: Wanted) -> Any:
+        """Have ``call``, of a VAE without weights, answered by the endpoint or not at all.
+
+        Raises:
+            VaeCallFailed: with what went wrong; the latents of a decode were saved. What ComfyUI raises at Interrupt.
+        """
+        return self._answer(call, wanted, _Node.now(self.jobs.current), here=False)
+
+    def _takes(self, wanted: Wanted) -> bool:
+        asked = wanted.request.enabled
+        return self.installed and (self.settings.now().enabled if asked is None else asked)
+
+    def _answer(self, call: VaeCall[Any], wanted: Wanted, node: _Node, *, here: bool = True) -> Any:
+        from comfy import model_management
+
+        settings = wanted.request.adjusted(self.settings.now())
+
+        def tell(text: str) -> None:
+            if model_management.processing_interrupted():
+                raise _Ended
+            node.show(text)
+
+        def recorded(record: Record) -> None:
+            node.last = record
+            self.jobs.record(node.job, node.name, record, names_endpoint=settings.name_endpoint)
+
+        user = User(cancelled=model_management.processing_interrupted, tell=tell, recorded=recorded)
+        call = replace(call, user=user, whole=_ending(call.whole), own_tiling=_ending(call.own_tiling))
+        try:
+            with self.passing_on():
+                if here:
+                    return self.router.run(call, settings)
+                return self._asked(call, settings)
+        except _Ended:
+            model_management.throw_exception_if_processing_interrupted()
+            # Somebody has taken the press away meanwhile; this job has ended all the same.
+            raise model_management.InterruptProcessingException from None
+        finally:
+            node.show_last()
+
+    def _asked(self, call: VaeCall[Any], settings: Any) -> Any:
+        from comfy import model_management
+
+        try:
+            return self.router.run_remote(call, settings)
+        except RouteFailed as error:
+            if model_management.processing_interrupted():
+                raise _Ended from None
+            raise self.router.failed(call, settings, error) from error
+
+    def _is_passing(self) -> bool:
+        return getattr(self._thread, "passing", 0) > 0
+
+    @contextmanager
+    def passing_on(self) -> Iterator[None]:
+        """Within, VAE calls of this thread are the VAE's own."""
+        self._thread.passing = getattr(self._thread, "passing", 0) + 1
+        try:
+            yield
+        finally:
+            self._thread.passing -= 1
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.info("%s", text)
+
+    # --- what the user wants to know -------------------------------------------------------------------------------------
+
+    def say(self, node: str, text: str) -> None:
+        """Show ``text`` on a node of the job that runs."""
+        found = _Node.now(self.jobs.current)
+        found.name = node
+        found.show(text)
+
+    def about(self, vae: Any) -> str:
+        """What is to be expected of a VAE, for the node that makes it remote."""
+        settings = self.settings.now()
+        try:
+            at_work = comfy_shaped.at_work(comfy_shaped.COMFYUI, vae)
+        except UnsupportedLayout as error:
+            return f"this VAE is left alone: {error}"
+        url = endpoint_for("decode", at_work.family, settings)[0]
+        return f"asks {urlsplit(url).netloc}" if url else "no endpoint is set: Settings, Remote VAE, Endpoint"
+
+    def family_of_endpoint(self) -> Family:
+        """What the endpoint says that its VAE is.
+
+        Raises:
+            RemoteVaeError: it does not, or there is none.
+        """
+        return family_there(self.settings.now())
+
+    def state(self) -> str:
+        """One line for the settings page."""
+        settings = self.settings.now()
+        records = [record for record in self.router.history.records() if record.route == "remote" or record.fallback_reason]
+        line = state(replace(settings, enabled=True), records[-1] if records else None)
+        return line if settings.enabled else f"off, but for the node Remote VAE. With it: {line}"
+
+    def try_out(self) -> Trial:
+        """Whether the endpoint works, and has the VAE that was used here last. Takes seconds; for any thread."""
+        vae = self.last_vae()
+        at_work = None
+        with suppress(Exception):
+            at_work = None if vae is None else comfy_shaped.at_work(comfy_shaped.COMFYUI, vae)
+        return try_out(self.settings.now(), at_work)
+
+    def last_vae(self) -> Any:
+        """The VAE object that was used last, as long as it is there; else None."""
+        return self._last_vae()
+
+
+class _Node:
+    """The node that makes a call, and the text on it. Made in the thread of the job."""
+
+    def __init__(self, job: Job | None, name: str, server: Any) -> None:
+        self.job = job
+        self.name = name
+        self.last: Record | None = None
+        self._server = server
+        self._shown = 0.0
+
+    @classmethod
+    def now(cls, job: Job | None) -> _Node:
+        from comfy_execution.utils import get_executing_context
+        from server import PromptServer
+
+        context = get_executing_context()
+        return cls(job, "" if context is None else str(context.node_id), getattr(PromptServer, "instance", None))
+
+    def show(self, text: str) -> None:
+        """Show ``text`` on the node, to whoever has sent the job. Called from any thread."""
+        now = time.monotonic()
+        client = getattr(self._server, "client_id", None)
+        if not self.name or client is None or (text.endswith("%") and now - self._shown < _TEXT_SECONDS):
+            return
+        self._shown = now
+        # A text is not worth a picture.
+        try:
+            self._server.send_progress_text(f"Remote VAE: {text}", self.name, client)
+        except Exception:
+            log.debug("the node shows no text", exc_info=True)
+
+    def show_last(self) -> None:
+        """Leave on the node what has happened, until it runs again."""
+        record = self.last
+        if record is None:
+            return
+        how = f"remote, {record.detail}" if record.route == "remote" else "on this machine"
+        why = f" ({record.fallback_reason})" if record.fallback_reason else ""
+        self.show(f"{record.op}d {how}{why}, {record.ms / 1000:.1f} s")
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether ``error`` is what ComfyUI raises at Interrupt: an Exception in 0.3.64, none in 0.33."""
+    from comfy import model_management
+
+    return isinstance(error, model_management.InterruptProcessingException)
+
+
+def _ending(own: Callable[[], Any] | None) -> Callable[[], Any] | None:
+    """``own`` with an Interrupt in the midst of it made known as such."""
+    if own is None:
+        return None
+
+    def ending() -> Any:
+        try:
+            return own()
+        except BaseException as error:
+            if is_interrupt(error):
+                # ComfyUI has taken the press away as it raised.
+                raise _Ended from None
+            raise
+
+    return ending
+
+
+def _reference(vae: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(vae)
+    except TypeError:
+        return lambda: None
+
+
+adapter = ComfyUi()

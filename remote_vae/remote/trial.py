@@ -1,0 +1,165 @@
+"""Whether an endpoint works, in plain words: for a button that the user presses, and for the line of state beside it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
+
+import torch
+
+from remote_vae.call import Answer, VaeCall
+from remote_vae.errors import (
+    DeadlineExceeded,
+    EndpointError,
+    EndpointUnreachable,
+    MalformedAnswer,
+    NotOffered,
+    RouteFailed,
+    SettingsError,
+)
+from remote_vae.history import Record
+from remote_vae.remote.client import Deadlines, beside, client_for, shown
+from remote_vae.remote.endpoints import endpoint_for
+from remote_vae.remote.route import RemoteRoute
+from remote_vae.settings import Settings
+from remote_vae.vae.at_work import VaeAtWork
+from remote_vae.vae.families import CUSTOM, Family, find_family, load_families
+from remote_vae.vae.fingerprint import matches
+from remote_vae.wire import THIS_PROCESS, Info
+
+# Cells of a side of the latents that the trial sends.
+_CELLS = 32
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial found.
+
+    Attributes:
+        is_good: whether pictures will be made by the endpoint.
+        verdict: in a sentence or two, with what to do next.
+    """
+
+    is_good: bool
+    verdict: str
+
+
+def family_said(info: Info) -> Family | None:
+    """The family of an endpoint's VAE by what it says; None: it does not say."""
+    if info.family in load_families():
+        return load_families()[info.family]
+    return Family(CUSTOM, "custom VAE", *info.factors) if info.factors else None
+
+
+def family_there(settings: Settings) -> Family:
+    """The family of the VAE that the endpoint of ``settings`` has.
+
+    Raises:
+        SettingsError: none is set, or it does not say. RouteFailed: it does not answer.
+    """
+    # For the user's own endpoint any family will do.
+    url, _ = endpoint_for("decode", find_family("sd1"), replace(settings, public_endpoints=False))
+    if not url:
+        raise SettingsError("no endpoint is set: Settings, Remote VAE, Endpoint")
+    try:
+        found = family_said(client_for(beside(url, "info")).info(Deadlines.of(settings).quick))
+    except (EndpointError, MalformedAnswer):
+        found = None
+    if found is None:
+        raise SettingsError(f"{shown(url)} does not say which VAE it has; choose the family")
+    return found
+
+
+def state(settings: Settings, last: Record | None) -> str:
+    """One line: "off", "on: studio:7870, last call 1.1 s", "on, but ...: pictures are made here".
+
+    Args:
+        last: of the last call that was to be remote; None: there was none.
+    """
+    if not settings.enabled:
+        return "off"
+    url, _ = endpoint_for("decode", find_family("sd1"), settings)
+    if not url:
+        return f"on, but {settings.no_endpoint('decode') or 'no endpoint is set for a decode'}: pictures are made here"
+    name = urlsplit(url).netloc
+    if last is None:
+        return f"on: {name}, not asked yet"
+    if last.route != "remote":
+        return f"on, but {last.fallback_reason or 'the settings keep this call here'} ({name}): the last picture was made here"
+    notes = [note for note in ("another VAE", "VAE not confirmed") if note in last.detail]
+    return f"on: {name}, {''.join(notes) or 'same VAE'}, last call {last.ms / 1000:.1f} s"
+
+
+def try_out(settings: Settings, vae: VaeAtWork | None) -> Trial:
+    """Ask the endpoint of ``settings`` who it is, and for one small picture.
+
+    Args:
+        vae: the one that is loaded here, of which only the weights are read; None: none is.
+    """
+    family = vae.family if vae else find_family("sd1")
+    url, public = endpoint_for("decode", family, settings)
+    if not url:
+        why = settings.no_endpoint("decode") or "no endpoint is set for a decode"
+        return Trial(False, f"{why}: enter the address of your server as Endpoint.")
+    name = urlsplit(url).netloc
+    try:
+        info = Info() if public else _info(url, settings)
+        there = family_said(info) or family
+        milliseconds = _measured(settings, there)
+    except RouteFailed as error:
+        return Trial(False, f"{name} does not work: {error.reason}. {_advice(error, name)}")
+    took = f"{milliseconds:.0f} ms there and back for {_CELLS * there.downscale} px"
+    return _compared(f"{name} answers: {info.model or there.label}, {took}.", info, vae, settings)
+
+
+def _info(url: str, settings: Settings) -> Info:
+    try:
+        info = client_for(beside(url, "info")).info(Deadlines.of(settings).quick)
+    except (EndpointError, MalformedAnswer):
+        # A plain endpoint; what else may be wrong, the picture will tell.
+        return Info()
+    if info.process == THIS_PROCESS:
+        raise NotOffered("the endpoint is this UI itself", reason="it is this UI itself")
+    return info
+
+
+def _measured(settings: Settings, family: Family) -> float:
+    """Milliseconds for a picture that nobody wants."""
+    frames = (1,) if family.video else ()
+    shape = (1, family.latent_channels, *frames, _CELLS, _CELLS)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def adopt(answer: Answer) -> Answer:
+        return answer
+
+    started = time.perf_counter()
+    RemoteRoute().run(VaeCall("decode", latents, VaeAtWork(None, family), adopt), settings)
+    return (time.perf_counter() - started) * 1000.0
+
+
+def _compared(reached: str, info: Info, vae: VaeAtWork | None, settings: Settings) -> Trial:
+    if vae is None or vae.module is None:
+        return Trial(True, f"{reached} No VAE has been used here yet, so the two are compared with your first picture.")
+    try:
+        is_same = matches(vae.module, info.fingerprints)
+    except Exception:  # whatever a host keeps there
+        is_same = None
+    if is_same:
+        return Trial(True, f"{reached} It is the VAE that was used here last: all is well.")
+    if is_same is None:
+        return Trial(True, f"{reached} It does not say which VAE it has, so the two are compared with your next picture.")
+    differs = f"{reached} It is another VAE than the one used here last"
+    if settings.when_vae_differs == "remote":
+        return Trial(True, f"{differs}; you have chosen to take its pictures all the same.")
+    return Trial(False, f"{differs}, so pictures are made here. Serve yours: remote-vae serve --vae YOUR-CHECKPOINT")
+
+
+def _advice(error: RouteFailed, name: str) -> str:
+    if isinstance(error, EndpointUnreachable):
+        return f"Is the server running there (remote-vae serve), is {name} its address, and does its firewall let it through?"
+    if isinstance(error, DeadlineExceeded):
+        return "It may be starting, or busy: try again in a minute."
+    if isinstance(error, EndpointError) and error.status in (401, 403):
+        return "It wants a token: set REMOTE_VAE_TOKEN to the same value on both machines, and start both again."
+    return "Look at what the server prints."

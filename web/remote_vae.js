@@ -1,0 +1,67 @@
+// The page "Remote VAE" of ComfyUI's settings. Its options come from settings/options.toml, by the server.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const PAGE = "Remote VAE";
+
+async function ask(path, init) {
+  const answer = await api.fetchApi(`/remote_vae/${path}`, init);
+  if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
+  return answer.json();
+}
+
+// A line of state that is asked for whenever the page is shown, and a button that tries the endpoint out.
+function status() {
+  const box = document.createElement("div");
+  const button = document.createElement("button");
+  const line = document.createElement("div");
+  const verdict = document.createElement("div");
+  box.style.cssText = "display:flex;flex-direction:column;gap:8px;align-items:flex-end;max-width:26rem;text-align:right";
+  button.textContent = "Test";
+  button.className = "p-button p-component p-button-sm";
+  button.onclick = async () => {
+    button.disabled = true;
+    verdict.textContent = "asking the endpoint ...";
+    try {
+      const found = await ask("test", { method: "POST" });
+      verdict.textContent = `${found.good ? "✓" : "✗"} ${found.verdict}`;
+      line.textContent = found.state;
+    } catch (error) {
+      verdict.textContent = `✗ ComfyUI does not answer: ${error.message}`;
+    }
+    button.disabled = false;
+  };
+  ask("state")
+    .then((found) => (line.textContent = found.state))
+    .catch((error) => (line.textContent = `ComfyUI does not answer: ${error.message}`));
+  box.append(line, button, verdict);
+  return box;
+}
+
+function setting(option, order) {
+  const { group, ...rest } = option;
+  return { ...rest, category: [PAGE, group, rest.name], sortOrder: -order };
+}
+
+let options = [];
+try {
+  options = await ask("options");
+} catch (error) {
+  console.error("Remote VAE: its settings cannot be shown:", error);
+}
+
+app.registerExtension({
+  name: "RemoteVAE.settings",
+  settings: [
+    {
+      id: "RemoteVAE.status",
+      name: "State",
+      tooltip: "VAE decode and encode on another machine; whatever fails there is done here. Start a server there: remote-vae serve --vae YOUR-CHECKPOINT",
+      category: [PAGE, options[0]?.group ?? PAGE, "State"],
+      type: status,
+      defaultValue: null,
+      sortOrder: 1,
+    },
+    ...options.map(setting),
+  ],
+});
