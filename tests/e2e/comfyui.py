@@ -1,6 +1,6 @@
 """A running ComfyUI by its HTTP API: the same rows as with the web UIs, as graphs.
 
-ComfyUI does not run a node again whose inputs are the same. So every run gives its VAE nodes an input that no run had before, and
+ComfyUI does not run a node again whose inputs are the same. So a run gives its VAE nodes an input that no run had before, and
 that changes nothing: the number of pictures to take from a batch, which is cut to the size of the batch.
 """
 
@@ -35,6 +35,8 @@ class ComfyUi(Host):
     """ComfyUI, its extension switched on for every VAE or, with ``by_node``, by the node Remote VAE in each graph."""
 
     name = "ComfyUI"
+    # Its VAE has the layers of the real one.
+    size = 64
     interrupt_ends_job = True
     no_previews: ClassVar[dict[str, object]] = {}
 
@@ -223,7 +225,7 @@ class ComfyRows:
             self._row("inpaint", self._inpaint),
             self._row("hires, latent upscaler", self._hires_latent),
             self._row("hires, pixel upscaler", self._hires_pixel, decodes_in_between=True),
-            self._row("tiled nodes", self._tiled(107), untiled=self._image(107, size=256)),
+            self._row("tiled nodes", self._tiled(107), untiled=self._image(107, size=128)),
         ]
         if names.vae:
             rows.append(Row("VAE switch and back", self._switched(self._plain(108, vae=names.vae), self._plain(109)), 2))
@@ -276,8 +278,8 @@ class ComfyRows:
 
         def build(wires: Wires) -> Link:
             model, clip, vae = wires.model()
-            tiles = {"tile_size": 192, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8}
-            latents = wires.add("VAEEncodeTiled", pixels=wires.new_images(self._loaded(wires, 256)), vae=vae, **tiles)
+            tiles = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
+            latents = wires.add("VAEEncodeTiled", pixels=wires.new_images(self._loaded(wires, 128)), vae=vae, **tiles)
             sampled = wires.new_latents(wires.sampled(seed, latents, model, clip, steps=8, denoise=0.5), 1)
             return wires.add("VAEDecodeTiled", samples=sampled, vae=vae, **tiles)
 
