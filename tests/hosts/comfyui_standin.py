@@ -1,7 +1,7 @@
 """A stand-in for the modules of ComfyUI that a node pack meets: its VAE class, its jobs with their cache, its server.
 
-The VAE's conversions, the cache by inputs, the context of a node and what Interrupt raises are ComfyUI's. There is no UNet: latents
-are drawn from a seed.
+The VAE's conversions, the cache by inputs, the context of a node and what Interrupt raises are ComfyUI's. There is no UNet:
+latents are drawn from a seed.
 """
 
 from __future__ import annotations

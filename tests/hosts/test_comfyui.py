@@ -24,7 +24,9 @@ from tests.hosts.standin import put_in_place
 
 
 @pytest.fixture(params=[BaseException, Exception], ids=["0.33", "0.3.64"])
-def host(request: pytest.FixtureRequest, loaded: LoadedVae, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ComfyHost]:
+def host(
+    request: pytest.FixtureRequest, loaded: LoadedVae, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[ComfyHost]:
     """A ComfyUI with the pack in it, switched off as it comes."""
     log = logging.getLogger("remote_vae")
     before = list(log.handlers), list(log.filters), log.level, log.propagate
@@ -337,7 +339,7 @@ def test_without_weights_and_endpoint_the_latents_are_in_the_output_folder(host:
     host.settings(endpoint=endpoint.url)
     vae = host.run(weightless(), "2")[0]
     endpoint.mode = "503"
-    with pytest.raises(VaeCallFailed, match="503.*They are saved in") as failed:
+    with pytest.raises(VaeCallFailed, match=r"503.*They are saved in") as failed:
         vae.decode(torch.ones(1, 4, 4, 6))
     assert Path(str(failed.value.rescued)).parent == host.folder / "output" / "remote-vae-rescue"
 
