@@ -74,6 +74,7 @@ _KNOWN = (
         sdnext.adapter,
         "modules.modeldata",
         (
+            "modules.errors:display",
             "modules.modeldata:model_data",
             "modules.processing_diffusers:process_diffusers",
             "modules.processing_vae:vae_decode",

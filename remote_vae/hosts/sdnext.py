@@ -1,7 +1,11 @@
-"""The adapter for SD.Next: stands in front of ``decode`` and ``encode`` of diffusers' ``AutoencoderKL``, the class.
+"""The adapter for SD.Next: stands in front of ``decode`` and ``encode`` of the VAE of a loaded model, at its class.
 
 SD.Next puts other VAEs into its pipelines without telling anybody, and pipelines call ``vae.encode`` themselves; the class is
 what all of them pass. Only calls of the VAE of a loaded model are taken: the preprocessors of its Control tab own VAEs as well.
+
+In front of the VAEs of 26 kinds of pipelines (Flux.2, Qwen-Image, Wan ...) SD.Next stands itself, at the instance
+(``modules/sd_hijack_vae.py``): it moves the VAE to the card, calls it, and on any error logs that and gives None, which costs
+the picture. There we stand in front of it: what it cannot do is done in another way, and a remote call moves nothing.
 """
 
 from __future__ import annotations
@@ -9,15 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from types import MethodType
+from typing import Any, Optional
+from weakref import WeakSet
 
 import torch
 
 from remote_vae.call import VaeCall
+from remote_vae.errors import UnsupportedLayout
 from remote_vae.hosts.base import ThreadState, WebUi
 from remote_vae.hosts.diffusers_calls import parameters_of, vae_call
-from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior
-from remote_vae.vae.families import recognise_config
+from remote_vae.hosts.wrapping import is_ours, is_wrapped, place, unwrap, wrap
+from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior, is_of
+from remote_vae.vae.families import Family, family_of
 
 # What SD.Next calls the VAE that comes with the model.
 _OWN_VAE = ("Automatic", "Default", "None", "")
@@ -27,6 +35,8 @@ _OPS: tuple[Op, ...] = ("decode", "encode")
 class _ThreadState(ThreadState):
     # Whether what is being decoded becomes 8 bits by rounding.
     rounds = False
+    # The last error that SD.Next has shown, and gone on from.
+    shown: Optional[BaseException] = None
 
 
 class SdNext(WebUi):
@@ -39,30 +49,77 @@ class SdNext(WebUi):
     def __init__(self) -> None:
         super().__init__()
         self._thread: _ThreadState = _ThreadState()
+        # That we stand in front of, beside AutoencoderKL.
+        self._classes: set[type] = set()
+        self._vaes: WeakSet[Any] = WeakSet()
 
     def _wrapped_functions(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         import diffusers
-        from modules import processing_diffusers, processing_vae
+        from modules import errors, processing_diffusers, processing_vae
 
         return [
             *super()._wrapped_functions(),
             (processing_diffusers, "process_diffusers", self._around_batch),
             (processing_vae, "vae_decode", self._around_decode),
-            *((diffusers.AutoencoderKL, op, partial(self._around_vae, op)) for op in _OPS),
+            (errors, "display", self._around_display),
+            *self._of_class(diffusers.AutoencoderKL),
         ]
 
+    def _of_class(self, kind: type) -> list[tuple[Any, str, Callable[..., Any]]]:
+        return [(kind, op, partial(self._around_vae, op)) for op in _OPS]
+
     def hook(self, model: Any) -> None:
-        """Nothing to do: the class is hooked, and its instances are looked at when they are called."""
+        """Stand in front of the class of its VAE, and of what SD.Next has put before the VAE itself."""
+        vae = _vae_of(model)
+        if not self.installed or vae is None or _family(vae) is None:
+            return
+        for other in list(self._vaes):
+            if not self._is_loaded(other):
+                self._uncover(other)
+        # Once: who puts a method of its own there afterwards is not covered again. AutoencoderKL is with the UI's functions.
+        if type(vae) not in self._classes and not is_of(vae, "AutoencoderKL"):
+            self._classes.add(type(vae))
+            for owner, name, around in self._of_class(type(vae)):
+                wrap(owner, name, around, self)
+        for op in _OPS:
+            before = vars(vae).get(op)
+            if callable(before) and not is_wrapped(before):
+                place(vae, op, self._over(op, vae, before), self)
+                self._vaes.add(vae)
+
+    def _over(self, op: Op, vae: Any, theirs: Callable[..., Any]) -> Callable[..., Any]:
+        # A function, and not a partial: a deep copy of the VAE would copy all that is in that.
+        return lambda *args, **kwargs: self._around_theirs(op, vae, theirs, *args, **kwargs)
 
     def _unhook(self, model: Any) -> None:
-        """Nothing was done."""
+        """All is undone by ``uninstall``: a VAE that was hooked may belong to no loaded model any more."""
+
+    def _uncover(self, vae: Any) -> None:
+        """Give ``vae`` back what SD.Next has put before it."""
+        self._vaes.discard(vae)
+        for op in _OPS:
+            unwrap(vae, op, self)
+            # What SD.Next calls below its own was taken when the pipeline was loaded: it may be our hook of the class.
+            bound = vars(vae).get(f"orig_{op}")
+            if is_ours(getattr(bound, "__func__", None), self):
+                setattr(vae, f"orig_{op}", MethodType(bound.__func__.__wrapped__, vae))
+
+    def uninstall(self) -> None:
+        """As in every UI; and every VAE that has been hooked, and its class, is as it was."""
+        super().uninstall()
+        for vae in list(self._vaes):
+            self._uncover(vae)
+        for kind in self._classes:
+            for op in _OPS:
+                unwrap(kind, op, self)
+        self._classes.clear()
 
     def current(self) -> VaeAtWork | None:
         from modules import devices
 
         models = self._models()
         vaes = [vae for vae in map(_vae_of, models) if vae is not None]
-        family = recognise_config(vaes[0].config, type(vaes[0]).__name__) if vaes else None
+        family = _family(vaes[0]) if vaes else None
         if family is None:
             return None
         vae = vaes[0]
@@ -110,21 +167,50 @@ class SdNext(WebUi):
         finally:
             self._thread.rounds = before
 
+    def _around_display(self, original: Callable[..., Any], error: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around ``errors.display``, which tells of an error that SD.Next then goes on from."""
+        if isinstance(error, BaseException):
+            self._thread.shown = error
+        return original(error, *args, **kwargs)
+
     def _around_vae(self, op: Op, original: Callable[..., Any], vae: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around ``decode`` and ``encode`` of the class."""
+        """Around ``decode`` and ``encode`` of a class."""
         own = partial(original, vae, *args, **kwargs)
         if not self._takes() or not self._is_loaded(vae):
             return own()
         return self._taken(lambda: self._call(op, vae, partial(original, vae), args, kwargs), own)
 
+    def _around_theirs(self, op: Op, vae: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around what SD.Next, or another extension, has put in the place of ``decode`` or ``encode`` of this very VAE."""
+        own = partial(theirs, *args, **kwargs)
+        if not self._takes() or not self._is_loaded(vae):
+            return own()
+
+        def make() -> VaeCall[Any] | None:
+            given = tuple(_as_computed(vae, value) if index == 0 else value for index, value in enumerate(args))
+            return self._call(op, vae, partial(self._unless_lost, theirs), given, kwargs)
+
+        return self._taken(make, own)
+
+    def _unless_lost(self, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The call of SD.Next. Raises the error that it has shown where it gives None instead of what was asked for."""
+        self._thread.shown = None
+        try:
+            made = theirs(*args, **kwargs)
+            if made is None:
+                raise self._thread.shown or RuntimeError("SD.Next's own call gave nothing; its log says why")
+            return made
+        finally:
+            self._thread.shown = None
+
     def _call(
         self, op: Op, vae: Any, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> VaeCall[Any] | None:
-        family = recognise_config(vae.config, type(vae).__name__)
+        family = _family(vae)
         if family is None:
             return None
         at_work = VaeAtWork(vae, family, bring=partial(_brought, vae), picked=_picked_vae())
-        call = vae_call(at_work, op, own, parameters_of(getattr(vae, op)), args, kwargs)
+        call = vae_call(at_work, op, own, parameters_of(MethodType(getattr(type(vae), op), vae)), args, kwargs)
         return None if call is None else replace(call, truncates=not self._thread.rounds)
 
     def _is_loaded(self, vae: Any) -> bool:
@@ -136,6 +222,21 @@ def _vae_of(model: Any) -> Any:
     """The VAE of a pipeline, or of the pipeline within; None where there is none."""
     own = getattr(model, "vae", None)
     return getattr(getattr(model, "pipe", None), "vae", None) if own is None else own
+
+
+def _family(vae: Any) -> Family | None:
+    """None: calls of such a VAE are its own."""
+    try:
+        return family_of(vae)
+    except UnsupportedLayout:
+        return None
+
+
+def _as_computed(vae: Any, value: Any) -> Any:
+    """A tensor where and in what SD.Next has a VAE compute whose calls it takes; anything else as it is."""
+    from modules import devices
+
+    return value.to(devices.device, vae.dtype) if isinstance(value, torch.Tensor) else value
 
 
 def _brought(vae: Any, tensor: torch.Tensor) -> torch.Tensor:

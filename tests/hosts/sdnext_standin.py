@@ -79,7 +79,11 @@ class SdnextHost(Host):
         vars(self.shared).update(opts=self.opts, OptionInfo=SdnextOptionInfo, restricted_opts={"outdir"})
         self.model_data = SimpleNamespace(sd_model=None, sd_refiner=None)
         self.modeldata = make_module("modules.modeldata", model_data=self.model_data)
-        self.sd_models = make_module("modules.sd_models", move_model=lambda model, device: model.to(device))
+        self.errors = make_module("modules.errors", display=lambda error, task: log.error("%s: %s", task, error))
+        # VAEs that were moved to the card.
+        self.moved: list[Any] = []
+        self.sd_models = make_module("modules.sd_models", move_model=self._move_model)
+        self.sd_hijack_vae = make_module("modules.sd_hijack_vae", init_hijack=self._init_hijack)
         self.processing_vae = make_module("modules.processing_vae", vae_decode=self._vae_decode)
         self.processing_diffusers = make_module("modules.processing_diffusers", process_diffusers=self._process_diffusers)
         self.load(self.made("sd1"))
@@ -91,6 +95,30 @@ class SdnextHost(Host):
         vae.encoder.register_forward_hook(lambda *_: vae.asked.append("encode"))
         vae.decoder.register_forward_hook(lambda *_: vae.asked.append("decode"))
         return Pipeline(vae)
+
+    def _move_model(self, model: Any, device: torch.device) -> None:
+        self.moved.append(model)
+        model.to(device)
+
+    def _init_hijack(self, pipe: Any) -> None:
+        """Stand in front of the VAE of ``pipe``, once. An error costs what was asked for."""
+        for op in ("decode", "encode"):
+            if not hasattr(pipe.vae, f"orig_{op}"):
+                setattr(pipe.vae, f"orig_{op}", getattr(pipe.vae, op))
+                setattr(pipe.vae, op, self._hijack(op))
+
+    def _hijack(self, op: str) -> Any:
+        def theirs(*args: Any, **kwargs: Any) -> Any:
+            vae = self.model.vae
+            try:
+                self.sd_models.move_model(vae, self.devices.device)
+                tensor = args[0].to(device=self.devices.device, dtype=vae.dtype)
+                return getattr(vae, f"orig_{op}")(tensor, *args[1:], **kwargs)
+            except Exception as error:
+                self.errors.display(error, "vae")
+                return None
+
+        return theirs
 
     def load(self, model: Any) -> Any:
         """What was loaded before is gone."""
