@@ -392,8 +392,8 @@ def test_pixels_of_another_scale_are_not_adopted(host: Host, chaos: Chaos, caplo
     router = Router()
     assert router.run(host.call(vae=VaeAtWork(None, family)), Settings(decode_endpoint=f"{chaos.url}/decode")) == "whole"
     assert router.history.last is not None
-    assert "expected [128, 192]" in router.history.last.fallback_reason
-    assert f"{chaos.url}/decode: bad answer: got [64, 96]" in caplog.text
+    assert "expected [1, 3, 128, 192]" in router.history.last.fallback_reason
+    assert f"{chaos.url}/decode: bad answer: got [1, 3, 64, 96]" in caplog.text
 
 
 def test_a_record_that_nobody_can_take_does_not_cost_the_picture(host: Host, chaos: Chaos) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from remote_vae.errors import InvalidRequest
 from remote_vae.remote.client import client_for
 from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeRequest, Output, Scaling
+from remote_vae.wire.latents import VIDEOS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,7 +46,8 @@ def remote_decode(
 
     Args:
         endpoint: URL of the decode endpoint.
-        tensor: latents ``[B, C, h, w]``, packed ``[B, S, 4 C]`` (with ``height`` and ``width``), or video ``[B, C, F, h, w]``.
+        tensor: latents ``[B, C, h, w]``, packed ``[B, S, 4 C]`` (with ``height`` and ``width``) or Flux.2's
+            ``[B, 128, h / 2, w / 2]``, or video ``[B, C, F, h, w]``.
         processor: diffusers' VaeImageProcessor or VideoProcessor; with output_type "pil" any value asks for tensors.
         do_scaling: deprecated; False or None switches scaling off.
         scaling_factor, shift_factor: the endpoint computes tensor / scaling_factor + shift_factor. None: ``tensor`` is raw.
@@ -57,7 +59,8 @@ def remote_decode(
         height, width: pixels, for packed latents.
 
     Returns:
-        A PIL image, a list of them for a batch or a video, a tensor on the CPU, or the bytes of an mp4 file.
+        A PIL image, a list of them for a batch or a video, a tensor on the CPU, or the bytes of an mp4 file. What has an alpha
+        channel keeps it.
 
     Raises:
         InvalidRequest: a ValueError; the arguments contradict each other. Nothing was sent.
@@ -70,6 +73,8 @@ def remote_decode(
         )
     output = _output(output_type, image_format, partial_postprocess, processor)
     _check_return(output, return_type, processor)
+    if tensor.ndim == VIDEOS:
+        _check_video(tensor, output, return_type, processor)
     scaling = Scaling()
     if do_scaling:
         scaling = Scaling(scaling_factor, shift_factor, by_model=scaling_factor is None)
@@ -97,11 +102,12 @@ def remote_encode(
 
     Args:
         endpoint: URL of the encode endpoint.
-        image: a PIL image of any mode (sent as RGB), or a tensor ``[B, 3, H, W]`` in [-1, 1].
+        image: a PIL image of any mode (sent as RGB), or a tensor ``[B, 3, H, W]``, of videos ``[B, 3, F, H, W]``, in [-1, 1],
+            with 4 channels for a VAE of pictures with alpha.
         scaling_factor, shift_factor: the endpoint computes (z - shift_factor) * scaling_factor. None: raw latents come back.
 
     Returns:
-        Latents ``[B, C, h, w]`` on the CPU, in the endpoint's dtype.
+        Latents ``[B, C, h, w]``, of videos ``[B, C, F, h, w]``, on the CPU, in the endpoint's dtype.
 
     Raises:
         InvalidRequest: a ValueError; nothing was sent.
@@ -147,6 +153,13 @@ def _check_return(output: Output, return_type: str, processor: Any) -> None:
         raise InvalidRequest("`processor` is required to make pictures of a tensor; or ask for return_type pt")
 
 
+def _check_video(latents: torch.Tensor, output: Output, return_type: str, processor: Any) -> None:
+    """Raises InvalidRequest: a video, and what makes pictures of tensors knows pictures only."""
+    makes_pictures = output is Output.TENSOR and return_type == "pil"
+    if makes_pictures and latents.shape[2] > 1 and not hasattr(processor, "postprocess_video"):
+        raise InvalidRequest("a video needs diffusers' VideoProcessor as `processor`, or return_type pt")
+
+
 def _result(answer: DecodeAnswer, return_type: str, processor: Any, *, is_video: bool) -> Any:
     if answer.output is Output.MP4:
         return answer.payload
@@ -162,6 +175,8 @@ def _result(answer: DecodeAnswer, return_type: str, processor: Any, *, is_video:
         return [Image.fromarray(picture) for picture in levels]
     if is_video and hasattr(processor, "postprocess_video"):
         return _one_or_all(processor.postprocess_video(tensor, output_type="pil"))
+    if is_video:
+        tensor = tensor[:, :, 0]
     return _one_or_all(processor.postprocess(tensor, output_type="pil"))
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Union
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -35,14 +34,17 @@ from remote_vae.remote.functions import in_parallel, one_by_one
 from remote_vae.remote.same_vae import SameVae
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import free_memory, is_out_of_memory
-from remote_vae.vae.families import public_max_pixels
+from remote_vae.vae.families import Family, public_max_pixels
 from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeAnswer, EncodeRequest, Output
-from remote_vae.wire.pixels import to_uint8
+from remote_vae.wire.encode import latent_sides
+from remote_vae.wire.latents import VIDEOS
+from remote_vae.wire.pixels import frames_of, to_uint8
 from remote_vae.wire.tensors import DTYPES
 
 log = logging.getLogger("remote_vae")
 
 _OUTPUTS = {"raw": Output.TENSOR, "u8": Output.UINT8, "png": Output.PNG, "jpg": Output.JPG}
+_RGB = 3
 # Refusals that are about this request; the endpoint itself is well.
 _REQUEST_ERRORS = frozenset({400, 409, 413, 415, 422})
 # Seconds for the question whether an endpoint that was silent is there again.
@@ -142,28 +144,18 @@ class _Asking:
 
     def __init__(self, client: EndpointClient, call: VaeCall[T], transfer: str, deadlines: Deadlines) -> None:
         self._client = client
-        self._call = call
         self._tensor = call.tensor
         self._ask: Callable[[torch.Tensor], Reply[Answer]] = self._decode if call.op == "decode" else self._encode
-        self._family = call.vae.family.key if call.vae.family.is_known else None
-        self._transfer = transfer
+        self._family = call.vae.family
+        self._form = _form(call, transfer)
         self._truncate = call.truncates
         self._deadlines = deadlines
         self._cancelled = call.user.cancelled
 
     def ask(self) -> Reply[Answer]:
         """The answer, checked. Raises RouteFailed."""
-        reply = self._replied()
-        try:
-            _check_answer(self._call, reply.answer)
-        except MalformedAnswer as error:
-            raise error.by(shown(self._client.url)) from None
-        return reply
-
-    def _replied(self) -> Reply[Answer]:
-        if self._transfer not in ("png", "jpg") or self._tensor.shape[0] == 1:
+        if self._tensor.shape[0] == 1 or not self._is_one_by_one:
             return self._ask(self._tensor)
-        # The protocol's picture answer holds one picture.
         pictures = one_by_one(self._tensor)
         asked = in_parallel(self._ask_one, pictures)
         missing = [index for index, each in enumerate(asked) if not isinstance(each, Reply)]
@@ -181,6 +173,11 @@ class _Asking:
             sum(reply.bytes_down for reply in replies),
         )
 
+    @property
+    def _is_one_by_one(self) -> bool:
+        """Whether the protocol has one picture, or one video's levels, in an answer."""
+        return self._form in ("png", "jpg") or (self._tensor.ndim == VIDEOS and self._form == "u8")
+
     def _ask_one(self, tensor: torch.Tensor) -> Reply[Answer] | RouteFailed | InvalidRequest:
         """The reply, or why there is none: the other pictures of the batch are wanted all the same."""
         try:
@@ -188,15 +185,41 @@ class _Asking:
         except (RouteFailed, InvalidRequest) as error:
             return error
 
+    @property
+    def _key(self) -> str | None:
+        return self._family.key if self._family.is_known else None
+
     def _decode(self, latents: torch.Tensor) -> Reply[Answer]:
-        request = DecodeRequest(latents, _OUTPUTS[self._transfer], family=self._family, truncate=self._truncate)
+        request = DecodeRequest(latents, _OUTPUTS[self._form], family=self._key, truncate=self._truncate)
         reply = self._client.decode(request, self._deadlines, self._cancelled)
-        return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
+        return self._checked(latents, Reply(reply.answer, reply.bytes_up, reply.bytes_down))
 
     def _encode(self, pixels: torch.Tensor) -> Reply[Answer]:
-        request = EncodeRequest(_upload_form(pixels, self._transfer), posterior=True, family=self._family)
+        image = _upload_form(pixels, self._form)
+        request = EncodeRequest(image, posterior=True, family=self._key, alpha=True)
         reply = self._client.encode(request, self._deadlines, self._cancelled)
-        return Reply(reply.answer, reply.bytes_up, reply.bytes_down)
+        answer = reply.answer
+        if isinstance(image, Image.Image) and pixels.ndim == VIDEOS:
+            # A picture's file has no axis of frames, and neither have its latents.
+            answer = replace(answer, latents=answer.latents.unsqueeze(2))
+        return self._checked(pixels, Reply(answer, reply.bytes_up, reply.bytes_down))
+
+    def _checked(self, tensor: torch.Tensor, reply: Reply[Answer]) -> Reply[Answer]:
+        try:
+            _check_answer(self._family, tensor, reply.answer)
+        except MalformedAnswer as error:
+            raise error.by(shown(self._client.url)) from None
+        return reply
+
+
+def _form(call: VaeCall[T], transfer: str) -> str:
+    """The form in which the call crosses the wire: ``transfer``, as far as it can hold what the VAE makes."""
+    if transfer not in ("png", "jpg"):
+        return transfer
+    if call.frames > 1 or (call.tensor.ndim == VIDEOS and call.vae.family.public_endpoint(call.op)):
+        # Many frames make no picture, and a plain endpoint of videos knows tensors only.
+        return "u8"
+    return "png" if call.vae.family.pixel_channels > _RGB else transfer
 
 
 def _ask_test_picture(client: EndpointClient, call: VaeCall[T], settings: Settings, tensor: torch.Tensor) -> Answer:
@@ -207,22 +230,34 @@ def _ask_test_picture(client: EndpointClient, call: VaeCall[T], settings: Settin
     return _Asking(client, sample, transfer, Deadlines.of(settings).quick).ask().answer
 
 
-def _check_answer(call: VaeCall[T], answer: Answer) -> None:
+def _check_answer(family: Family, tensor: torch.Tensor, answer: Answer) -> None:
     """Whether the answer is what this VAE would have given; a plain endpoint may have one of another family.
 
     Raises:
         MalformedAnswer: latents or pixels of another shape.
     """
-    family = call.vae.family
-    batch, height, width = call.size
+    batch, frames = tensor.shape[0], tensor.shape[2] if tensor.ndim == VIDEOS else 1
+    rows, columns = tensor.shape[-2:]
+    allowed: tuple[Collection[int], ...]
+    made: Collection[int]
     if isinstance(answer, EncodeAnswer):
+        shape = tuple(answer.latents.shape)
+        came = shape if len(shape) == VIDEOS else (*shape[:2], 1, *shape[2:])
         channels = family.latent_channels * (2 if answer.is_posterior else 1)
-        came: tuple[int, ...] = tuple(answer.latents.shape)
-        wanted: tuple[int, ...] = (batch, channels, height // family.downscale, width // family.downscale)
+        made = range(max(1, frames // family.frame_scale), family.latent_frames(frames) + 1)
+        allowed = (batch,), (channels,), made, *(latent_sides(side, family.downscale) for side in (rows, columns))
     else:
-        came, wanted = answer.size, (height, width)
-    if came != wanted:
-        raise MalformedAnswer(f"got {list(came)}, expected {list(wanted)} of the VAE of {family.label}")
+        came = answer.extent
+        # CogVideoX makes ``frame_scale`` frames of each of an even number of latent ones.
+        made = {family.frames(frames), *([] if frames % 2 else [frames * family.frame_scale])}
+        sides = (rows * family.downscale,), (columns * family.downscale,)
+        allowed = (batch,), (family.pixel_channels,), made, *sides
+    if all(size in sizes for size, sizes in zip(came, allowed, strict=True)):
+        return
+    wanted = [min(sizes, default=0) for sizes in allowed]
+    if tensor.ndim != VIDEOS:
+        came, wanted = (*came[:2], *came[3:]), [*wanted[:2], *wanted[3:]]
+    raise MalformedAnswer(f"got {list(came)}, expected {wanted} of the VAE of {family.label}")
 
 
 def _adopted(call: VaeCall[T], answer: Answer) -> T:
@@ -241,21 +276,22 @@ def _adopted(call: VaeCall[T], answer: Answer) -> T:
         raise OutOfMemory(f"the answer does not fit in memory: {error}", reason="out of memory") from error
 
 
-def _upload_form(pixels: torch.Tensor, transfer: str) -> Union[torch.Tensor, Image.Image]:
-    """``[B, 3, H, W]`` in [-1, 1] as it goes up: raw as it is, u8 in at most float16 (a sixteenth of a level), png 8 bits."""
-    if transfer == "raw":
+def _upload_form(pixels: torch.Tensor, form: str) -> Union[torch.Tensor, Image.Image]:
+    """Pixels in [-1, 1] as they go up: raw as they are, u8 in at most float16 (a sixteenth of a level), png in 8 bits."""
+    if form == "raw":
         return pixels
-    if transfer == "u8":
+    if form == "u8":
         return pixels.to(torch.float16) if pixels.dtype == torch.float32 else pixels
-    return Image.fromarray(to_uint8(pixels)[0].cpu().numpy())
+    return Image.fromarray(to_uint8(next(frames_of(pixels)))[0].cpu().numpy())
 
 
 def _joined(answers: list[Answer]) -> Answer:
-    """The answers of a batch's pictures as one."""
+    """The answers of a batch's pictures, or videos, as one."""
     decoded = [answer for answer in answers if isinstance(answer, DecodeAnswer)]
     if decoded:
-        levels = [torch.from_numpy(np.array(answer.payload)) for answer in decoded]
-        return DecodeAnswer(Output.UINT8, torch.stack(levels))
+        if len({answer.extent for answer in decoded}) > 1:
+            raise MalformedAnswer("videos of several lengths for one batch")
+        return DecodeAnswer(Output.UINT8, torch.cat([answer.levels for answer in decoded]), decoded[0].is_video)
     encoded = [answer for answer in answers if isinstance(answer, EncodeAnswer)]
     if len({answer.is_posterior for answer in encoded}) > 1:
         raise MalformedAnswer("posteriors and samples for one batch")

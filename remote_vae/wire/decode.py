@@ -251,17 +251,18 @@ class DecodeAnswer:
 
         8-bit levels survive rounding and truncating hosts. Beside the payload and the pixels a clip takes no memory.
         """
-        if self.output is Output.TENSOR:
-            return self.tensor.to(device, dtype)
+        return self.tensor.to(device, dtype) if self.output is Output.TENSOR else px.from_uint8(self.levels, dtype, device)
+
+    @property
+    def levels(self) -> torch.Tensor:
+        """uint8 ``[B, H, W, 3]``, or of videos ``[B, F, H, W, 3]``."""
         if isinstance(self.payload, Image.Image):
             levels = torch.from_numpy(np.array(self.payload)).unsqueeze(0)
         elif self.output is Output.UINT8:
             levels = self.tensor
         else:
-            raise TypeError(f"a {self.output.value} answer is not pixels in [-1, 1]")
-        if self.is_video and levels.ndim < VIDEOS:
-            levels = levels.unsqueeze(0)
-        return px.from_uint8(levels, dtype, device)
+            raise TypeError(f"a {self.output.value} answer has no 8-bit levels")
+        return levels.unsqueeze(0) if self.is_video and levels.ndim < VIDEOS else levels
 
 
 # --- the server's side -------------------------------------------------------------------------------------------------

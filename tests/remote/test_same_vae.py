@@ -482,9 +482,19 @@ def test_other_weights_in_the_same_vae_are_compared_anew(plain: Caller, settings
     assert plain.run(settings) == "local"
 
 
-def test_the_picture_is_made_of_levels_and_has_light_and_shade() -> None:
-    pixels = picture()
-    assert pixels.shape == (1, 3, 64, 64)
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("sd1", (1, 3, 64, 64)),
+        ("sana", (1, 3, 128, 128)),
+        ("qwen-image", (1, 3, 1, 64, 64)),
+        ("qwen-image-2.1", (1, 4, 1, 64, 64)),
+        ("ltx", (1, 3, 1, 128, 128)),
+    ],
+)
+def test_the_picture_is_made_of_levels_and_has_light_and_shade(family: str, shape: tuple[int, ...]) -> None:
+    pixels = picture(find_family(family))
+    assert pixels.shape == shape
     levels = (pixels + 1) * 127.5
     assert torch.allclose(levels, levels.round(), atol=1e-4)
     assert pixels.amin() < -0.7
