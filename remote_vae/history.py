@@ -70,6 +70,11 @@ class History:
         with self._lock:
             return self._records[-1] if self._records else None
 
+    @property
+    def last_asked(self) -> Record | None:
+        """The newest record of a call that was to be remote, or None."""
+        return next((each for each in reversed(self.records()) if each.route == "remote" or each.fallback_reason), None)
+
     def clear(self) -> None:
         with self._lock:
             self._records.clear()

@@ -14,8 +14,11 @@ from remote_vae.history import History, Record
 from remote_vae.remote.client import shown
 from remote_vae.remote.endpoints import endpoint_for
 from remote_vae.remote.route import RemoteRoute
+from remote_vae.remote.trial import Trial, try_out
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import forget_frames
+from remote_vae.vae.at_work import VaeAtWork
+from remote_vae.vae.families import find_family
 
 log = logging.getLogger("remote_vae")
 
@@ -65,6 +68,16 @@ class Router:
         outcome = self._remote.run(call, settings)
         self._record(call, settings, outcome, started, [])
         return outcome.value
+
+    def try_endpoint(self, vae: VaeAtWork | None, settings: Settings) -> Trial:
+        """Whether the endpoint works, for a user who asks; nothing is recorded. ``vae``: the one here, if one is loaded.
+
+        A pause after failures is not waited for, and where the endpoint works now it is over.
+        """
+        trial = try_out(settings, vae)
+        if trial.is_good:
+            self._remote.forget(endpoint_for("decode", find_family("sd1") if vae is None else vae.family, settings)[0])
+        return trial
 
     def _asked(self, call: VaeCall[T], settings: Settings, reasons: list[str]) -> Outcome[T] | None:
         try:

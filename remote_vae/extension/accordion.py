@@ -1,13 +1,20 @@
-"""The accordion "Remote VAE" of txt2img and img2img: what the user wants of one generation. Also by API, and from infotexts.
+"""The accordion "Remote VAE" of txt2img and img2img: on or off for one generation, how things stand, and how it is sent.
 
 Over the API: ``"alwayson_scripts": {"Remote VAE": {"args": ["remote", "raw"]}}``, mode and transfer, both optional.
+
+The box in its title shows what the settings say until the user presses it (javascript/remote_vae.js keeps it so). Beside it goes
+what the settings said when it was set, which tells whether it was pressed: where it was not, the settings count, whatever they
+say by then.
 """
 
 from __future__ import annotations
 
+import html
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from remote_vae.hosts.base import WebUi
@@ -17,9 +24,12 @@ from remote_vae.settings import load_options
 log = logging.getLogger("remote_vae")
 
 TITLE = "Remote VAE"
-_HELP = (
-    "auto: remote as the settings say, even while they are switched off. remote: every VAE call, also those that the settings "
-    "keep here. Whatever fails is done on this machine."
+# Which calls go to the endpoint: the choices of the accordion, by the mode that each asks for.
+AS_SET, EVERY = "as the settings say", "every call, even to another VAE"
+_SCOPES = {AS_SET: "auto", EVERY: "remote"}
+_SCOPE_HELP = (
+    "every call: encodes and decodes that the settings keep on this machine as well, and also where the endpoint has another "
+    "VAE, whose pictures are different. Whatever fails is done on this machine."
 )
 
 
@@ -28,8 +38,23 @@ def transfers() -> tuple[str, ...]:
     return (FOLLOW, *load_options()["transfer"].choices)
 
 
-def request_of(mode: object = None, transfer: object = None) -> Request:
-    """What the user or the API asks for; nothing, or nonsense with a line in the log, is to follow the settings."""
+def request_of(*values: object) -> Request:
+    """What the user or the API asks for; nothing, or nonsense with a line in the log, is to follow the settings.
+
+    Args:
+        values: of the accordion: the box, whether the settings were on when it was set, which calls, and the transfer. Over
+            the API also mode and transfer, both texts, as they always were.
+    """
+    if values and isinstance(values[0], bool):
+        box, seen, scope, transfer = (*values, None, None, None, None)[:4]
+        which = _one_of((AS_SET, EVERY), scope, "which calls", AS_SET)
+        mode: object = FOLLOW
+        if box is False and seen is not False:
+            mode = "off"
+        elif box is True and (seen is not True or which != AS_SET):
+            mode = _SCOPES[which]
+    else:
+        mode, transfer = (*values, None, None)[:2]
     return Request(_one_of(MODES, mode, "mode"), _one_of(transfers(), transfer, "transfer"))
 
 
@@ -47,32 +72,66 @@ def script_class(adapter: WebUi) -> type:
         def ui(self, is_img2img: bool) -> list[Any]:  # noqa: ARG002
             import gradio as gr
 
-            with gr.Accordion(TITLE, open=False, elem_id=self.elem_id("remote_vae")):
-                mode = gr.Radio(
-                    choices=list(MODES), value=FOLLOW, label="Remote VAE", info=_HELP, elem_id=self.elem_id("remote_vae_mode")
-                )
+            on = adapter.own_settings().enabled
+            with _titled(on, self.elem_id("remote_vae")) as box:
+                gr.HTML(value=partial(_state, adapter))
+                seen = gr.Checkbox(value=on, visible=False, elem_id=self.elem_id("remote_vae_seen"))
+                seen.do_not_save_to_config = True
+                scope = gr.Radio(
+                    choices=list(_SCOPES), value=AS_SET, label="What is done there", info=_SCOPE_HELP,
+                    elem_id=self.elem_id("remote_vae_scope"),
+                )  # fmt: skip
                 transfer = gr.Radio(
-                    choices=list(transfers()), value=FOLLOW, label="Transfer", elem_id=self.elem_id("remote_vae_transfer")
-                )
-            # An update and not the bare value: that SD.Next takes for a field with a name.
+                    choices=list(transfers()), value=FOLLOW, label="Transfer", info=load_options()["transfer"].help,
+                    elem_id=self.elem_id("remote_vae_transfer"),
+                )  # fmt: skip
+            # An update and not the bare value: that SD.Next takes for a field with a name. What a picture's text says moves
+            # the box in the title, which is seen, and never lets every call go to another VAE.
             self.infotext_fields = [
-                (mode, lambda pasted: gr.update(value=pasted_mode(pasted, switched_on=adapter.own_settings().enabled))),
+                (box, lambda pasted: gr.update(value=pasted_box(pasted, switched_on=adapter.own_settings().enabled))),
                 (transfer, lambda pasted: gr.update(value=pasted_transfer(pasted, adapter.own_settings().transfer))),
             ]
-            return [mode, transfer]
+            return [box, seen, scope, transfer]
 
-        def before_process(self, p: Any, mode: object = None, transfer: object = None, *_: Any) -> None:
-            setattr(p, REQUEST, request_of(mode, transfer))
+        def before_process(self, p: Any, *values: object) -> None:
+            setattr(p, REQUEST, request_of(*values))
 
     return RemoteVaeScript
 
 
-def pasted_mode(pasted: Mapping[str, Any], *, switched_on: bool) -> str:
-    """The mode that makes a picture as the one whose infotext was pasted was made."""
+@contextmanager
+def _titled(on: bool, elem_id: str) -> Iterator[Any]:
+    """The accordion, with the box in its title where the host has such, else as the first thing within."""
+    import gradio as gr
+
+    try:
+        from modules.ui_components import InputAccordion
+
+        titled = InputAccordion(value=on, label=TITLE, elem_id=elem_id)
+    except Exception:  # another host, or another form of it
+        log.debug("no accordion with a box", exc_info=True)
+        titled = None
+    if titled is not None:
+        for part in (titled, getattr(titled, "accordion", titled)):
+            # What is kept of it from another version, or another day, is not what the settings say now.
+            part.do_not_save_to_config = True
+        with titled:
+            yield titled
+        return
+    with gr.Accordion(TITLE, open=False, elem_id=elem_id):
+        yield gr.Checkbox(value=on, label="Use the remote VAE", elem_id=f"{elem_id}-checkbox")
+
+
+def _state(adapter: WebUi) -> str:
+    return f"<p>{html.escape(adapter.state())}</p>"
+
+
+def pasted_box(pasted: Mapping[str, Any], *, switched_on: bool) -> bool:
+    """The box that makes a picture as the one whose infotext was pasted was made."""
     named = pasted.get(MODE_TEXT)
-    if named in MODES:
-        return str(named)
-    return FOLLOW if switched_on or INFOTEXT not in pasted else "auto"
+    if named in ("off", "auto", "remote"):
+        return named != "off"
+    return bool(switched_on or INFOTEXT in pasted)
 
 
 def pasted_transfer(pasted: Mapping[str, Any], usual: str) -> str:
@@ -82,10 +141,10 @@ def pasted_transfer(pasted: Mapping[str, Any], usual: str) -> str:
     return str(found) if found in transfers() and found != usual else FOLLOW
 
 
-def _one_of(choices: tuple[str, ...], value: object, what: str) -> str:
+def _one_of(choices: tuple[str, ...], value: object, what: str, nothing: str = FOLLOW) -> str:
     if value is None or value == "":
-        return FOLLOW
+        return nothing
     if value in choices:
         return str(value)
     log.warning("%s: got %r, expected one of %s; following the settings", what, value, ", ".join(choices))
-    return FOLLOW
+    return nothing

@@ -1,37 +1,50 @@
-"""The section "Remote VAE" of the host's settings, made from options.toml."""
+"""The section "Remote VAE" of the host's settings, made from options.toml: what everybody needs, a test, and the rest."""
 
 from __future__ import annotations
 
 import html
+import importlib.util
 import inspect
 import logging
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
-from remote_vae.hosts.base import PREFIX
+from remote_vae.errors import SettingsError
+from remote_vae.extension.commands import server_commands
+from remote_vae.hosts.base import PREFIX, WebUi
 from remote_vae.settings import Option, Settings, load_options
+from remote_vae.vae.at_work import VaeAtWork
 
 log = logging.getLogger("remote_vae")
 
 SECTION = ("remote_vae", "Remote VAE")
+# Options of ours that are none: places for text and a button. SD.Next stores no option with this value.
+_PLACE = "dummy"
+_PURPOSE = (
+    "Remote VAE has the last step of every picture, the VAE, done by another machine, so that it needs no memory here. "
+    "Whatever goes wrong with that, this machine does it, and no picture is lost."
+)
 
 
-def add_options() -> None:
+def add_options(adapter: WebUi) -> None:
     """Add every option to the host's settings. Called by the host in on_ui_settings, again after Reload UI."""
-    from modules import shared
-
-    restricts = _restricts(shared)
-    for option in load_options().values():
-        component, arguments = _component(option)
-        label = f"{option.label} ({option.unit})" if option.unit else option.label
-        more = {"restrict_api": True} if option.restricted and restricts else {}
-        info = shared.OptionInfo(
-            option.default, label, component, arguments, onchange=partial(_changed, option), section=SECTION, **more
-        )
-        shared.opts.add_option(PREFIX + option.key, info)
-        _mend(option)
+    _add_place("purpose", partial(_text, f"<p>{html.escape(_PURPOSE)}</p>"))
+    first = True
+    for name, options in groupby(load_options().values(), lambda option: option.group):
+        if not first:
+            _add_place(name, partial(_text, f"<h4>{html.escape(name)}</h4>"))
+        for option in options:
+            _add_option(option)
+            _mend(option)
+        if first:
+            _add_place("test", partial(_test, adapter))
+            _add_place("advanced", partial(_text, "<h3>Advanced</h3><p>Nothing below needs to be touched.</p>"))
+        first = False
     _explain()
 
 
@@ -44,21 +57,123 @@ def restrict_options() -> None:
         refused.update(PREFIX + option.key for option in load_options().values() if option.restricted)
 
 
+def _add_option(option: Option) -> None:
+    from modules import shared
+
+    component, arguments = _component(option)
+    label = f"{option.label} ({option.unit})" if option.unit else option.label
+    more = {"restrict_api": True} if option.restricted and _restricts(shared) else {}
+    info = shared.OptionInfo(
+        option.default, label, component, arguments, onchange=partial(_changed, option), section=SECTION, **more
+    )
+    shared.opts.add_option(PREFIX + option.key, info)
+
+
+def _add_place(name: str, component: Callable[..., Any]) -> None:
+    """Where the page has something else than an option: ``component`` makes it."""
+    from modules import shared
+
+    key = PREFIX + "page_" + "".join(letter if letter.isalnum() else "_" for letter in name.lower())
+    info = shared.OptionInfo(_PLACE, "", component, {}, section=SECTION)
+    info.do_not_save = True
+    shared.opts.add_option(key, info)
+
+
+def _text(text: str, **arguments: Any) -> Any:
+    import gradio as gr
+
+    gr.HTML(text)
+    return _stored(arguments)
+
+
+def _stored(arguments: dict[str, Any]) -> Any:
+    """What the host stores in the place of an option: always the same."""
+    import gradio as gr
+
+    return gr.Textbox(value=_PLACE, visible=False, elem_id=arguments.get("elem_id"))
+
+
+def _test(adapter: WebUi, **arguments: Any) -> Any:
+    """The state, the button that tries the endpoint, and the commands for the other machine."""
+    import gradio as gr
+
+    # A function, which gradio asks each time that the page is loaded.
+    state = gr.HTML(value=partial(_state, adapter), elem_id="remote_vae_state")
+    button = gr.Button("Test", elem_id="remote_vae_test")
+    verdict = gr.HTML("", elem_id="remote_vae_verdict")
+    typed = _on_the_page("setting_" + PREFIX + "endpoint")
+    button.click(partial(try_typed, adapter), inputs=[] if typed is None else [typed], outputs=[verdict, state])
+    return _stored(arguments)
+
+
+def try_typed(adapter: WebUi, typed: object = None) -> tuple[str, str]:
+    """The verdict on the endpoint that stands in the page, applied or not, and the line of state. Both are HTML."""
+    try:
+        settings = adapter.own_settings()
+        if isinstance(typed, str):
+            settings = replace(settings, endpoint=typed)
+        trial = adapter.router.try_endpoint(_current(adapter), settings)
+        mark, text = ("&#10003;" if trial.is_good else "&#10007;"), trial.verdict
+    except SettingsError as error:
+        mark, text = "&#10007;", str(error)
+    except Exception as error:
+        log.exception("the endpoint could not be tested")
+        mark, text = "&#10007;", f"the test itself went wrong: {error}"
+    return f"<p>{mark} {html.escape(text)}</p>", _state(adapter)
+
+
+def _state(adapter: WebUi) -> str:
+    line = html.escape(adapter.state())
+    vae = _current(adapter)
+    install, serve = server_commands("" if vae is None else vae.model, "" if vae is None else vae.family.key)
+    commands = html.escape(f"{install}\n{serve}")
+    return (
+        f"<p><b>State</b> {line}</p><details><summary>The two commands for the other machine</summary>"
+        f"<pre>{commands}</pre></details>"
+    )
+
+
+def _current(adapter: WebUi) -> VaeAtWork | None:
+    """The VAE that is loaded; None where none is, or where what is loaded is of no known kind."""
+    try:
+        return adapter.current()
+    except Exception:
+        log.debug("the loaded VAE cannot be told", exc_info=True)
+        return None
+
+
+def _on_the_page(elem_id: str) -> Any:
+    """The component of the page that is being made which has this id; None: there is none."""
+    try:
+        from gradio.context import Context
+
+        blocks = Context.root_block.blocks.values()
+    except (ImportError, AttributeError):
+        return None
+    return next((block for block in blocks if getattr(block, "elem_id", None) == elem_id), None)
+
+
 def _restricts(shared: Any) -> bool:
     return "restrict_api" in inspect.signature(shared.OptionInfo).parameters
+
+
+def _shows_comments() -> bool:
+    """Whether the host shows what an option has beside it; SD.Next does not, and shows the component's own text."""
+    return importlib.util.find_spec("modules.modeldata") is None
 
 
 def _component(option: Option) -> tuple[Any, dict[str, Any]]:
     import gradio as gr
 
+    more: dict[str, Any] = {} if _shows_comments() else {"info": option.help}
     if isinstance(option.default, bool):
-        return gr.Checkbox, {}
+        return gr.Checkbox, more
     if option.choices:
-        return gr.Radio, {"choices": list(option.choices)}
+        return gr.Radio, {"choices": list(option.choices), **more}
     if isinstance(option.default, float):
         # Without bounds: a number outside of them would make the host refuse all its settings and not say which it is.
-        return gr.Number, {}
-    return gr.Textbox, {"max_lines": 1}
+        return gr.Number, more
+    return gr.Textbox, {"max_lines": 1, **more}
 
 
 def _changed(option: Option) -> None:
@@ -93,11 +208,15 @@ def _explain() -> None:
     problems = Settings.forgiving(values)[0].problems
     for key, option in load_options().items():
         info = shared.opts.data_labels.get(PREFIX + key)
-        if info is not None:
-            info.comment_after = ""
-            info.info(option.help)
-            if key in problems:
-                info.info(html.escape(problems[key]))
+        if info is None:
+            continue
+        if not _shows_comments():
+            info.component_args["info"] = " ".join(filter(None, (option.help, problems.get(key))))
+            continue
+        info.comment_after = ""
+        info.info(option.help)
+        if key in problems:
+            info.info(html.escape(problems[key]))
 
 
 def _show(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from remote_vae.extension.accordion import script_class
 from remote_vae.extension.axes import add_axes, remove_axes
@@ -28,7 +29,7 @@ def load() -> type | None:
     from modules import script_callbacks
 
     restrict_options()
-    script_callbacks.on_ui_settings(add_options)
+    script_callbacks.on_ui_settings(partial(add_options, adapter))
     adapter.install()
     if adapter.installed:
         _register(adapter)

@@ -12,10 +12,12 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -23,10 +25,11 @@ import torch
 
 from remote_vae.call import T, VaeCall
 from remote_vae.errors import UnsupportedLayout, VaeCallFailed
-from remote_vae.history import History
-from remote_vae.hosts.generation import Generation
+from remote_vae.history import History, Record
+from remote_vae.hosts.generation import Generation, fallback
 from remote_vae.hosts.seam_state import SeamState, not_entered
 from remote_vae.hosts.wrapping import unwrap, wrap
+from remote_vae.remote import trial
 from remote_vae.router import Router
 from remote_vae.settings import Settings, load_options
 from remote_vae.vae.at_work import Op, VaeAtWork
@@ -73,6 +76,8 @@ class WebUi(ABC):
         self._refused: set[str] = set()
         # What is wrong with the seam since the last generation.
         self._not_entered = ""
+        # The last fallback that was shown over the page.
+        self._warned = ""
 
     # --- what each UI has of its own -------------------------------------------------------------------------------------
 
@@ -195,6 +200,11 @@ class WebUi(ABC):
         """How it stands between the UI and us now. For any thread."""
         return SeamState(f"{self.name} {_version(self.version_at)}".strip(), self.seams, self._not_entered)
 
+    def state(self) -> str:
+        """How things stand, in one line: "on: studio:7870, same VAE, last call 1.1 s". For any thread."""
+        problem = self.seam_state().problem
+        return problem or trial.state(self.own_settings(), self.router.history.last_asked)
+
     # --- for other UIs ---------------------------------------------------------------------------------------------------
 
     def shares(self) -> bool:
@@ -310,13 +320,24 @@ class WebUi(ABC):
             cancelled=lambda: self._presses != presses or risen(*_FLAGS),
             gave_up=lambda: risen("skipped"),
             tell=tell,
-            recorded=call.user.recorded if generation is None else generation.record,
+            recorded=partial(self._recorded, generation),
         )
         try:
             yield replace(call, user=user)
         finally:
             state.textinfo = text
             self._after(call.op, [flag for flag in flags if getattr(state, flag, False)])
+
+    def _recorded(self, generation: Generation | None, record: Record) -> None:
+        """A call has ended: it goes into the infotext, and what has gone wrong over the page, once a cause."""
+        if generation is not None:
+            generation.record(record)
+        if record.route == "remote":
+            self._warned = ""
+        problem = fallback(record)
+        if problem and problem != self._warned:
+            self._warned = problem
+            _warn(f"Remote VAE: {problem}")
 
     def _after(self, op: Op, pressed: list[str]) -> None:
         """A call of this thread is over; ``pressed`` are the flags that have risen in it, and have ended its wait."""
@@ -373,6 +394,15 @@ def _version(where: str) -> str:
         return str(found() if callable(found) else found)
     except Exception:  # as any host pleases
         return ""
+
+
+def _warn(text: str) -> None:
+    """As a message over the page. Outside of one, as in the host's API, gradio warns Python, or has no such message."""
+    with suppress(Exception), warnings.catch_warnings():
+        import gradio as gr
+
+        warnings.simplefilter("ignore")
+        gr.Warning(text)
 
 
 def is_picture(tensor: Any) -> bool:

@@ -247,8 +247,7 @@ class ComfyUi:
     def state(self) -> str:
         """One line for the settings page."""
         settings = self.settings.now()
-        records = [record for record in self.router.history.records() if record.route == "remote" or record.fallback_reason]
-        line = state(replace(settings, enabled=True), records[-1] if records else None)
+        line = state(replace(settings, enabled=True), self.router.history.last_asked)
         return line if settings.enabled else f"off, but for the node Remote VAE. With it: {line}"
 
     def try_out(self) -> Trial:

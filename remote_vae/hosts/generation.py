@@ -26,6 +26,8 @@ CELL = "remote_vae_cell"
 INFOTEXT = "Remote VAE"
 MODE_TEXT = f"{INFOTEXT} mode"
 TRANSFER_TEXT = f"{INFOTEXT} transfer"
+# What the user has pressed is no news for him.
+_OWN_DOING = ("interrupted", "skipped")
 # Letters of a reason there.
 _REASON = 60
 
@@ -131,6 +133,11 @@ class Generation:
             else:
                 self.params.pop(key, None)
 
+        problem = fallback(record)
+        if problem and callable(getattr(self.p, "comment", None)):
+            # A line under the picture, in the UIs that have such.
+            self.p.comment(f"Remote VAE: {problem}")
+
     def summary(self) -> str:
         """Such as "decode remote (u8), encode local (503)"; empty where nothing was to be remote."""
         return in_words(self._of_this_picture(), names_endpoint=self.names_endpoint)
@@ -191,6 +198,14 @@ def _way(record: Record, *, names_endpoint: bool) -> str:
     if host and not names_endpoint:
         reason = reason.replace(host, "the endpoint")
     return f"{name} ({reason})" if reason else name
+
+
+def fallback(record: Record) -> str:
+    """What the user has to know of a call that was to be remote and was not; "" where he knows, or nothing was wrong."""
+    if record.route in ("remote", "failed") or not record.endpoint or record.fallback_reason.startswith(_OWN_DOING):
+        return ""
+    made = "made" if record.op == "decode" else "encoded"
+    return f"the endpoint did not do it ({_shortly(record.fallback_reason)}): the picture was {made} on this machine"
 
 
 def _shortly(reason: str) -> str:

@@ -190,6 +190,12 @@ class Endpoints:
             machine = self._breakers.setdefault(_machine(url), Breaker(self._clock))
             return Turn(machine, self._breakers.setdefault(url, Breaker(self._clock)), settings)
 
+    def forget(self, url: str) -> None:
+        """The failures of ``url`` and of its machine count no more."""
+        with self._lock:
+            for each in (_machine(url), url):
+                self._breakers.pop(each, None)
+
     def took(self, url: str, pixels: int, seconds: float) -> None:
         """An answer of so many pixels came after ``seconds``."""
         with self._lock:

@@ -82,6 +82,12 @@ class RemoteRoute:
                 return outcome
         raise _of_all(failures)
 
+    def forget(self, url: str) -> None:
+        """What is known of ``url`` and its machine is found out anew by the next call: a pause is over."""
+        for address in self._endpoints.addresses(url):
+            self._endpoints.forget(address)
+            self._same_vae.forget(address)
+
     def _run_at(self, url: str, call: VaeCall[T], settings: Settings, *, public: bool) -> Outcome[T]:
         client = client_for(url, public=public)
         turn = self._endpoints.turn(url, settings)

@@ -47,9 +47,15 @@ class Component:
 
     takes: tuple[str, ...] = ()
 
-    def __init__(self, *, value: Any = None, label: str = "", elem_id: str = "", info: str = "", **arguments: Any) -> None:
+    made: ClassVar[dict[str, Component]] = {}
+
+    def __init__(self, value: Any = None, *, label: str = "", elem_id: str = "", info: str = "", **arguments: Any) -> None:
         assert set(arguments) <= set(self.takes), f"{type(self).__name__} takes none of {arguments}"
         self.value, self.label = value, label
+        self.made[elem_id] = self
+
+    def click(self, fn: Callable[..., Any], *, inputs: list[Any], outputs: list[Any]) -> None:
+        self.press = lambda *typed: dict(zip((each.label or type(each).__name__ for each in outputs), fn(*typed), strict=True))
 
 
 class Accordion:
@@ -70,7 +76,14 @@ class Update(dict[str, Any]):
 
 
 def gradio() -> ModuleType:
-    takes = {"Checkbox": (), "Number": (), "Radio": ("choices",), "Textbox": ("max_lines",)}
+    takes = {
+        "Checkbox": ("visible",),
+        "Number": (),
+        "Radio": ("choices",),
+        "Textbox": ("max_lines", "visible"),
+        "HTML": (),
+        "Button": (),
+    }
     kinds = {name: type(name, (Component,), {"takes": names}) for name, names in takes.items()}
     # Over the page, by what it says.
     shown: list[str] = []
