@@ -226,14 +226,14 @@ class Settings:
     """
 
     enabled: bool = _option("enabled")
+    endpoint: str = _option("endpoint")
     decode: bool = _option("decode")
     encode: bool = _option("encode")
-    endpoint: str = _option("endpoint")
+    transfer: str = _option("transfer")
+    when_vae_differs: str = _option("when_vae_differs")
     decode_endpoint: str = _option("decode_endpoint")
     encode_endpoint: str = _option("encode_endpoint")
     public_endpoints: bool = _option("public_endpoints")
-    when_vae_differs: str = _option("when_vae_differs")
-    transfer: str = _option("transfer")
     connect_timeout: float = _option("connect_timeout")
     first_byte_timeout: float = _option("first_byte_timeout")
     total_timeout: float = _option("total_timeout")

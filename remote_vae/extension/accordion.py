@@ -2,9 +2,9 @@
 
 Over the API: ``"alwayson_scripts": {"Remote VAE": {"args": ["remote", "raw"]}}``, mode and transfer, both optional.
 
-The box in its title shows what the settings say until the user presses it (javascript/remote_vae.js keeps it so). Beside it goes
-what the settings said when it was set, which tells whether it was pressed: where it was not, the settings count, whatever they
-say by then.
+The box in its title shows what the settings say until the user presses it (javascript/remote_vae.js keeps it so). Beside it
+goes what the settings said when it was set, which tells whether it was pressed: where it was not, the settings count, whatever
+they say by then.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def pasted_box(pasted: Mapping[str, Any], *, switched_on: bool) -> bool:
     """The box that makes a picture as the one whose infotext was pasted was made."""
     named = pasted.get(MODE_TEXT)
     if named in ("off", "auto", "remote"):
-        return named != "off"
+        return bool(named != "off")
     return bool(switched_on or INFOTEXT in pasted)
 
 

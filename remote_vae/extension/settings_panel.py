@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -159,7 +159,7 @@ def _restricts(shared: Any) -> bool:
 
 def _shows_comments() -> bool:
     """Whether the host shows what an option has beside it; SD.Next does not, and shows the component's own text."""
-    return importlib.util.find_spec("modules.modeldata") is None
+    return "modules.modeldata" not in sys.modules
 
 
 def _component(option: Option) -> tuple[Any, dict[str, Any]]:

@@ -15,6 +15,7 @@ from remote_vae.extension import axes, settings_panel
 from remote_vae.hosts.a1111 import adapter
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings, read_toml
+from tests.conftest import ServerThread
 from tests.hosts.a1111_standin import A1111Host
 from tests.hosts.standin import put_in_place
 
@@ -48,10 +49,11 @@ def ui(host: A1111Host) -> A1111Host:
 def test_the_start_registers_each_callback_once(host: A1111Host) -> None:
     host.load_extension()
     callbacks = host.script_callbacks.callbacks
-    # That one has a function of its own, which knows the adapter.
+    # Those have a function of their own, which knows the adapter.
     assert len(callbacks.pop("app_started")) == 1
+    [panel] = callbacks.pop("ui_settings")
+    assert (panel.func, panel.args) == (settings_panel.add_options, (adapter,))
     assert callbacks == {
-        "ui_settings": [settings_panel.add_options],
         "model_loaded": [adapter.hook],
         "script_unloaded": [adapter.uninstall, axes.remove_axes],
         "before_ui": [axes.add_axes],
@@ -138,7 +140,66 @@ def test_the_plot_has_each_axis_once_and_after_unloading_none(ui: A1111Host) -> 
 
 def test_the_panel_has_every_option_of_the_file_once_in_its_order(ui: A1111Host) -> None:
     ui.reload_ui()
-    assert list(ui.opts.data_labels) == [f"remotevae_{key}" for key in OPTIONS]
+    assert [name for name in ui.opts.data_labels if "_page_" not in name] == [f"remotevae_{key}" for key in OPTIONS]
+
+
+def test_what_everybody_needs_comes_first_then_the_test_then_the_rest_in_groups(ui: A1111Host) -> None:
+    names = [name.removeprefix("remotevae_") for name in ui.opts.data_labels]
+    assert names[:5] == ["page_purpose", "enabled", "endpoint", "page_test", "page_advanced"]
+    assert sum(name.startswith("page_") for name in names) == 2 + len({entry["group"] for entry in OPTIONS.values()})
+    assert not any("_page_" in name for name in ui.opts.data), "the page's own places are not stored"
+
+
+def opened(ui: A1111Host) -> dict[str, Any]:
+    """The host makes its settings page: every component, by its id."""
+    made: dict[str, Any] = sys.modules["gradio"].Textbox.made
+    made.clear()
+    for name, info in ui.opts.data_labels.items():
+        info.component(
+            label=info.label, value=ui.opts.data.get(name, info.default), elem_id=f"setting_{name}", **info.component_args
+        )
+    return made
+
+
+def test_the_button_tries_the_endpoint_and_says_what_to_do(ui: A1111Host, server: ServerThread) -> None:
+    page = opened(ui)
+    for typed, words in (
+        (server.url, ("same VAE as this UI", "ms there and back", "Tick Enabled")),
+        ("http://127.0.0.1:9", ("connection refused", "Start the server on that machine")),
+        ("", ("No endpoint is set", "192.168.1.20:7870")),
+        ("ftp://studio", ("must begin with http",)),
+    ):
+        verdict, state = settings_panel.try_typed(adapter, typed)
+        assert all(word in verdict for word in words), verdict
+        assert "<b>State</b> off" in state
+    assert adapter.router.history.last is None, "a test is no call"
+    assert page["remote_vae_test"].press()["HTML"]
+
+
+def test_the_state_is_that_of_the_last_call(ui: A1111Host, server: ServerThread) -> None:
+    state = opened(ui)["remote_vae_state"].value
+    ui.turn_on("http://127.0.0.1:9")
+    assert "on: 127.0.0.1:9, not asked yet" in state()
+    ui.txt2img()
+    assert "127.0.0.1:9 did not answer the last call (connection refused): pictures are made here" in state()
+    ui.turn_on(server.url)
+    ui.txt2img()
+    assert f"on: {server.url.removeprefix('http://')}, same VAE, last call" in state()
+
+
+def test_the_commands_for_the_other_machine_name_the_users_checkpoint(ui: A1111Host) -> None:
+    shown = opened(ui)["remote_vae_state"].value()
+    assert "remote-vae serve --vae" in shown
+    assert "--family sd1 --host 0.0.0.0" in shown
+
+
+def test_a_fallback_is_a_warning_once_a_cause_and_a_line_under_the_picture(ui: A1111Host) -> None:
+    shown = sys.modules["gradio"].shown
+    ui.turn_on("http://127.0.0.1:9")
+    ui.txt2img()
+    ui.txt2img()
+    assert shown == ["Remote VAE: the endpoint did not do it (connection refused): the picture was made on this machine"]
+    assert ui.comments == shown
 
 
 def test_an_option_has_its_component_default_and_words(ui: A1111Host) -> None:
@@ -231,10 +292,10 @@ def test_the_panel_untouched_is_the_default_settings(ui: A1111Host) -> None:
 
 
 def test_a_pasted_infotext_sets_the_accordion_of_both_tabs(ui: A1111Host) -> None:
-    untouched = {"Remote VAE": "follow settings", "Transfer": "follow settings"}
+    untouched = {"Use the remote VAE": False, "Transfer": "follow settings"}
     made_remotely = {"Remote VAE": "decode remote studio (png)"}
     for is_img2img in (False, True):
         assert ui.runner(is_img2img).paste({}) == untouched
-        assert ui.runner(is_img2img).paste(made_remotely) == {"Remote VAE": "auto", "Transfer": "png"}
+        assert ui.runner(is_img2img).paste(made_remotely) == {"Use the remote VAE": True, "Transfer": "png"}
     ui.set_options(enabled=True, transfer="png")
-    assert ui.runner().paste(made_remotely) == untouched
+    assert ui.runner().paste(made_remotely) == {"Use the remote VAE": True, "Transfer": "follow settings"}

@@ -106,6 +106,7 @@ class OptionInfo:
         self.default, self.label, self.component, self.section = default, label, component, section
         self.component_args, self.onchange, self.restrict_api = component_args, onchange, restrict_api
         self.comment_after = ""
+        self.do_not_save = False
 
     def info(self, text: str) -> None:
         self.comment_after += f"<span class='info'>({text})</span>"
@@ -121,7 +122,7 @@ class Options:
 
     def add_option(self, key: str, info: OptionInfo) -> None:
         self.data_labels[key] = info
-        if self._stores_defaults:
+        if self._stores_defaults and not info.do_not_save:
             self.data.setdefault(key, info.default)
 
     def set(self, key: str, value: Any, is_api: bool = False) -> bool:
@@ -227,6 +228,11 @@ class Request:
     image: torch.Tensor | None = None
     alwayson: dict[str, list[Any]] = field(default_factory=dict)
     extra_generation_params: dict[str, Any] = field(default_factory=dict)
+    comments: dict[str, int] = field(default_factory=dict)
+
+    def comment(self, text: str) -> None:
+        """A line under the picture, as A1111 and Forge have them."""
+        self.comments[text] = 1
 
     def sampled(self, channels: int = 4, around: torch.Tensor | None = None) -> torch.Tensor:
         seed = self.seed + self.iteration * self.batch_size
@@ -377,7 +383,9 @@ class Host:
         """One press of Generate, through the API."""
         p.n_iter, p.alwayson = self.n_iter, self.alwayson
         self.runner(p.image is not None).before_process(p)
-        return self.process(p)
+        pictures = self.process(p)
+        self.comments = list(p.comments)
+        return pictures
 
     def xyz(self, label: str, values: list[str]) -> list[Pictures]:
         """The pictures of each cell of a plot of one axis."""
