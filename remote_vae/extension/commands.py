@@ -6,8 +6,6 @@ import configparser
 import shlex
 from pathlib import Path
 
-from remote_vae.remote.endpoints import DEFAULT_PORT
-
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _REPOSITORY = "ADDRESS-OF-THIS-REPOSITORY"
 
@@ -23,7 +21,7 @@ def server_commands(checkpoint: str, family: str) -> tuple[str, str]:
     named = f" --family {family}" if family and family != "custom" else ""
     return (
         f'pip install "sd-webui-remote-vae[server] @ git+{repository()}"',
-        f"remote-vae serve --vae {shlex.quote(name)}{named} --host 0.0.0.0 --port {DEFAULT_PORT}",
+        f"remote-vae serve --vae {shlex.quote(name)}{named} --host 0.0.0.0",
     )
 
 
