@@ -108,6 +108,7 @@ class WebUi(ABC):
 
         self.router = Router(self.router.history, Path(paths.data_path) / "remote-vae-rescue")
         self.installed = True
+        self._warned = ""
         for owner, name, around in self._wrapped_functions():
             wrap(owner, name, around, self)
         self.hook_loaded()

@@ -164,14 +164,14 @@ def opened(ui: A1111Host) -> dict[str, Any]:
 def test_the_button_tries_the_endpoint_and_says_what_to_do(ui: A1111Host, server: ServerThread) -> None:
     page = opened(ui)
     for typed, words in (
-        (server.url, ("same VAE as this UI", "ms there and back", "Tick Enabled")),
-        ("http://127.0.0.1:9", ("connection refused", "Start the server on that machine")),
-        ("", ("No endpoint is set", "192.168.1.20:7870")),
+        (server.url, ("It is the VAE that was used here last", "ms there and back")),
+        ("http://127.0.0.1:9", ("connection refused", "Is the server running there")),
+        ("", ("no endpoint is set", "enter the address")),
         ("ftp://studio", ("must begin with http",)),
     ):
         verdict, state = settings_panel.try_typed(adapter, typed)
         assert all(word in verdict for word in words), verdict
-        assert "<b>State</b> off" in state
+        assert "<b>State</b>" in state
     assert adapter.router.history.last is None, "a test is no call"
     assert page["remote_vae_test"].press()["HTML"]
 
@@ -181,7 +181,7 @@ def test_the_state_is_that_of_the_last_call(ui: A1111Host, server: ServerThread)
     ui.turn_on("http://127.0.0.1:9")
     assert "on: 127.0.0.1:9, not asked yet" in state()
     ui.txt2img()
-    assert "127.0.0.1:9 did not answer the last call (connection refused): pictures are made here" in state()
+    assert "on, but connection refused (127.0.0.1:9): the last picture was made here" in state()
     ui.turn_on(server.url)
     ui.txt2img()
     assert f"on: {server.url.removeprefix('http://')}, same VAE, last call" in state()
