@@ -76,8 +76,8 @@ _flux2: dict[str, object] = {
 _hunyuan_video = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "latent_channels": 16}
 _ltx: dict[str, object] = {
     "latent_channels": 128,
-    "block_out_channels": (16, 32, 32, 32),
-    "decoder_block_out_channels": (16, 32, 32, 32),
+    "block_out_channels": (8, 16, 32, 32),
+    "decoder_block_out_channels": (8, 16, 32, 32),
     "layers_per_block": (1, 1, 1, 1, 1),
     "decoder_layers_per_block": (1, 1, 1, 1, 1),
 }
@@ -93,6 +93,7 @@ SMALL: dict[str, Callable[..., torch.nn.Module]] = {
     "flux2-small": _of("AutoencoderKLFlux2", **_flux2, decoder_block_out_channels=(32, 64, 64, 64)),
     "qwen-image": _of("AutoencoderKLQwenImage", base_dim=8),
     "wan": _of("AutoencoderKLWan", base_dim=8),
+    "qwen-image-layered": _of("AutoencoderKLQwenImage", base_dim=8, input_channels=4),
     "wan22-5b": _of(
         "AutoencoderKLWan",
         base_dim=8,
@@ -151,6 +152,9 @@ SMALL: dict[str, Callable[..., torch.nn.Module]] = {
         decoder_block_out_channels=(8, 16, 32),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
+        decoder_causal=False,
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
     ),
     "mochi": _of(
         "AutoencoderKLMochi",

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from remote_vae.errors import SettingsError, UnsupportedLayout
-from remote_vae.server.weights import SUFFIXES, infer_config, load_into, read_weights
+from remote_vae.server.weights import INDEX_SUFFIX, SUFFIXES, build, other_than, read_shards, read_weights, shard_names
 from remote_vae.tiled.memory import is_out_of_memory
-from remote_vae.vae.at_work import VaeAtWork, has_posterior, whole_diffusers
-from remote_vae.vae.families import Family, find_family, recognise_config
+from remote_vae.vae.at_work import VaeAtWork, has_posterior, is_of, whole_diffusers
+from remote_vae.vae.families import Family, family_of, find_family
 from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
 from remote_vae.wire import FINGERPRINT_KEYS
 from remote_vae.wire.tensors import DTYPES
@@ -27,8 +27,12 @@ log = logging.getLogger("remote_vae")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASS = re.compile(r"\w*Autoencoder\w*")
-# As diffusers names them, in the order of preference.
-_WEIGHTS = tuple(f"diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16", ".bf16"))
+# As diffusers names them, in the order of preference: one file, or the index of several.
+_WEIGHTS = tuple(
+    f"diffusion_pytorch_model{name}"
+    for variant in ("", ".fp16", ".bf16")
+    for name in (f"{variant}.safetensors", f".safetensors.index{variant}.json")
+)
 # Where a folder or a repository has its VAE.
 _PLACES = ("", "vae")
 _HUB_SECONDS = 5.0
@@ -93,7 +97,8 @@ def load_vae(source: str, *, family: str | None = None, dtype: str = "auto", dev
     Args:
         source: a folder with a diffusers VAE (or a pipeline with a ``vae`` folder), a .safetensors file with a VAE alone or
             inside a checkpoint, or a hub id such as "stabilityai/sd-vae-ft-mse".
-        family: a key of families.toml; needed for a .safetensors file without its config.json, as its factors are not in it.
+        family: a key of families.toml; needed for a .safetensors file without its config.json whose names and shapes several
+            families have (SD 1 and SDXL; SD 3 and Flux).
         dtype: "float32", "float16", "bfloat16", or "auto": float16 on a GPU of Nvidia, AMD or Intel, else float32.
         device: a torch device, or "auto": the first GPU, else the CPU.
 
@@ -104,53 +109,60 @@ def load_vae(source: str, *, family: str | None = None, dtype: str = "auto", dev
     target = _dtype(dtype, chosen)
     known = find_family(family) if family else None
     vae = _load(source, known)
-    seen = recognise_config(vae.config, type(vae).__name__)
-    found = known or seen
-    if known is not None and seen is not None and seen.is_known and seen.key != known.key:
-        log.warning("--vae %s: by its config it is of %s, and it is served as that of %s", source, seen.label, known.label)
-    if found is None:
-        raise SettingsError(f"--vae {source}: {type(vae).__name__} has no scaling factor; name its family with --family")
-    channels = vae.config.get("latent_channels", found.latent_channels)
-    if channels != found.latent_channels:
-        raise SettingsError(f"--vae {source}: it has {channels} latent channels, and {found.label} has {found.latent_channels}")
+    found = _family(vae, known, source)
     state = vae.state_dict()
     names = {rounding: fingerprint(state, rounding) for rounding in ROUNDINGS}
     try:
-        # Not diffusers' own to(), which warns of modules to keep in float32 that a VAE does not have.
-        vae = nn.Module.to(vae, chosen, target).eval().requires_grad_(False)
+        # Not diffusers' own to(), which warns of modules to keep in float32 that a VAE does not have. Gradients stay switched
+        # on, as from_pretrained leaves them: the last bit of a matrix product depends on that, and is to be the pipeline's.
+        vae = nn.Module.to(vae, chosen, target).eval()
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"--device {device}: {_line(error)}") from None
     loaded = LoadedVae(vae, found, source, names)
     try:
-        return replace(loaded, family=_tried(loaded))
+        _try(loaded)
     except Exception as error:
-        if is_out_of_memory(error):
-            # A call will be done in tiles.
-            return loaded
-        raise SettingsError(
-            f"--vae {source}: {type(vae).__name__} does not make pictures of latents: {_line(error)}"
-        ) from error
+        # Out of memory, a call will be done in tiles.
+        if not is_out_of_memory(error):
+            raise SettingsError(
+                f"--vae {source}: {type(vae).__name__} does not make pictures of latents: {_line(error)}"
+            ) from error
+    return loaded
 
 
-def _tried(loaded: LoadedVae) -> Family:
-    """The family, with the downscale that a small picture turns out to have; it also loads the kernels of a GPU.
+def _family(vae: Any, named: Family | None, source: str) -> Family:
+    """What the VAE is by its class and config, or as what the user wants it served. Raises SettingsError: neither can be."""
+    try:
+        seen = family_of(vae)
+    except UnsupportedLayout as error:
+        raise SettingsError(f"--vae {source}: {error}") from None
+    if named is None or named.key == seen.key:
+        return seen
+    if named.shape != seen.shape or not is_of(vae, *named.classes):
+        raise SettingsError(f"--vae {source}: {other_than(type(vae).__name__, seen.shape, named)}")
+    if seen.is_known:
+        log.warning("--vae %s: by its config it is of %s, and it is served as that of %s", source, seen.label, named.label)
+    return named
 
-    Raises whatever the VAE raises when it is asked for a picture. ValueError: what it makes is none.
+
+def _try(loaded: LoadedVae) -> None:
+    """Make a small picture, of one frame, and encode it again; it also loads the kernels of a GPU.
+
+    Raises whatever the VAE raises. ValueError: what it makes is no such picture or no such latents as its family says.
     """
     family, vae = loaded.family, loaded.current()
-    shape = (1, family.latent_channels, *((1,) if family.video else ()), _TRIAL, _TRIAL)
+    frames = (1,) if family.video else ()
+    side = _TRIAL * family.downscale
+    latents = (1, family.latent_channels, *frames, _TRIAL, _TRIAL)
+    picture = (1, family.pixel_channels, *frames, side, side)
     with loaded.serving():
-        pixels = whole_diffusers(vae.module, "decode", torch.zeros(shape, device=vae.device, dtype=vae.dtype))
-        if pixels.ndim != len(shape) or pixels.shape[1] != 3 or pixels.shape[-1] != pixels.shape[-2]:
-            raise ValueError(f"latents {list(shape)} do not give a picture but {list(pixels.shape)}")
-        latents = whole_diffusers(vae.module, "encode", pixels)
-    channels = family.latent_channels * (2 if vae.has_posterior else 1)
-    if latents.shape[1] != channels or latents.shape[-1] != _TRIAL:
-        raise ValueError(f"a picture {list(pixels.shape)} does not give latents {list(shape)} but {list(latents.shape)}")
-    downscale = pixels.shape[-1] // _TRIAL
-    if family.is_known and downscale != family.downscale:
-        raise ValueError(f"it makes {downscale} pixels of a latent cell, and the VAE of {family.label} {family.downscale}")
-    return replace(family, downscale=downscale)
+        pixels = whole_diffusers(vae.module, "decode", torch.zeros(latents, device=vae.device, dtype=vae.dtype))
+        if pixels.shape != picture:
+            raise ValueError(f"latents {list(latents)} give {list(pixels.shape)}, and not a picture {list(picture)}")
+        encoded = whole_diffusers(vae.module, "encode", pixels)
+    expected = (1, family.latent_channels * (2 if vae.has_posterior else 1), *latents[2:])
+    if encoded.shape != expected:
+        raise ValueError(f"a picture {list(picture)} gives {list(encoded.shape)}, and not latents {list(expected)}")
 
 
 def _device(name: str) -> torch.device:
@@ -180,56 +192,58 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _load(source: str, family: Family | None) -> Any:
     path = Path(source).expanduser()
     if path.is_file():
-        return _from_file(path, _read_config(path.with_name("config.json")), family)
+        return _built(path, path.with_name("config.json"), family)
     if path.is_dir():
-        return _from_folder(path)
+        return _from_folder(path, family)
     if _HUB_ID.fullmatch(source) and not source.startswith("."):
-        return _from_hub(source)
+        return _from_hub(source, family)
     raise SettingsError(f"--vae {source}: no such folder or file, and not a model id such as stabilityai/sd-vae-ft-mse")
 
 
-def _from_folder(folder: Path) -> Any:
+def _from_folder(folder: Path, family: Family | None) -> Any:
     failure = ""
     for place in _PLACES:
         config_file = folder / place / "config.json"
         if not config_file.is_file():
             continue
-        config = _read_config(config_file)
-        if config is None:
+        if _read_config(config_file) is None:
             failure = failure or f"{config_file} is not a VAE's"
             continue
         files = sorted(file for file in config_file.parent.iterdir() if file.suffix.lower() in SUFFIXES)
-        usual = [file for name in _WEIGHTS for file in files if file.name == name]
+        usual = [file for file in (config_file.with_name(name) for name in _WEIGHTS) if file.is_file()]
         if not usual and len(files) != 1:
             found = f"there are {len(files)}: name one of them" if files else "there are none"
             raise SettingsError(f"--vae {folder}: its weights cannot be loaded from safetensors files, as {found}")
-        return _from_file((usual or files)[0], config, None)
+        return _built((usual or files)[0], config_file, family)
     raise SettingsError(f"--vae {folder}: no VAE found there or in its folder vae ({failure or 'no config.json'})")
 
 
-def _from_hub(source: str) -> Any:
+def _from_hub(source: str, family: Family | None) -> Any:
     """From the cache of Hugging Face where it is there, so that a server starts without a network as well."""
     import huggingface_hub
 
     try:
-        vae = _in_repository(source, cached=True)
-        if vae is None:
+        files = _in_repository(source, cached=True)
+        if files is None:
             # The downloads would try again for half a minute where there is no network.
             huggingface_hub.HfApi().model_info(source, timeout=_HUB_SECONDS)
-            vae = _in_repository(source, cached=False)
+            files = _in_repository(source, cached=False)
     except SettingsError:
         raise
     except Exception as error:  # of whichever HTTP library it uses
         raise SettingsError(
             f"--vae {source}: not on this machine, and not to be had from huggingface.co: {_line(error)}"
         ) from None
-    if vae is None:
+    if files is None:
         raise SettingsError(f"--vae {source}: no VAE with safetensors weights found there or in its folder vae")
-    return vae
+    return _built(*files, family)
 
 
-def _in_repository(source: str, *, cached: bool) -> Any:
-    """The VAE of a repository, downloaded unless ``cached``; None: there is none. Raises what the hub's client raises."""
+def _in_repository(source: str, *, cached: bool) -> tuple[Path, Path] | None:
+    """Weights, or their index, and config of a repository's VAE, downloaded unless ``cached``; None: there is none.
+
+    Raises what the hub's client raises.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -241,37 +255,24 @@ def _in_repository(source: str, *, cached: bool) -> Any:
 
     for place in _PLACES:
         config_file = file("config.json", place)
-        config = _read_config(config_file) if config_file else None
-        weights = next(filter(None, (file(name, place) for name in _WEIGHTS)), None) if config else None
-        if weights is not None:
-            return _from_file(weights, config, None)
+        if config_file is None or _read_config(config_file) is None:
+            continue
+        weights = next(filter(None, (file(name, place) for name in _WEIGHTS)), None)
+        if weights is None:
+            continue
+        shards = shard_names(weights) if weights.suffix == INDEX_SUFFIX else []
+        if all(file(name, place) for name in shards):
+            return weights, config_file
     return None
 
 
-def _from_file(path: Path, config: Mapping[str, Any] | None, family: Family | None) -> Any:
-    """That file, with the architecture of ``config``, or else the usual one of ``family``."""
-    import diffusers
-
-    state = read_weights(path)
+def _built(weights: Path, config_file: Path, family: Family | None) -> Any:
+    """The VAE of these weights, with the config beside them or the one that they show."""
+    read = read_shards if weights.suffix == INDEX_SUFFIX else read_weights
     try:
-        if config is not None:
-            try:
-                vae = getattr(diffusers, config["_class_name"]).from_config(config)
-                load_into(vae, state)
-                return vae
-            except UnsupportedLayout as error:
-                if family is None:
-                    raise
-                log.info("the config.json beside %s is not its own: %s", path, error)
-        if family is None:
-            raise SettingsError(
-                f"--vae {path}: a single file does not say which family it is; add --family, for example --family sd1"
-            )
-        vae = diffusers.AutoencoderKL.from_config(infer_config(state, family))
-        load_into(vae, state)
+        return build(read(weights), _read_config(config_file), family)
     except UnsupportedLayout as error:
-        raise SettingsError(f"--vae {path}: {error}") from None
-    return vae
+        raise SettingsError(f"--vae {weights}: {error}") from None
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping
@@ -29,6 +30,10 @@ _EXCERPT_VALUES = 4
 # A VAE that is now in float32 and now in float16, as in diffusers' SDXL pipelines, is known in both.
 _KEPT_EXCERPTS = 12
 
+# What modules keep among their weights and do not compute with, or not as weights: projections of time steps that no VAE has,
+# and the factors of the latents that ComfyUI keeps beside a TAESD.
+_NOT_WEIGHTS = re.compile(r"(^|\.)(temb_proj\.\w+|vae_scale|vae_shift)$")
+
 Excerpt = tuple[Union[torch.dtype, bytes], ...]
 V = TypeVar("V")
 
@@ -48,7 +53,10 @@ def fingerprint(state: Mapping[str, torch.Tensor], rounding: str = "float16") ->
         16 hexadecimal digits (64 bit).
     """
     digests = []
-    for tensor in state.values():
+    for name, tensor in state.items():
+        # Whole numbers are counters, such as the training steps of a batch norm, and not every file has them.
+        if not tensor.is_floating_point() or _NOT_WEIGHTS.search(name):
+            continue
         values = tensor.detach().to("cpu")
         for dtype in ROUNDINGS[rounding]:
             values = values.to(dtype)

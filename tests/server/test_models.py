@@ -16,29 +16,8 @@ from remote_vae.errors import SettingsError
 from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.vae.fingerprint import fingerprint
 from tests.conftest import DEMO_VAE
+from tests.original_names import to_ldm
 from tests.vaes import small_kl
-
-
-def to_ldm(state: dict[str, torch.Tensor], levels: int) -> dict[str, torch.Tensor]:
-    """diffusers' names as the original checkpoints have them, attention as 1 x 1 convolutions."""
-    renamed = {}
-    for key, value in state.items():
-        name = key
-        for index in range(levels):
-            for part in ("block", "downsample", "upsample"):
-                plural = {"block": "resnets", "downsample": "downsamplers.0", "upsample": "upsamplers.0"}[part]
-                name = name.replace(f"encoder.down_blocks.{index}.{plural}", f"encoder.down.{index}.{part}")
-                name = name.replace(f"decoder.up_blocks.{index}.{plural}", f"decoder.up.{levels - 1 - index}.{part}")
-        name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
-        name = name.replace("mid_block.attentions.0.group_norm", "mid.attn_1.norm").replace(
-            "mid_block.attentions.0", "mid.attn_1"
-        )
-        for new, old in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-            name = name.replace(f"attn_1.{new}", f"attn_1.{old}")
-        name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        convolution = ".attn_1." in name and value.ndim == 2
-        renamed[name] = value[:, :, None, None] if convolution else value
-    return renamed
 
 
 def decodes_alike(loaded: LoadedVae, vae: diffusers.AutoencoderKL) -> bool:
@@ -86,13 +65,14 @@ def test_a_single_file_with_its_config_beside_it_needs_no_family(tmp_path: Path,
     assert again.fingerprint == loaded.fingerprint
 
 
-def test_a_hub_id_is_loaded_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("place", "size"), [("", "1GB"), ("vae", "1MB")], ids=["whole", "in shards"])
+def test_a_hub_id_is_loaded_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, size: str) -> None:
     """The real loading code, offline: the cache is laid out as huggingface_hub lays it out."""
     import huggingface_hub.constants
 
     snapshot = tmp_path / "models--someone--some-vae" / "snapshots" / ("0" * 40)
     vae = small_kl("sd1")
-    vae.save_pretrained(snapshot)
+    vae.save_pretrained(snapshot / place, max_shard_size=size)
     (tmp_path / "models--someone--some-vae" / "refs").mkdir()
     (tmp_path / "models--someone--some-vae" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -186,7 +166,7 @@ def test_single_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         load_vae(str(file), family="sd1", device="cpu")
     narrow = small_kl("sd1", block_out_channels=(8, 8, 8, 8), norm_num_groups=8)
     save_file({key: value.contiguous() for key, value in narrow.state_dict().items()}, str(file))
-    with pytest.raises(SettingsError, match=r"config\.json"):
+    with pytest.raises(SettingsError, match=r"config\.json beside"):
         load_vae(str(file), family="sd1", device="cpu")
     file.write_bytes(b"not safetensors")
     with pytest.raises(SettingsError):
@@ -279,15 +259,15 @@ def test_a_file_that_is_no_weights_is_called_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_family_than_named_is_refused() -> None:
-    with pytest.raises(SettingsError, match="4 latent channels, and Flux"):
+    with pytest.raises(SettingsError, match="4 latent channels at 8x, and the VAE of Flux"):
         load_vae(str(DEMO_VAE), family="flux", device="cpu")
 
 
-def test_what_a_vae_scales_by_is_seen_and_not_believed(tmp_path: Path) -> None:
+def test_a_vae_that_scales_otherwise_than_the_family_named_is_refused(tmp_path: Path) -> None:
     down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
     small_kl("sd1", block_out_channels=(32, 32), down_block_types=down, up_block_types=up).save_pretrained(tmp_path)
     assert load_vae(str(tmp_path), device="cpu").family.downscale == 2
-    with pytest.raises(SettingsError, match="2 pixels of a latent cell"):
+    with pytest.raises(SettingsError, match="at 2x, and the VAE of SD 1"):
         load_vae(str(tmp_path), family="sd1", device="cpu")
 
 

@@ -15,8 +15,8 @@ import torch
 from remote_vae.vae import fingerprint as module
 from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint, fingerprint_of, matches
 from tests.layouts import forge_vae, ldm_vae, sgm_vae
-from tests.server.test_models import to_ldm
-from tests.vaes import small_kl
+from tests.original_names import ORIGINAL, to_ldm
+from tests.vaes import small_kl, small_vae
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 WIDTHS = (32, 32, 64, 64)
@@ -67,6 +67,25 @@ def test_the_fingerprint_does_not_depend_on_dtype_names_or_order() -> None:
     }
     assert convolutions.keys() == state.keys()
     assert fingerprint(convolutions) == name
+
+
+# Sana's authors join query, key and value, and LTX's files hold statistics that no module has.
+@pytest.mark.parametrize("names", [names for names in ORIGINAL if names[0] not in ("sana", "ltx", "ltx2")], ids=" ".join)
+def test_the_fingerprint_is_that_of_the_original_names(names: tuple[str, str]) -> None:
+    state = small_vae(names[0]).state_dict()
+    assert fingerprint(ORIGINAL[names](state)) == fingerprint(state)
+
+
+def test_what_is_not_computed_with_does_not_count() -> None:
+    state = small_vae("flux2").state_dict()
+    name = fingerprint(state)
+    for key, value in (
+        ("bn.num_batches_tracked", torch.tensor(77)),
+        ("decoder.mid_block.resnets.0.temb_proj.weight", torch.randn(3, 4)),
+        ("vae_scale", torch.tensor(0.18215)),
+    ):
+        assert fingerprint({**state, key: value}) == name
+    assert fingerprint({**state, "bn.running_mean": state["bn.running_mean"] + 1}) != name
 
 
 @pytest.mark.parametrize("rounding", ["float16", "bfloat16", "float16_bfloat16"])
