@@ -29,7 +29,7 @@ ALLOWED = {
     "settings": {"errors"},
     "vae": {"errors", "settings"},
     "wire": {"errors", "vae"},
-    "tiled": {"errors"},
+    "tiled": {"errors", "vae"},
     "call": BASE | {"wire"},
     "rescue": {"errors", "vae"},
     "local": LOCAL,

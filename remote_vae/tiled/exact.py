@@ -20,6 +20,7 @@ from remote_vae.tiled.budget import plan_budget
 from remote_vae.tiled.executor import build
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from remote_vae.tiled.memory import free_pinned_memory
+from remote_vae.tiled.normed import own_moments, raw_latents
 from remote_vae.tiled.plan import Plan
 from remote_vae.tiled.rows import NotFinite, Rows, Run, never, no_progress
 from remote_vae.tiled.store import Store
@@ -69,9 +70,10 @@ def decode(
     """What ``vae.decode(latents)`` gives, in less memory.
 
     Args:
-        vae: diffusers' AutoencoderKL or AutoencoderTiny, or a VAE of ldm, sgm or Forge. It is not changed; other threads may
+        vae: one of diffusers, ldm, sgm, Forge or ComfyUI that ``layouts`` knows. It is not changed; other threads may
             use it meanwhile, unless accelerate takes its layers away after each use.
-        latents: raw (unscaled) ``[B, C, h, w]``, of any size that the VAE itself takes.
+        latents: raw (unscaled) ``[B, C, h, w]``, of any size that the VAE itself takes. A VAE that undoes norm and patches of
+            latents itself (Flux.2 in ComfyUI and Neo) takes them as its own ``decode`` does.
         max_bytes, device, dtype: see ``Limits``.
         progress: called after every strip with the share of the work that is done, up to 1.
         cancelled: asked after every strip; True ends the call.
@@ -85,7 +87,7 @@ def decode(
         CallCancelled: ``cancelled`` said so.
     """
     limits = Limits(max_bytes, device, dtype)
-    return run(decoder_plan(vae), vae, latents, limits, progress=progress, cancelled=cancelled)
+    return run(decoder_plan(vae), vae, raw_latents(vae, latents), limits, progress=progress, cancelled=cancelled)
 
 
 def encode(
@@ -106,11 +108,12 @@ def encode(
         max_bytes, progress, cancelled, device, dtype: as for ``decode``.
 
     Returns:
-        Moments ``[B, 2 C, h, w]``: mean and logvar, unscaled, for the caller to make the posterior of. AutoencoderTiny has
-        none: its latents ``[B, C, h, w]``. Raises as ``decode`` does.
+        Moments ``[B, 2 C, h, w]``: mean and logvar, unscaled, for the caller to make the posterior of. AutoencoderTiny and
+        AutoencoderDC have none: their latents ``[B, C, h, w]``. Raises as ``decode`` does.
     """
     limits = Limits(max_bytes, device, dtype)
-    return run(encoder_plan(vae), vae, pixels, limits, progress=progress, cancelled=cancelled)
+    moments = run(encoder_plan(vae), vae, pixels, limits, progress=progress, cancelled=cancelled)
+    return own_moments(vae, moments)
 
 
 def run(

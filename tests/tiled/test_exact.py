@@ -379,14 +379,6 @@ def test_a_layout_that_is_not_known_is_refused(make: Callable[[], Any]) -> None:
         tiled.decode(make(), random(1, 4, 4, 4))
 
 
-def test_a_vae_that_packs_and_norms_its_latents_is_refused() -> None:
-    vae = layouts.batch_normed_vae()
-    with pytest.raises(UnsupportedLayout, match="bn"):
-        tiled.decode(vae, random(1, 32, 4, 4))
-    with pytest.raises(UnsupportedLayout, match="bn"):
-        tiled.encode(vae, random(1, 3, 64, 64))
-
-
 def test_a_video_vae_is_refused() -> None:
     vae = diffusers.AutoencoderKLHunyuanVideo(block_out_channels=(32,) * 4, layers_per_block=1, norm_num_groups=32)
     with pytest.raises(UnsupportedLayout):

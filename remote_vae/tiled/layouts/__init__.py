@@ -12,7 +12,7 @@ _BUILDERS = (hunyuan_image, deep_compression, diffusers_kl, diffusers_tiny, ldm)
 
 
 def decoder_plan(vae: Any) -> Plan:
-    """How ``vae`` makes pixels of raw latents.
+    """How ``vae`` makes pixels of raw latents: what its decoder takes, also where its own ``decode`` takes normed ones.
 
     Raises:
         UnsupportedLayout: no builder knows it.

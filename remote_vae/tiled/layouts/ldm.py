@@ -30,7 +30,6 @@ def knows(part: nn.Module) -> bool:
 
 def decoder_plan(vae: Any) -> Plan:
     """Latents ``[B, C, h, w]`` to pixels ``[B, 3, H, W]``. Raises UnsupportedLayout."""
-    _ensure_raw(vae)
     decoder = vae.decoder
     if getattr(decoder, "give_pre_end", False):
         raise UnsupportedLayout("a decoder that stops before its last layers")
@@ -50,7 +49,6 @@ def decoder_plan(vae: Any) -> Plan:
 
 def encoder_plan(vae: Any) -> Plan:
     """Pixels ``[B, 3, H, W]`` to moments ``[B, 2 C, h, w]``. Raises UnsupportedLayout."""
-    _ensure_raw(vae)
     encoder = vae.encoder
     steps: list[Step] = [conv(encoder.conv_in)]
     for level in encoder.down:
@@ -62,12 +60,6 @@ def encoder_plan(vae: Any) -> Plan:
     if after is not None:
         steps.append(conv(after))
     return complete_plan(steps, encoder, after)
-
-
-def _ensure_raw(vae: Any) -> None:
-    """ComfyUI's and Forge Neo's VAE of Flux.2 gives and takes latents that are packed and normed. Raises UnsupportedLayout."""
-    if getattr(vae, "bn", None) is not None:
-        raise UnsupportedLayout(f"{type(vae).__name__} packs and norms its latents between encoder and decoder (bn)")
 
 
 def _mid(mid: Any) -> list[Step]:
