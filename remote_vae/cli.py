@@ -116,7 +116,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
     parser.add_argument("--port", type=int, default=7870, help="7870; 0 for any free one")
-    parser.add_argument("--max-pixels", type=int, default=4096 * 4096, help="largest picture, width x height")
+    parser.add_argument("--max-pixels", type=int, default=4096 * 4096, help="largest picture or frame, width x height")
+    parser.add_argument(
+        "--max-video-pixels", type=int, default=1 << 27, help="all frames of a video together (129 frames of 1280 x 720 fit)"
+    )
     parser.set_defaults(run=_serve)
 
 
@@ -174,8 +177,10 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _serve(options: argparse.Namespace) -> int:
     if not 0 <= options.port <= 65535:
         raise SettingsError(f"--port must be from 0 to 65535, not {options.port}")
-    if options.max_pixels < 1:
-        raise SettingsError(f"--max-pixels must be 1 or more, such as {4096 * 4096}, not {options.max_pixels}")
+    for name, usual in (("max_pixels", 4096 * 4096), ("max_video_pixels", 1 << 27)):
+        if getattr(options, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise SettingsError(f"{flag} must be 1 or more, such as {usual}, not {getattr(options, name)}")
     try:
         _ = options.device == "auto" or torch.device(options.device)
     except RuntimeError:
@@ -192,7 +197,7 @@ def _serve(options: argparse.Namespace) -> int:
         device=options.device,
         host=options.host,
         port=options.port,
-        limits=Limits(max_pixels=options.max_pixels),
+        limits=Limits(max_pixels=options.max_pixels, max_video_pixels=options.max_video_pixels),
     )
     return 0
 

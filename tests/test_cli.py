@@ -217,6 +217,7 @@ def test_check_says_what_is_wrong_with_an_endpoint(chaos: Chaos, capsys: pytest.
         (["serve", "--vae", "missing", "--port", "99999"], "--port must be from 0 to 65535, not 99999"),
         (["serve", "--vae", "missing", "--port", "-1"], "--port must be"),
         (["serve", "--vae", "missing", "--max-pixels", "0"], "--max-pixels must be 1 or more"),
+        (["serve", "--vae", "missing", "--max-video-pixels", "-1"], "--max-video-pixels must be 1 or more"),
         (["serve", "--vae", "missing", "--device", "banana"], "not banana"),
         (["serve", "--vae", "missing", "--device", ""], "--device must be"),
         (["decode", "missing.safetensors", "--out", "nowhere/x.png"], "there is no folder nowhere"),

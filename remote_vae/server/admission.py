@@ -50,9 +50,11 @@ class Limits:
     """What requests may ask for, and what all of them together may take.
 
     Attributes:
-        max_pixels: of one picture.
-        max_batch: pictures in a request.
-        max_frames: latent frames of a video.
+        max_pixels: of one picture, or one frame.
+        max_batch: pictures, or videos, in a request.
+        max_frames: of one video, in pixels and not in latents.
+        max_video_pixels: of all frames of a request. The default takes 129 frames of 720p and 257 of 480p; as float32 they are
+            1.6 GB, in 8 bits 0.4 GB.
         max_waiting: requests at once, in upload, in the queue or at work.
         max_wait: seconds that a call may be expected to wait; clients look elsewhere after 20.
         max_bytes: bodies and answers of all requests together. A request that is alone is always let in.
@@ -62,7 +64,8 @@ class Limits:
 
     max_pixels: int = 4096 * 4096
     max_batch: int = 32
-    max_frames: int = 257
+    max_frames: int = 1025
+    max_video_pixels: int = 1 << 27
     max_waiting: int = 64
     max_wait: float = 15.0
     max_bytes: int = 1 << 30
@@ -71,24 +74,36 @@ class Limits:
 
     @property
     def max_total_pixels(self) -> int:
-        """Pixels of one request, all pictures and frames together: bounds the memory of its body and its answer."""
+        """Pixels of one request, all its pictures together: bounds the memory of its body and its answer."""
         return 4 * self.max_pixels
 
     def check(self, batch: int, frames: int, height: int, width: int) -> None:
-        """Raises InvalidRequest: so many pictures of so many (latent) frames and pixels are too much for one request."""
+        """Refuse what is too much for one request.
+
+        Args:
+            batch: pictures, or videos.
+            frames: of each, in pixels.
+            height, width: in pixels.
+
+        Raises:
+            InvalidRequest: it says what was too much.
+        """
         if height * width > self.max_pixels:
-            raise InvalidRequest(f"{width} x {height} pixels; this server takes at most {self.max_pixels} a picture")
+            kind = "frame" if frames > 1 else "picture"
+            raise InvalidRequest(f"{width} x {height} pixels; this server takes at most {self.max_pixels} a {kind}")
         if batch > self.max_batch:
-            raise InvalidRequest(f"{batch} pictures; this server takes at most {self.max_batch} at once")
+            kind = "videos" if frames > 1 else "pictures"
+            raise InvalidRequest(f"{batch} {kind}; this server takes at most {self.max_batch} at once")
         if frames > self.max_frames:
-            raise InvalidRequest(f"{frames} latent frames; this server takes at most {self.max_frames}")
-        total = batch * frames * height * width
-        if total > self.max_total_pixels:
-            raise InvalidRequest(f"{total} pixels in all; this server takes at most {self.max_total_pixels} in one request")
+            raise InvalidRequest(f"{frames} frames; this server takes at most {self.max_frames}")
+        total, most = batch * frames * height * width, self.max_video_pixels if frames > 1 else self.max_total_pixels
+        if total > most:
+            size = f"{frames} frames of {width} x {height} are " if frames > 1 else ""
+            raise InvalidRequest(f"{size}{total} pixels in all; this server takes at most {most} in one request")
 
     def published(self) -> dict[str, int]:
         """What ``GET /info`` says of them."""
-        names = ("max_pixels", "max_batch", "max_frames", "max_waiting", "max_total_pixels")
+        names = ("max_pixels", "max_batch", "max_frames", "max_waiting", "max_total_pixels", "max_video_pixels")
         return {name: getattr(self, name) for name in names}
 
 

@@ -21,7 +21,17 @@ from remote_vae.server.access import Access, by_token
 from remote_vae.server.admission import Busy, ClientGone, Place, Receive, Stalled, TooLarge, read_body
 from remote_vae.server.engine import Engine, NoModel
 from remote_vae.version import __version__
-from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse, error_detail, error_response, tensor_head
+from remote_vae.wire import (
+    DecodeRequest,
+    EncodeRequest,
+    HttpResponse,
+    Output,
+    TensorHead,
+    error_detail,
+    error_response,
+    tensor_head,
+)
+from remote_vae.wire.http import BASE64_TYPE
 
 log = logging.getLogger("remote_vae")
 
@@ -31,8 +41,12 @@ Work = Callable[[bytearray], HttpResponse]
 # JSON and base64 around the values of a legacy body.
 _BASE64_OVERHEAD = 4 / 3
 _SLACK = 4096
-# A PNG of noise is a little larger than its values.
+# A PNG of noise is a little larger than its values, which are 3 or 4.
 _IMAGE_BYTES_PER_PIXEL = 4
+# Of noise, at the quality that is made; a film takes a tenth of it.
+_MP4_BYTES_PER_PIXEL = 2
+# Of pixels, at the most: with alpha.
+_CHANNELS = 4
 # An answer goes out in such pieces: what a client has not read yet of it waits here once, and not in the connection again.
 _PIECE = 512 * 1024
 # A client that is refused before its body was read gets so long (seconds) to read why.
@@ -113,11 +127,14 @@ def _decode(engine: Engine, request: Request) -> _Wanted:
     if head is None:
         raise InvalidRequest("the query lacks shape and dtype; a picture is encoded at /encode")
     values = dict(query)
-    pixels = engine.check_decode(head, _whole(values.get("height")), _whole(values.get("width")), values.get("family"))
-    limit = int(head.nbytes * _BASE64_OVERHEAD) + _SLACK
-    answer = int(3 * pixels * max(head.dtype.itemsize, 2) * _BASE64_OVERHEAD)
-    place = engine.admission.enter("decode", pixels, _length(request, limit) + answer)
     headers = {name.lower(): value for name, value in request.headers.items()}
+    accept = headers.get("accept", "").lower()
+    output = Output.from_http(values, accept)
+    size = _whole(values.get("height")), _whole(values.get("width"))
+    pixels = engine.check_decode(head, *size, output, values.get("family"))
+    answer = pixels * _bytes_per_pixel(output, head) * (_BASE64_OVERHEAD if BASE64_TYPE in accept else 1)
+    limit = int(head.nbytes * _BASE64_OVERHEAD) + _SLACK
+    place = engine.admission.enter("decode", pixels, _length(request, limit) + int(answer))
 
     def work(body: bytearray) -> HttpResponse:
         return engine.decode(DecodeRequest.from_http(query, headers, body), place)
@@ -140,6 +157,16 @@ def _encode(engine: Engine, request: Request) -> _Wanted:
         return engine.encode(EncodeRequest.from_http(query, body, max_pixels=limits.max_pixels), place)
 
     return _Wanted(place, limit, work)
+
+
+def _bytes_per_pixel(output: Output, head: TensorHead) -> int:
+    """Of a decode's answer, at the most."""
+    if output is Output.MP4:
+        return _MP4_BYTES_PER_PIXEL
+    if output in (Output.TENSOR, Output.UNIT):
+        # Whole numbers are answered in the dtype of the VAE.
+        return _CHANNELS * (head.dtype.itemsize if head.dtype.is_floating_point else 4)
+    return _CHANNELS
 
 
 @dataclass(frozen=True)

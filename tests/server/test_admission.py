@@ -14,6 +14,7 @@ import pytest
 import requests
 from PIL import Image
 
+from remote_vae.errors import InvalidRequest
 from remote_vae.server.admission import Admission, Busy, Limits, Place
 from remote_vae.server.models import LoadedVae
 from tests.conftest import ServerThread
@@ -47,8 +48,8 @@ def health(server: ServerThread) -> dict[str, Any]:
     return dict(requests.get(f"{server.url}/health", timeout=TIMEOUT).json())
 
 
-def post(server: ServerThread, batch: int = 1) -> requests.Response:
-    params = {"shape": [batch, 4, 8, 8], "dtype": "float32", "output_type": "pt"}
+def post(server: ServerThread, batch: int = 1, **params: Any) -> requests.Response:
+    params = {"shape": [batch, 4, 8, 8], "dtype": "float32", "output_type": "pt", **params}
     return requests.post(f"{server.url}/decode", params=params, data=bytes(SMALL_BYTES * batch), timeout=TIMEOUT)
 
 
@@ -78,6 +79,50 @@ class Held:
         finally:
             self.release()
             del vae.decode
+
+
+# --- how much may be asked for -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width"),
+    [(81, 480, 832), (81, 720, 1280), (121, 704, 1280), (129, 720, 1280), (257, 480, 704), (49, 480, 720), (25, 576, 1024)],
+)
+def test_the_clips_that_video_models_make_are_within_the_limits(frames: int, height: int, width: int) -> None:
+    """Wan 2.1, its 720p, Wan 2.2's 5B, HunyuanVideo, LTX, CogVideoX, SVD."""
+    Limits().check(1, frames, height, width)
+
+
+@pytest.mark.parametrize(
+    ("batch", "frames", "height", "width", "said"),
+    [
+        (1, 1, 4097, 4096, "4096 x 4097 pixels; this server takes at most 16777216 a picture"),
+        (1, 5, 4097, 4096, "4096 x 4097 pixels; this server takes at most 16777216 a frame"),
+        (33, 1, 8, 8, "33 pictures; this server takes at most 32 at once"),
+        (33, 5, 8, 8, "33 videos; this server takes at most 32 at once"),
+        (1, 1026, 8, 8, "1026 frames; this server takes at most 1025"),
+        (5, 1, 4096, 4096, "83886080 pixels in all; this server takes at most 67108864 in one request"),
+        (1, 150, 720, 1280, "150 frames of 1280 x 720 are 138240000 pixels in all; this server takes at most 134217728"),
+        (4, 81, 480, 832, "81 frames of 832 x 480 are 129392640"),
+    ],
+)
+def test_what_was_too_much_is_said(batch: int, frames: int, height: int, width: int, said: str) -> None:
+    limits = Limits(max_video_pixels=100_000_000) if batch == 4 else Limits()
+    with pytest.raises(InvalidRequest, match=said):
+        limits.check(batch, frames, height, width)
+
+
+def test_the_bytes_of_an_answer_are_those_of_its_form(serving: Callable[..., ServerThread]) -> None:
+    """Beside a call of 4096 pixels in 8 bits there is room for another such one, and none for one of float32."""
+    server = serving(max_bytes=45_000)
+    with ThreadPoolExecutor() as pool, Held().of(server) as held:
+        first = pool.submit(post, server, partial_postprocess=True)
+        wait_until(lambda: bool(held.batches))
+        assert post(server).status_code == 503
+        second = pool.submit(post, server, partial_postprocess=True)
+        wait_until(lambda: health(server)["waiting"] == 1)
+        held.release()
+        assert (first.result().status_code, second.result().status_code) == (200, 200)
 
 
 # --- by the head ---------------------------------------------------------------------------------------------------------
