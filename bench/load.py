@@ -49,10 +49,10 @@ class Row:
 
 
 class Server:
-    """``remote-vae serve`` and the memory that it takes."""
+    """``remote-vae serve`` and the memory that it takes. ``options`` of the command stand behind the VAE."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "remote_vae", "serve", "--vae", str(ROOT / "assets" / "demo_vae"), "--port", "0"]
+    def __init__(self, vae: Path = ROOT / "assets" / "demo_vae", *options: str) -> None:
+        command = [sys.executable, "-m", "remote_vae", "serve", "--vae", str(vae), "--port", "0", *options]
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         line = next(line for line in self._process.stdout or () if " on http://" in line)
         self.url = line.split()[-1]
@@ -65,26 +65,33 @@ class Server:
     @contextmanager
     def peak(self) -> Iterator[Callable[[], float]]:
         """The most that it takes from here on."""
-        seen = [self.megabytes()]
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.02):
-                seen.append(self.megabytes())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            yield lambda: max(seen)
-        finally:
-            done.set()
-            watcher.join()
+        with peak_of(self.megabytes) as peak:
+            yield peak
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
         if self._process.stdout:
             self._process.stdout.close()
+
+
+@contextmanager
+def peak_of(megabytes: Callable[[], float]) -> Iterator[Callable[[], float]]:
+    """The most that ``megabytes`` says from here on, asked every 20 ms."""
+    seen = [megabytes()]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            seen.append(megabytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: max(seen)
+    finally:
+        done.set()
+        watcher.join()
 
 
 # --- crowds --------------------------------------------------------------------------------------------------------------
