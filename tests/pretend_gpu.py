@@ -4,6 +4,7 @@ The values are computed on the processor. Beside them, as CUDA does it:
 
 - an operation on tensors of both devices is an error, and so is a look at a tensor of the card from outside;
 - the card has a size: what finds no room in it is ``torch.OutOfMemoryError``;
+- what crosses over into another dtype is converted before, where it comes from, and needs room there;
 - a copy that does not block is done when somebody waits for its stream, and its target is NaN until then;
 - mistakes that a real card answers with wrong pictures, now and then, are noted: reading in a stream what another has not
   finished, and letting go of memory that another stream is still to use.
@@ -265,6 +266,8 @@ class Card(TorchFunctionMode):
             result = values.to(*rest, **kwargs)
             return tensor if result is values else self._wrap(result) if is_ours else result
         moved = values.to(*rest, **{**kwargs, "copy": True})
+        if is_ours and moved.dtype != values.dtype:
+            self._wrap(moved.clone())
         result = self._wrap(moved) if goes else moved
         if non_blocking:
             if not goes:
@@ -277,6 +280,8 @@ class Card(TorchFunctionMode):
             if isinstance(tensor, OnCard):
                 self._read(tensor)
         crosses = isinstance(target, OnCard) is not isinstance(source, OnCard)
+        if crosses and isinstance(source, OnCard) and target.dtype != source.dtype:
+            self._wrap(_values(source).to(target.dtype))
         if non_blocking and crosses:
             outside = source if isinstance(target, OnCard) else target
             self._later(target, _values(source), waits=not self._is_pinned(outside))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import importlib.util
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,31 +11,27 @@ from typing import Any, TypeVar
 
 import torch
 
-from remote_vae import local
-from remote_vae.call import Answer, VaeCall
-from remote_vae.errors import InvalidRequest, NotFinite, RemoteVaeError
-from remote_vae.local.own import own_tiling
+from remote_vae.errors import InvalidRequest, RemoteVaeError
 from remote_vae.server.admission import Admission, ClientGone, Limits, Place
-from remote_vae.settings import Settings
-from remote_vae.vae.at_work import Op, Provider, VaeAtWork
+from remote_vae.server.calling import made, while_wanted
+from remote_vae.server.moving import moved
+from remote_vae.vae.at_work import Provider, VaeAtWork
 from remote_vae.vae.families import Family, find_family
 from remote_vae.vae.fingerprint import fingerprint_of
-from remote_vae.vae.packed import batch_norm_of
+from remote_vae.vae.frames import check_frames, check_latent_frames
+from remote_vae.vae.packed import BatchNormed, batch_norm_of
 from remote_vae.wire import (
     FINGERPRINT_KEYS,
     DecodeRequest,
-    EncodeAnswer,
     EncodeRequest,
     HttpResponse,
+    Output,
     TensorHead,
     decode_response,
     decode_size,
     encode_response,
     encode_size,
 )
-from remote_vae.wire.tensors import is_within
-
-log = logging.getLogger("remote_vae")
 
 T = TypeVar("T")
 
@@ -104,8 +100,9 @@ class Engine:
         job = self._executor.submit(in_turn)
 
         def left(_: object) -> None:
+            # A call that runs ends where it can; see ``while_wanted``.
             place.leave()
-            # Its place in the queue is free at once; a call that runs cannot be stopped.
+            # Its place in the queue is free at once.
             job.cancel()
 
         watch.add_done_callback(left)
@@ -130,17 +127,13 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """``GET /info``: which VAE this is, and what may be asked of it. Raises NoModel."""
         vae = self._current()
-        family = vae.family
         found = None if set(FINGERPRINT_KEYS.values()) & set(self._about) else fingerprint_of(vae.module)
         return {
-            "family": family.key,
             "model": vae.model,
             "dtype": str(vae.dtype).removeprefix("torch."),
             "device": vae.device.type,
-            "latent_channels": family.latent_channels,
-            "downscale": family.downscale,
-            "scaling_factor": family.scaling_factor,
-            "shift_factor": family.shift_factor,
+            **_of_family(vae.family),
+            "batch_norm": batch_norm_of(vae.module) is not None,
             # None while a host has only the shapes of the weights in memory: then nothing is said.
             **({FINGERPRINT_KEYS[found[0]]: found[1]} if found else {}),
             "limits": self.limits.published(),
@@ -148,16 +141,26 @@ class Engine:
             **self._about,
         }
 
-    def check_decode(self, head: TensorHead, height: int | None, width: int | None, family: str | None = None) -> int:
-        """Refuse latents by their head, before their bytes are read. Returns the pixels they make, of all frames.
+    def check_decode(
+        self, head: TensorHead, height: int | None, width: int | None, output: Output, family: str | None = None
+    ) -> int:
+        """Refuse latents by their head, before their bytes are read.
+
+        Returns:
+            Pixels that they make, of all pictures and frames.
 
         Raises:
-            InvalidRequest: more pixels or pictures than the limits allow, or latents for another VAE. NoModel.
+            InvalidRequest: more pixels, pictures or frames than the limits allow, latents for another VAE, or an answer that
+                this machine cannot make. NoModel.
         """
         own = self._current().family
         batch, frames, rows, columns = decode_size(head.shape, height, width, own)
         self.limits.check(batch, frames, rows, columns)
         _check_family(own, family)
+        check_latent_frames(own, own.latent_frames(frames))
+        # Before the VAE has worked for minutes.
+        if output is Output.MP4 and importlib.util.find_spec("av") is None:
+            raise InvalidRequest("this server cannot make mp4: install the package av there, or ask for output_type pt")
         return batch * frames * rows * columns
 
     def check_encode(self, head: TensorHead | None, family: str | None = None) -> int:
@@ -168,6 +171,7 @@ class Engine:
             return 0
         batch, frames, rows, columns = encode_size(head.shape, own)
         self.limits.check(batch, frames, rows, columns)
+        check_frames(own, frames)
         return batch * frames * rows * columns
 
     # --- what runs in the engine's thread ------------------------------------------------------------------------------
@@ -181,15 +185,16 @@ class Engine:
         with self._at_work(place) as vae:
             family = vae.family
             _check_family(family, request.family)
-            latents = request.unpacked(family, batch_norm_of(vae.module))
+            latents = request.unpacked(family, _norm(vae))
 
             def raw(dtype: torch.dtype) -> torch.Tensor:
-                there = latents.to(vae.device, dtype)
-                return request.scaling.unscale(there, family)
+                return request.scaling.unscale(moved(latents, vae.device, dtype), family)
 
-            pixels = _made(vae, "decode", raw)
-            # The answer comes in the dtype that was asked in: a half-precision client wants half the bytes.
-            pixels = pixels.to("cpu", request.latents.dtype if request.latents.is_floating_point() else pixels.dtype)
+            # The answer comes in the dtype that was asked in: a half-precision client wants half the bytes. Levels are those of
+            # what the VAE made.
+            wants_dtype = request.output in (Output.TENSOR, Output.UNIT) and request.latents.is_floating_point()
+            pixels = made(vae, "decode", raw, place)
+            pixels = moved(pixels, "cpu", request.latents.dtype if wants_dtype else pixels.dtype)
         return decode_response(request, pixels)
 
     def encode(self, request: EncodeRequest, place: Place) -> HttpResponse:
@@ -199,12 +204,12 @@ class Engine:
             _check_family(family, request.family)
             pixels = request.pixels(family)
             place.pixels = pixels.numel() // pixels.shape[1]
-            latents = _made(vae, "encode", lambda dtype: pixels.to(vae.device, dtype))
+            latents = made(vae, "encode", lambda dtype: moved(pixels, vae.device, dtype), place)
             is_posterior = request.posterior and vae.has_posterior
             if not is_posterior and vae.has_posterior:
                 # The mode of the posterior is its mean, the first half of the moments.
                 latents = latents.chunk(2, dim=1)[0]
-            latents = request.in_form(latents, family, batch_norm_of(vae.module), is_posterior=is_posterior)
+            latents = request.in_form(latents, family, _norm(vae), is_posterior=is_posterior)
             # Latents come in the dtype that was asked in; a posterior as the VAE made it, as only our own client asks for it.
             wants_dtype = isinstance(request.image, torch.Tensor) and request.image.is_floating_point() and not is_posterior
             latents = latents.to("cpu", pixels.dtype if wants_dtype else latents.dtype)
@@ -220,7 +225,7 @@ class Engine:
             vae = self._current()
             place.begin()
             try:
-                with self._provider.serving():
+                with self._provider.serving(), while_wanted(place):
                     yield vae
             finally:
                 place.end()
@@ -233,37 +238,24 @@ class Engine:
         return vae
 
 
-def _made(vae: VaeAtWork, op: Op, values: Callable[[torch.dtype], torch.Tensor]) -> torch.Tensor:
-    """Pixels of raw latents, or moments of pixels; in float32 if half precision gives NaN. The VAE stays as it is.
-
-    Args:
-        vae: what makes them.
-        op: which of them.
-        values: what it takes, on its device, in the dtype given.
-    """
-    made = _on_this_machine(vae, op, values(vae.dtype))
-    if not is_within(made) and vae.dtype != torch.float32:
-        log.warning("the VAE gives NaN in %s; this call is done in float32, and the VAE stays as it is", vae.dtype)
-        made = _on_this_machine(vae, op, values(torch.float32), torch.float32)
-    if not is_within(made):
-        raise NotFinite(f"the {op} gives NaN or infinite values, in float32 as well; is it scaled for this VAE?")
-    return made
+def _norm(vae: VaeAtWork) -> BatchNormed | None:
+    return batch_norm_of(vae.module)
 
 
-def _on_this_machine(vae: VaeAtWork, op: Op, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    def whole() -> torch.Tensor:
-        return vae.whole(vae.module, op, vae.bring(tensor))
-
-    def in_its_own_tiles() -> torch.Tensor:
-        with own_tiling(vae.module):
-            return whole()
-
-    call = VaeCall(op, tensor, vae, adopt=_values, whole=whole, own_tiling=in_its_own_tiles)
-    return local.answer(call, Settings(), dtype=dtype).value
-
-
-def _values(made: Answer) -> torch.Tensor:
-    return made.latents if isinstance(made, EncodeAnswer) else made.tensor
+def _of_family(family: Family) -> dict[str, Any]:
+    """What ``GET /info`` says of how latents and pixels are shaped and scaled."""
+    scaling = {"latents_mean": list(family.latents_mean), "latents_std": list(family.latents_std)}
+    return {
+        "family": family.key,
+        "latent_channels": family.latent_channels,
+        "downscale": family.downscale,
+        "pixel_channels": family.pixel_channels,
+        "video": family.video,
+        "frame_scale": family.frame_scale,
+        "scaling_factor": family.scaling_factor,
+        "shift_factor": family.shift_factor,
+        **(scaling if family.latents_mean else {}),
+    }
 
 
 def _check_family(own: Family, name: str | None) -> None:

@@ -188,9 +188,10 @@ def test_info_says_who_it_is_and_nothing_of_where_its_files_lie(server: ServerTh
     assert info["limits"] == {
         "max_pixels": 4096 * 4096,
         "max_batch": 32,
-        "max_frames": 257,
+        "max_frames": 1025,
         "max_waiting": 64,
         "max_total_pixels": 4 * 4096 * 4096,
+        "max_video_pixels": 1 << 27,
     }
     assert "/" not in json.dumps(info)
 
@@ -247,7 +248,7 @@ GOOD = {"shape": [1, 4, 8, 8], "dtype": "float32", "output_type": "pt"}
         ({**GOOD, "shape": [1, 4, 65537, 1]}, b"", "sizes"),
         ({**GOOD, "shape": [2, 4, 8, 8], "output_type": "pil"}, bytes(2048), "one by one"),
         ({**GOOD, "output_type": "mp4"}, bytes(1024), "video"),
-        ({**GOOD, "shape": [1, 4, 1, 8, 8]}, bytes(1024), "picture latents"),
+        ({**GOOD, "shape": [1, 4, 1, 8, 8]}, b"", "expected picture latents"),
     ],
 )
 def test_a_request_that_cannot_be_answered_gets_400_and_the_reason_in_json(

@@ -14,12 +14,14 @@ from diffusers import AutoencoderKL
 from remote_vae.server.admission import ClientGone, Limits, Place
 from remote_vae.server.engine import Engine, NoModel
 from remote_vae.server.shared import create_shared_app
-from remote_vae.vae.at_work import whole_diffusers
+from remote_vae.vae.at_work import Op, whole_diffusers
+from remote_vae.vae.families import family_of
 from remote_vae.vae.fingerprint import fingerprint
 from remote_vae.wire import DecodeRequest, HttpResponse, Output
 from tests.hosts.a1111_standin import LdmVae
 from tests.nearness import no_room_for_the_whole, out_of_memory, psnr
 from tests.sharing import QueueLock, Sharing, ask, asked
+from tests.vaes import small_vae
 
 
 @pytest.fixture
@@ -81,6 +83,33 @@ def test_weights_have_the_fingerprint_that_suits_their_dtype(
 def test_of_weights_that_are_not_loaded_nothing_is_said(provider: Sharing) -> None:
     provider.changes = {"module": torch.nn.Linear(2, 2, device="meta")}
     assert "fingerprint" not in engine(provider).info()
+
+
+@pytest.mark.parametrize(
+    ("name", "sent", "taken"),
+    [
+        ("wan", (1, 16, 2, 2, 2), (1, 16, 2, 2, 2)),
+        ("wan", (2, 16, 2, 2), (2, 16, 1, 2, 2)),
+        ("flux2", (1, 128, 1, 1), (1, 32, 2, 2)),
+    ],
+)
+def test_a_hosts_own_way_to_call_its_vae_gets_raw_latents_as_the_vae_takes_them(
+    provider: Sharing, name: str, sent: tuple[int, ...], taken: tuple[int, ...]
+) -> None:
+    asked: list[torch.Tensor] = []
+
+    def whole(module: Any, op: Op, tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(tensor)
+        return whole_diffusers(module, op, tensor)
+
+    module = small_vae(name)
+    provider.changes = {"module": module, "family": family_of(module), "whole": whole}
+    latents = torch.randn(sent)
+    answer = decode(engine(provider), latents)
+    assert [tuple(each.shape) for each in asked] == [taken]
+    pixels = whole_diffusers(module, "decode", asked[0])
+    assert torch.equal(tensor(answer, pixels), pixels)
+    assert answer.headers["shape"] == str([*pixels.shape[:2], *pixels.shape[2 + len(taken) - len(sent) :]])
 
 
 def test_a_vae_that_does_not_fit_is_brought_and_tiled_in_its_context(
