@@ -38,9 +38,12 @@ function status() {
   return box;
 }
 
+// Groups and settings with higher numbers come first.
+const FIRST = 1000;
+
 function setting(option, order) {
   const { group, ...rest } = option;
-  return { ...rest, category: [PAGE, group, rest.name], sortOrder: -order };
+  return { ...rest, category: [PAGE, group, rest.name], sortOrder: FIRST - 1 - order };
 }
 
 let options = [];
@@ -60,7 +63,7 @@ app.registerExtension({
       category: [PAGE, options[0]?.group ?? PAGE, "State"],
       type: status,
       defaultValue: null,
-      sortOrder: 1,
+      sortOrder: FIRST,
     },
     ...options.map(setting),
   ],

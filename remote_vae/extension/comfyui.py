@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from urllib.parse import urlsplit
+from dataclasses import replace
 
 from remote_vae.extension.comfyui_nodes import NAMES, NODES
 from remote_vae.extension.console import show_log
 from remote_vae.hosts.comfyui import adapter
-from remote_vae.version import __version__
 
 log = logging.getLogger("remote_vae")
 
@@ -40,14 +39,7 @@ def start() -> None:
         from remote_vae.extension.comfyui_routes import add_routes
 
         add_routes(sys.modules["server"].PromptServer.instance.routes)
-        log.info("%s", _first_line())
+        # Where it is not on for every VAE, it is so for the node.
+        log.info("%s", adapter.seam_state().opening(replace(adapter.settings.now(), enabled=True)))
     except Exception:
         log.exception("Remote VAE could not be started; ComfyUI works as without it")
-
-
-def _first_line() -> str:
-    settings = adapter.settings.now()
-    version = getattr(sys.modules.get("comfyui_version"), "__version__", "of unknown version")
-    where = urlsplit(settings.endpoint).netloc or "none set (Settings, Remote VAE)"
-    switch = "on for every VAE" if settings.enabled else "for VAEs behind the node Remote VAE"
-    return f"{__version__} in ComfyUI {version}: hooked into comfy.sd.VAE; {switch}; endpoint: {where}"

@@ -9,6 +9,7 @@ Interrupt ends a job of ComfyUI at once, also while an endpoint is being waited 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -27,6 +28,7 @@ from remote_vae.hosts import comfy_shaped
 from remote_vae.hosts.comfyui_jobs import Job, Jobs
 from remote_vae.hosts.comfyui_settings import StoredSettings
 from remote_vae.hosts.generation import Request
+from remote_vae.hosts.seam_state import SeamState
 from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.remote.endpoints import endpoint_for
 from remote_vae.remote.trial import Trial, family_there, state, try_out
@@ -221,10 +223,10 @@ class ComfyUi:
     # --- what the user wants to know -------------------------------------------------------------------------------------
 
     def say(self, node: str, text: str) -> None:
-        """Show ``text`` on a node of the job that runs."""
+        """Show ``text`` on one of our own nodes in the job that runs."""
         found = _Node.now(self.jobs.current)
         found.name = node
-        found.show(text)
+        found.send(text)
 
     def about(self, vae: Any) -> str:
         """What is to be expected of a VAE, for the node that makes it remote."""
@@ -244,11 +246,15 @@ class ComfyUi:
         """
         return family_there(self.settings.now())
 
+    def seam_state(self) -> SeamState:
+        """Where the calls are taken, for the line at the start."""
+        version = getattr(sys.modules.get("comfyui_version"), "__version__", "of unknown version")
+        whose = "for every VAE" if self.settings.now().enabled else "for VAEs behind the node Remote VAE"
+        return SeamState(f"{self.name} {version}", (f"comfy.sd.VAE {whose}",) if self.installed else ())
+
     def state(self) -> str:
         """One line for the settings page."""
-        settings = self.settings.now()
-        line = state(replace(settings, enabled=True), self.router.history.last_asked)
-        return line if settings.enabled else f"off, but for the node Remote VAE. With it: {line}"
+        return state(self.settings.now(), self.router.history.last_asked, on="by the node Remote VAE only")
 
     def try_out(self) -> Trial:
         """Whether the endpoint works, and has the VAE that was used here last. Takes seconds; for any thread."""
@@ -282,7 +288,11 @@ class _Node:
         return cls(job, "" if context is None else str(context.node_id), getattr(PromptServer, "instance", None))
 
     def show(self, text: str) -> None:
-        """Show ``text`` on the node, to whoever has sent the job. Called from any thread."""
+        """Show ``text`` on a node of ComfyUI's own, to whoever has sent the job. Called from any thread."""
+        self.send(f"Remote VAE: {text}")
+
+    def send(self, text: str) -> None:
+        """Show ``text`` as it is."""
         now = time.monotonic()
         client = getattr(self._server, "client_id", None)
         if not self.name or client is None or (text.endswith("%") and now - self._shown < _TEXT_SECONDS):
@@ -290,7 +300,7 @@ class _Node:
         self._shown = now
         # A text is not worth a picture.
         try:
-            self._server.send_progress_text(f"Remote VAE: {text}", self.name, client)
+            self._server.send_progress_text(text, self.name, client)
         except Exception:
             log.debug("the node shows no text", exc_info=True)
 

@@ -71,24 +71,28 @@ def family_there(settings: Settings) -> Family:
     return found
 
 
-def state(settings: Settings, last: Record | None) -> str:
+def state(settings: Settings, last: Record | None, on: str = "") -> str:
     """One line: "off", "on: studio:7870, last call 1.1 s", "on, but ...: pictures are made here".
 
     Args:
         last: of the last call that was to be remote; None: there was none.
+        on: what else than the settings switches it on, in words.
     """
-    if not settings.enabled:
+    if not settings.enabled and not on:
         return "off"
+    on = "on" if settings.enabled else on
     url, _ = endpoint_for("decode", find_family("sd1"), settings)
     if not url:
-        return f"on, but {settings.no_endpoint('decode') or 'no endpoint is set for a decode'}: pictures are made here"
+        return f"{on}, but {settings.no_endpoint('decode') or 'no endpoint is set for a decode'}: pictures are made here"
     name = urlsplit(url).netloc
     if last is None:
-        return f"on: {name}, not asked yet"
+        return f"{on}: {name}, not asked yet"
     if last.route != "remote":
-        return f"on, but {last.fallback_reason or 'the settings keep this call here'} ({name}): the last picture was made here"
+        return (
+            f"{on}, but {last.fallback_reason or 'the settings keep this call here'} ({name}): the last picture was made here"
+        )
     notes = [note for note in ("another VAE", "VAE not confirmed") if note in last.detail]
-    return f"on: {name}, {''.join(notes) or 'same VAE'}, last call {last.ms / 1000:.1f} s"
+    return f"{on}: {name}, {''.join(notes) or 'same VAE'}, last call {last.ms / 1000:.1f} s"
 
 
 def try_out(settings: Settings, vae: VaeAtWork | None) -> Trial:

@@ -93,7 +93,7 @@ def test_the_test_button_says_that_it_is_the_same_vae_and_the_line_what_came_of_
     assert answer == {
         "good": False,
         "verdict": "no endpoint is set: enter the address of your server as Endpoint.",
-        "state": "off, but for the node Remote VAE. With it: on, but no endpoint is set: pictures are made here",
+        "state": "by the node Remote VAE only, but no endpoint is set: pictures are made here",
     }
     host.settings(endpoint=endpoint.url, enabled=True)
     assert "compared with your first picture" in asyncio.run(host.routes["POST /remote_vae/test"](None))["verdict"]
