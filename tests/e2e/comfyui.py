@@ -154,7 +154,7 @@ class Wires:
 
     def __init__(self, run: int, mode: str, checkpoint: str) -> None:
         self.graph: Graph = {}
-        self._run = run
+        self.run = run
         self._mode = mode
         self._checkpoint = checkpoint
 
@@ -193,10 +193,10 @@ class Wires:
 
     def new_latents(self, latents: Link, batch: int) -> Link:
         """The same latents, which no run had before: at most 64 runs of one graph."""
-        return self.add("LatentFromBatch", samples=latents, batch_index=0, length=batch + self._run % (64 - batch))
+        return self.add("LatentFromBatch", samples=latents, batch_index=0, length=batch + self.run % (64 - batch))
 
     def new_images(self, images: Link) -> Link:
-        return self.add("ImageFromBatch", image=images, batch_index=0, length=1 + self._run % 4000)
+        return self.add("ImageFromBatch", image=images, batch_index=0, length=1 + self.run % 4000)
 
     def decoded(self, latents: Link, vae: Link, batch: int = 1) -> Link:
         return self.add("VAEDecode", samples=self.new_latents(latents, batch), vae=vae)
@@ -217,6 +217,8 @@ class ComfyRows:
 
     def all(self) -> list[Row]:
         names = self._names
+        if names.round_trip:
+            return self._round_trips(names.round_trip)
         rows = [
             self._row("txt2img", self._plain(101)),
             self._row("batch of 3", self._plain(102, batch=3), pictures=3, batch=3),
@@ -235,6 +237,24 @@ class ComfyRows:
         if names.reload:
             rows.append(Row("after a restart", lambda: restarted(names.reload, lambda: self._host.run(self._plain(112)))))
         return rows
+
+    def _round_trips(self, name: str) -> list[Row]:
+        def through(frames: int = 1) -> Callable[[Wires], Link]:
+            def build(wires: Wires) -> Link:
+                vae = wires.vae(wires.add("VAELoader", vae_name=name))
+                pictures = self._loaded(wires, self._size)
+                if frames > 1:
+                    pictures = wires.add("RepeatImageBatch", image=pictures, amount=frames)
+                pixels = wires.add("ImageFromBatch", image=pictures, batch_index=0, length=frames + wires.run % 4000)
+                return wires.decoded(wires.add("VAEEncode", pixels=pixels, vae=vae), vae)
+
+            return build
+
+        return [
+            self._row(f"{name}, encode and decode", through()),
+            # Of a video VAE they are frames.
+            self._row(f"{name}, 5 pictures", through(5), pictures=5, batch=5),
+        ]
 
     def _row(
         self, name: str, build: Callable[[Wires], Link], untiled: Callable[[Wires], Link] | None = None, **more: Any

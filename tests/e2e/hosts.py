@@ -205,6 +205,7 @@ def main() -> int:
     parser.add_argument("--baseline", type=Path, help="pictures of the host without the extension (.npz)")
     parser.add_argument("--save-baseline", type=Path, help="write them; the host must run without the extension")
     parser.add_argument("--by-node", action="store_true", help="ComfyUI: switch on by the node Remote VAE in each graph")
+    parser.add_argument("--round-trip", default="", help="ComfyUI: only encode and decode, by the VAE of this name")
     parser.add_argument("--only", nargs="+", default=[], help="beginnings of the names of rows and of columns")
     options = parser.parse_args()
 
@@ -213,7 +214,7 @@ def main() -> int:
     started = time.monotonic()
     host = find_host(options.host)
     host.options(host.no_previews)
-    switches = Names(options.vae, options.checkpoint, options.reload)
+    switches = Names(options.vae, options.checkpoint, options.reload, options.round_trip)
     if isinstance(host, ComfyUi):
         host.by_node = options.by_node
         host.listen()

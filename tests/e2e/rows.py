@@ -40,11 +40,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Names:
-    """What is switched to, by the host's names; empty where there is none, and then the row is left out."""
+    """What is switched to, by the host's names; empty where there is none, and then the row is left out.
+
+    Attributes:
+        round_trip: a VAE of no model that is there; then pictures are only encoded and decoded by it.
+    """
 
     vae: str = ""
     checkpoint: str = ""
     reload: str = ""
+    round_trip: str = ""
 
 
 def source_picture(size: int) -> np.ndarray:
