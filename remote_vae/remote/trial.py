@@ -29,7 +29,7 @@ from remote_vae.vae.fingerprint import matches
 from remote_vae.wire import THIS_PROCESS, Info
 
 # Cells of a side of the latents that the trial sends.
-_CELLS = 32
+_CELLS = 16
 
 
 @dataclass(frozen=True)
