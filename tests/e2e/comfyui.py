@@ -246,7 +246,7 @@ class ComfyRows:
                 if frames > 1:
                     pictures = wires.add("RepeatImageBatch", image=pictures, amount=frames)
                 pixels = wires.add("ImageFromBatch", image=pictures, batch_index=0, length=frames + wires.run % 4000)
-                return wires.decoded(wires.add("VAEEncode", pixels=pixels, vae=vae), vae)
+                return wires.decoded(wires.add("VAEEncode", pixels=pixels, vae=vae), vae, frames)
 
             return build
 
