@@ -1,0 +1,230 @@
+"""Drives the VAE class of a host by itself, without its UI: small random VAEs, and a server that has loaded the same files.
+
+Run with the host's own Python, in its folder, this checkout on PYTHONPATH; SERVER is another Python that can serve:
+
+    cd ~/sd-webui-forge-neo && PYTHONPATH=~/remote-vae venv/bin/python -m tests.e2e.vae_class --server ~/remote-vae/venv/bin/python
+
+Each row is a VAE and a call of it; each column the largest difference to the host's own call: of the answer in levels of 255 for a
+decode, and by value for an encode. Ends with status 1 where that is more than a level, or where anything else answered than should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from remote_vae.call import VaeCall
+from remote_vae.hosts import comfy_shaped
+from remote_vae.hosts.comfy_shaped import Seam
+from remote_vae.hosts.wrapping import wrap
+from remote_vae.router import Router
+from remote_vae.settings import Settings
+
+PORT = 7991
+
+
+@dataclass(frozen=True)
+class Case:
+    """A VAE of a host: how it is made, what it is served as, and the latents and pixels that are given to it."""
+
+    name: str
+    family: str
+    vae: Any
+    latents: tuple[int, ...]
+    pixels: tuple[int, ...]
+
+
+# --- the hosts ---------------------------------------------------------------------------------------------------------
+
+
+def neo() -> Iterator[Case]:
+    from backend.nn.vae import AutoencoderKLFlux2, IntegratedAutoencoderKL
+    from backend.nn.wan_vae import WanVAE
+    from backend.nn.wan_vae_2d import Qwen2DVAE
+    from backend.patcher.vae import VAE
+    from modules_forge.packages.huggingface_guess import latent
+
+    small = {"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1}
+    no_quant = {"use_quant_conv": False, "use_post_quant_conv": False}
+
+    def made(module: Any, latent_format: Any, **how: bool) -> Any:
+        module.latent_format = latent_format
+        return VAE(model=stirred(module), device=torch.device("cpu"), dtype=torch.float32, **how)
+
+    yield Case("SD 1", "sd1", made(IntegratedAutoencoderKL(**small), latent.SD15()), (2, 4, 6, 8), (1, 48, 64, 3))
+    flux = IntegratedAutoencoderKL(**small, **no_quant, latent_channels=16)
+    yield Case("Flux", "flux", made(flux, latent.Flux()), (2, 16, 6, 8), (1, 48, 64, 3))
+    flux2 = AutoencoderKLFlux2(**small, latent_channels=32)
+    yield Case("Flux.2", "flux2", made(flux2, latent.Flux2(), is_flux2=True), (2, 128, 3, 4), (1, 48, 64, 3))
+    mugen = AutoencoderKLFlux2(**small, latent_channels=32, mugen=True)
+    yield Case("Flux.2, Mugen", "flux2", made(mugen, latent.SDXL_Flux2(), is_mugen=True), (2, 32, 6, 8), (1, 48, 64, 3))
+    wan = WanVAE(base_dim=8, z_dim=16, num_res_blocks=1, temporal_downsample=[False, True, True])
+    yield Case("Qwen-Image, a picture", "qwen-image", made(wan, latent.Wan21(), is_wan=True), (1, 16, 1, 6, 8), (1, 48, 64, 3))
+    yield Case("Wan, nine frames", "qwen-image", made(wan, latent.Wan21(), is_wan=True), (1, 16, 3, 6, 8), (9, 48, 64, 3))
+    flat = Qwen2DVAE(base_dim=8, num_res_blocks=1)
+    yield Case("Qwen-Image, made flat", "", made(flat, latent.Wan21(), is_wan=True), (1, 16, 1, 6, 8), (1, 48, 64, 3))
+
+
+HOSTS: dict[str, tuple[Seam, Callable[[], Iterator[Case]]]] = {"backend/nn/_vae.py": (comfy_shaped.NEO, neo)}
+
+
+def stirred(module: torch.nn.Module) -> Any:
+    """Random weights, norms and numbers of a batch norm as well; and a posterior next to a point, so that a sample is no dice."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            fan = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
+            around = 1.0 if tensor.ndim <= 1 or name.endswith("gamma") else 0.0
+            tensor.copy_(around + torch.randn(tensor.shape) * (0.1 if around else fan**-0.5))
+            if name.endswith("running_var"):
+                tensor.abs_()
+    return module.eval().requires_grad_(False)
+
+
+# --- driving -----------------------------------------------------------------------------------------------------------
+
+
+class Door:
+    """The class seam with a router behind it, as an adapter has it."""
+
+    def __init__(self, seam: Seam) -> None:
+        self._seam, self._router, self._inside = seam, Router(), False
+        self.settings: Settings | None = None
+
+    def around(self, method: str, original: Callable[..., Any], vae: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.settings is None or self._inside:
+            return original(vae, *args, **kwargs)
+        call: VaeCall[Any] | None = comfy_shaped.vae_call(self._seam, method, original, vae, args, kwargs)
+        if call is None:
+            raise AssertionError(f"{method} of {[list(arg.shape) for arg in args]} is the host's own")
+        self._inside = True
+        try:
+            return self._router.run(call, self.settings)
+        finally:
+            self._inside = False
+
+    @property
+    def answered(self) -> str:
+        last = self._router.history.records()[-1]
+        return f"{last.route} {last.detail}".strip() + (f" ({last.fallback_reason[:40]})" if last.fallback_reason else "")
+
+
+@contextmanager
+def serving(python: str, checkout: str, file: Path, family: str) -> Iterator[str]:
+    """A server with the weights of ``file``, in another process."""
+    command = [python, "-m", "remote_vae", "serve", "--vae", str(file), "--family", family, "--port", str(PORT)]
+    log = file.with_suffix(".log")
+    with log.open("w") as stream, subprocess.Popen(command, cwd=checkout, stdout=stream, stderr=stream) as server:
+        try:
+            for _ in range(240):
+                if server.poll() is not None:
+                    raise SystemExit(f"the server ended: {log.read_text()[-2000:]}")
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{PORT}/info", timeout=2).close()
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield f"http://127.0.0.1:{PORT}"
+        finally:
+            server.terminate()
+
+
+def difference(one: torch.Tensor, other: torch.Tensor, *, levels: bool) -> str:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return f"{list(one.shape)} {one.dtype} and not {list(other.shape)} {other.dtype}"
+    if not levels:
+        return f"{(one - other).abs().max().item():.1e}"
+    cut = [(255.0 * each).to(torch.uint8).int() for each in (one, other)]
+    return f"{(cut[0] - cut[1]).abs().max().item()}"
+
+
+def rows_of(case: Case, door: Door, endpoint: str) -> Iterator[tuple[str, str, str]]:
+    generator = torch.Generator().manual_seed(3)
+    calls = {
+        "decode": torch.randn(case.latents, generator=generator),
+        "encode": torch.rand(case.pixels, generator=generator),
+    }
+    ways = {
+        "off": None,
+        "remote raw": Settings(enabled=True, endpoint=endpoint, transfer="raw"),
+        "remote u8": Settings(enabled=True, endpoint=endpoint, transfer="u8"),
+        "refused": Settings(enabled=True, endpoint="http://127.0.0.1:9"),
+        "out of memory": Settings(enabled=True),
+    }
+    for method, tensor in calls.items():
+        door.settings = None
+        torch.manual_seed(5)
+        local = getattr(case.vae, method)(tensor.clone())
+        for way, settings in ways.items():
+            door.settings = settings
+            torch.manual_seed(5)
+            with out_of_memory(case.vae.first_stage_model, method) if way == "out of memory" else mock.MagicMock():
+                got = getattr(case.vae, method)(tensor.clone())
+            text = difference(got, local, levels=method == "decode")
+            yield f"{case.name}, {method} {list(tensor.shape)}", way, text + ("" if way == "off" else f" ({door.answered})")
+
+
+@contextmanager
+def out_of_memory(module: Any, method: str) -> Iterator[None]:
+    """The module's own call has no memory; its layers do."""
+
+    def call(*_: Any, **__: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    vars(module)[method] = call
+    try:
+        yield
+    finally:
+        del vars(module)[method]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", required=True, help="a Python that can serve")
+    parser.add_argument("--checkout", default=os.environ.get("PYTHONPATH", "."), help="what it serves with")
+    parser.add_argument("--only", nargs="+", default=[], help="beginnings of the names of VAEs")
+    options = parser.parse_args(arguments)
+    # The host reads the command line, too.
+    sys.argv[1:] = ["--cpu"]
+    sys.path[:0] = [os.getcwd(), str(Path("modules_forge", "packages").resolve())]
+    seam, cases = next(found for own, found in HOSTS.items() if Path(own).is_file())
+    door = Door(seam)
+    for owner, name, around in comfy_shaped.class_hooks(seam, door.around):
+        wrap(owner, name, around, door)
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for case in cases():
+            if options.only and not case.name.startswith(tuple(options.only)):
+                continue
+            file = Path(folder) / f"{case.name.replace(' ', '_')}.safetensors"
+            bad += drive(case, door, file, options)
+    return 1 if bad else 0
+
+
+def drive(case: Case, door: Door, file: Path, options: argparse.Namespace) -> int:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in case.vae.first_stage_model.state_dict().items()}, file)
+    with serving(options.server, options.checkout, file, case.family) as endpoint:
+        for row, way, text in rows_of(case, door, endpoint):
+            print(f"{row:48}{way:16}{text}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
