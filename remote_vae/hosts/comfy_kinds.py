@@ -67,7 +67,7 @@ def _seen(vae: Any, factors: Any) -> Family:
 def _of_batch_norm(module: Any) -> tuple[int, int]:
     """Channels and downscale of the raw latents of a module that norms and packs them."""
     batch_norm = batch_norm_of(module)
-    levels = getattr(module.encoder, "down", None)
+    levels = getattr(module.encoder, "down", getattr(module.encoder, "down_blocks", None))
     if batch_norm is None or levels is None:
         raise UnsupportedLayout(f"the numbers of {type(module).__name__} are not here")
     return batch_norm.channels // 4, 2 ** (len(levels) - 1)
