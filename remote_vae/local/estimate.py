@@ -14,8 +14,8 @@ def whole_bytes(plan: Plan, shape: torch.Size, dtype: torch.dtype) -> int:
     second's.
     """
     peak = 0
-    for step, made, rows, columns in plan.sizes(*shape[2:]):
-        if isinstance(step, Residual):
-            entered = next(part.module.in_channels for part in step.main if isinstance(part, Conv))
-            peak = max(peak, (entered + 4 * made) * rows * columns)
+    for made in plan.sizes(*shape[2:]):
+        if isinstance(made.step, Residual):
+            entered = next(part.module.in_channels for part in made.step.main if isinstance(part, Conv))
+            peak = max(peak, (entered + 4 * made.channels) * made.rows * made.columns)
     return shape[0] * peak * dtype.itemsize

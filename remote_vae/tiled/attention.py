@@ -30,16 +30,17 @@ def attend(
     """``softmax(queries keys^T / sqrt(d)) values``.
 
     Args:
-        queries: ``[1, heads, n, d]``.
-        keys, values: ``[1, heads, N, d]``.
+        queries: ``[B, heads, n, d]``.
+        keys, values: ``[B, heads, N, d]``.
         flops: how many there may be between two ticks.
         scores_bytes: how large the scores of a portion may be, which torch may compute as a whole.
         tick: called with the floating point operations that were done.
 
     Returns:
-        ``[1, heads, n, d]``.
+        ``[B, heads, n, d]``.
     """
-    heads, positions, channels = keys.shape[1:]
+    pictures, heads, positions, channels = keys.shape
+    heads *= pictures
     of_a_pair = 4.0 * heads * channels
     threads = torch.get_num_threads()
     mixed = torch.empty_like(queries)

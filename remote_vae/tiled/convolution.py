@@ -1,17 +1,16 @@
-"""A convolution that is given the rows of its picture bit by bit."""
+"""Convolutions of a picture whose rows come bit by bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, conv3d
 
-from remote_vae.tiled.plan import Conv
-from remote_vae.tiled.rows import Rows, Run, pieces
+from remote_vae.tiled.norms import Fill
+from remote_vae.tiled.plan import Conv, InTime
+from remote_vae.tiled.rows import Rows, pieces
 from remote_vae.tiled.weights import borrowed
-
-Fill = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class Convolved(Rows):
@@ -19,29 +18,36 @@ class Convolved(Rows):
 
     def __init__(self, source: Rows, step: Conv, fill: Fill | None, scale: int = 1) -> None:
         height, width = step.size(source.height * scale, source.width * scale)
-        super().__init__(source, step.module.out_channels, height, width, flops_of(step) * height * width)
+        super().__init__(source, step.module.out_channels, height, width, flops_of(step, source) * height * width)
         self._source = source
         self._step = step
         self._fill = fill
         self._scale = scale
 
     def read(self) -> Iterator[torch.Tensor]:
-        with SlidingConv(self.run, self._step, self._source, self._fill, self._scale) as convolution:
+        with SlidingConv(self._step, self._source, self._fill, self._scale) as convolution:
             for strip in self._source.read():
                 yield from convolution.push(strip)
                 del strip
 
 
 class SlidingConv:
-    """A convolution that is given the rows of its picture bit by bit, and gives those that it can."""
+    """A convolution that is given the rows of its picture bit by bit, and gives those that it can.
 
-    def __init__(self, run: Run, step: Conv, source: Rows, fill: Fill | None, scale: int = 1) -> None:
-        self._run, self._step, self._fill, self._scale = run, step, fill, scale
-        self._channels = source.channels
+    In time it has the frames before those that it is given: zeros, or what it has kept of them itself.
+    """
+
+    def __init__(self, step: Conv, source: Rows, fill: Fill | None, scale: int = 1) -> None:
+        self._run = run = source.run
+        self._step, self._fill, self._scale = step, fill, scale
+        self._channels, self._frames = source.channels, source.frames
         self._height, self._width = source.height * scale, source.width * scale
         self._out_height, self._out_width = step.size(self._height, self._width)
-        self._row_flops = flops_of(step) * self._out_width
-        rows = run.rows(max(self._width, self._out_width), max(self._channels, step.module.out_channels), self._row_flops)
+        self._before, self._kept = run.past.of(step) if step.depth > 1 else (None, None)
+        self._past = _depth(step, source) - 1
+        self._row_flops = flops_of(step, source) * self._out_width
+        channels = max(self._channels * (self._past + self._frames), step.module.out_channels * self._frames)
+        rows = run.rows(max(self._width, self._out_width), channels, self._row_flops)
         self._piece_rows = max(1, rows * step.stride // scale)
         self._received = self._produced = 0
         self._carry: torch.Tensor | None = None
@@ -49,7 +55,10 @@ class SlidingConv:
 
     def __enter__(self) -> SlidingConv:  # noqa: PYI034  # Self came with Python 3.11
         weight, bias = self._weights.__enter__()
-        self._weight, self._bias = weight.to(memory_format=self._run.memory_format), bias
+        if weight.ndim == 4 or not self._past:
+            # Before a single frame are zeros: of the kernel's slices only the last one counts.
+            weight = (weight if weight.ndim == 4 else weight[:, :, -1]).to(memory_format=self._run.memory_format)
+        self._weight, self._bias = weight, bias
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -70,8 +79,8 @@ class SlidingConv:
         step = self._step
         left, right, top, _ = step.pad
         kernel, stride = step.kernel[0], step.stride
-        if self._fill is None and step.kernel == (1, 1) and stride == 1 and not any(step.pad):
-            return conv2d(piece.to(self._run.dtype), self._weight, self._bias, groups=step.module.groups)
+        if self._fill is None and step.kernel == (1, 1) and stride == 1 and not any(step.pad) and not self._past:
+            return self._convolve(piece.to(self._run.dtype), 0)
         start = self._received
         self._received += piece.shape[2] * self._scale
         ended = self._received == self._height
@@ -80,8 +89,7 @@ class SlidingConv:
         end = max(self._received, (self._out_height - 1) * stride - top + kernel) if ended else self._received
         # Columns are padded by the convolution itself where both sides are alike.
         extra = (left, right) if left != right else (0, 0)
-        shape = (1, self._channels, end - first, sum(extra) + self._width)
-        window = torch.empty(shape, device=self._run.device, dtype=self._run.dtype, memory_format=self._run.memory_format)
+        window = self._window(end - first, sum(extra) + self._width)
         inside = window[..., extra[0] : extra[0] + self._width]
         if sum(extra):
             window[..., : extra[0]] = 0
@@ -92,23 +100,112 @@ class SlidingConv:
             window[:, :, self._received - first :] = 0
         if self._carry is not None:
             inside[:, :, start - first - self._carry.shape[2] : start - first] = self._carry
-        filled = inside[:, :, start - first : self._received - first]
-        if self._fill is None:
-            filled.copy_(piece)
-        else:
-            self._fill(piece, filled)
+        self._put(piece, inside[:, :, start - first : self._received - first])
         count = possible - self._produced
         self._produced = possible
         keep_from = max(0, possible * stride - top)
         self._carry = None if ended else inside[:, :, keep_from - first : self._received - first].clone()
-        if not count:
-            return None
-        padding = (0, 0 if sum(extra) else left)
-        return conv2d(window, self._weight, self._bias, stride, padding, groups=step.module.groups)
+        return self._convolve(window, 0 if sum(extra) else left) if count else None
+
+    def _window(self, rows: int, columns: int) -> torch.Tensor:
+        """Memory for ``[past + frames, channels, rows, columns]``."""
+        run = self._run
+        frames = self._past + self._frames
+        if self._past:
+            # In the order in which a convolution of three dimensions wants it.
+            return torch.empty((self._channels, frames, rows, columns), device=run.device, dtype=run.dtype).transpose(0, 1)
+        shape = (frames, self._channels, rows, columns)
+        return torch.empty(shape, device=run.device, dtype=run.dtype, memory_format=run.memory_format)
+
+    def _put(self, piece: torch.Tensor, into: torch.Tensor) -> None:
+        """``piece``, filled, into its rows of the window, and there the same rows of the frames before."""
+        own = into[self._past :]
+        if self._fill is None:
+            own.copy_(piece)
+        else:
+            self._fill(piece, own)
+        if not self._past:
+            return
+        if self._before is None:
+            into[: self._past] = 0
+        else:
+            into[: self._past] = self._before.whole(into.shape[2])
+        if self._kept is not None:
+            self._kept.append(into[-self._past :].clone(memory_format=torch.contiguous_format))
+
+    def _convolve(self, window: torch.Tensor, columns: int) -> torch.Tensor:
+        step, stride = self._step, self._step.stride
+        if not self._past:
+            return conv2d(window, self._weight, self._bias, stride, (0, columns), groups=step.module.groups)
+        video = window.transpose(0, 1).unsqueeze(0)
+        made = conv3d(video, self._weight, self._bias, (1, stride, stride), (0, 0, columns), groups=step.module.groups)
+        return made.squeeze(0).transpose(0, 1)
 
 
-def flops_of(step: Conv) -> float:
-    """Of one position of the result."""
+class ConvolvedInTime(Rows):
+    """As many or half as many frames again, by a convolution in time."""
+
+    def __init__(self, source: Rows, step: InTime) -> None:
+        self._is_lone = source.run.past.is_lone(source.frames)
+        frames = step.frames(source.frames, first=source.run.past.first)
+        per_position = 0.0 if self._is_lone else 2.0 * step.module.weight.numel() * frames / (2 if step.up else 1)
+        work = per_position * source.height * source.width
+        super().__init__(source, source.channels, source.height, source.width, work, frames=frames)
+        self._source = source
+        self._step = step
+        self._row_flops = per_position * source.width
+
+    def read(self) -> Iterator[torch.Tensor]:
+        if self._is_lone:
+            yield from self._source.read()
+            return
+        run, step = self.run, self._step
+        before, kept = run.past.of(step)
+        rows = run.rows(self.width, 2 * self.channels * max(self.frames, self._source.frames), self._row_flops)
+        with borrowed(step.module, run.device, run.dtype) as (weight, bias):
+            for strip in self._source.read():
+                for piece in pieces(strip, rows):
+                    own = piece.to(run.dtype)
+                    past = None if before is None else before.whole(own.shape[2])
+                    out, keep = self._make(own, past, weight, bias)
+                    if kept is not None:
+                        kept.append(keep.clone(memory_format=torch.contiguous_format))
+                    flops = self._row_flops * own.shape[2]
+                    del piece, own, past, keep
+                    yield out
+                    del out
+                    run.tick(flops)
+                del strip
+
+    def _make(
+        self, strip: torch.Tensor, past: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What comes out of ``strip``, and what is to be kept of it."""
+        step = self._step
+        is_first = self.run.past.first
+        seen = strip[1:] if is_first and step.up else strip
+        if past is None and step.up:
+            past = strip.new_zeros(step.past, *strip.shape[1:])
+        sequence = seen if past is None else torch.cat((past, seen))
+        keep = sequence[-step.past :]
+        frames = []
+        if is_first:
+            frames.append(strip[:1])
+        if sequence.shape[0] >= weight.shape[2]:
+            stride = (step.module.stride[0], 1, 1)
+            made = conv3d(sequence.transpose(0, 1).unsqueeze(0), weight, bias, stride).squeeze(0).transpose(0, 1)
+            frames.append(made.reshape(-1, *strip.shape[1:]))
+        return torch.cat(frames), keep
+
+
+def flops_of(step: Conv, source: Rows) -> float:
+    """Of one position of the result, for all frames of ``source``."""
     module = step.module
     rows, columns = step.kernel
-    return 2.0 * rows * columns * module.in_channels // module.groups * module.out_channels
+    depth = _depth(step, source)
+    return 2.0 * depth * rows * columns * module.in_channels // module.groups * module.out_channels * source.frames
+
+
+def _depth(step: Conv, source: Rows) -> int:
+    """How many frames have to be there for one."""
+    return 1 if source.run.past.is_lone(source.frames) else step.depth

@@ -11,18 +11,19 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Union
 
 import torch
 
 from remote_vae.errors import InvalidRequest
-from remote_vae.tiled.budget import plan_budget
+from remote_vae.tiled.budget import Budget, plan_budget
 from remote_vae.tiled.executor import build
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from remote_vae.tiled.memory import free_pinned_memory
 from remote_vae.tiled.normed import own_moments, raw_latents
 from remote_vae.tiled.plan import Plan
-from remote_vae.tiled.rows import NotFinite, Rows, Run, never, no_progress
+from remote_vae.tiled.rows import NotFinite, Past, Rows, Run, never, no_progress
 from remote_vae.tiled.store import Store
 from remote_vae.tiled.weights import bring_in
 
@@ -72,14 +73,16 @@ def decode(
     Args:
         vae: one of diffusers, ldm, sgm, Forge or ComfyUI that ``layouts`` knows. It is not changed; other threads may
             use it meanwhile, unless accelerate takes its layers away after each use.
-        latents: raw (unscaled) ``[B, C, h, w]``, of any size that the VAE itself takes. A VAE that undoes norm and patches of
+        latents: raw (unscaled) ``[B, C, h, w]``, of any size that the VAE itself takes. Of a VAE for videos
+            ``[B, C, F, h, w]``, or ``[B, C, h, w]``, which is one frame of each. A VAE that undoes norm and patches of
             latents itself (Flux.2 in ComfyUI and Neo) takes them as its own ``decode`` does.
         max_bytes, device, dtype: see ``Limits``.
         progress: called after every strip with the share of the work that is done, up to 1.
         cancelled: asked after every strip; True ends the call.
 
     Returns:
-        Pixels ``[B, 3, H, W]``, nominally in [-1, 1], on the device of ``latents``, in the dtype that the VAE gives.
+        Pixels ``[B, 3, H, W]``, nominally in [-1, 1], on the device of ``latents``, in the dtype that the VAE gives. Of
+        videos ``[B, 3 or 4, F', H, W]``.
 
     Raises:
         UnsupportedLayout: the VAE's modules are of a kind that is not known.
@@ -104,12 +107,13 @@ def encode(
 
     Args:
         vae: as for ``decode``.
-        pixels: ``[B, 3, H, W]`` in [-1, 1], of any size that the VAE itself takes.
+        pixels: ``[B, 3, H, W]`` in [-1, 1], of any size that the VAE itself takes; of a VAE for videos also
+            ``[B, 3 or 4, F, H, W]``.
         max_bytes, progress, cancelled, device, dtype: as for ``decode``.
 
     Returns:
         Moments ``[B, 2 C, h, w]``: mean and logvar, unscaled, for the caller to make the posterior of. AutoencoderTiny and
-        AutoencoderDC have none: their latents ``[B, C, h, w]``. Raises as ``decode`` does.
+        AutoencoderDC have none: their latents ``[B, C, h, w]``. Of videos ``[B, 2 C, F', h, w]``. Raises as ``decode`` does.
     """
     limits = Limits(max_bytes, device, dtype)
     moments = run(encoder_plan(vae), vae, pixels, limits, progress=progress, cancelled=cancelled)
@@ -126,26 +130,15 @@ def run(
     cancelled: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
     """``decode`` or ``encode`` by a plan that ``layouts.decoder_plan`` or ``encoder_plan`` has made of ``vae`` before."""
-    if batch.ndim != 4 or 0 in batch.shape:
-        raise InvalidRequest(f"the tiled VAE takes [B, C, H, W], not {list(batch.shape)}")
+    videos = _videos(plan, batch)
     device = torch.device(limits.device or batch.device)
     own, autocast = _own_dtype(plan, batch), _autocast_dtype(device.type)
     # Autocast leaves float64 alone.
     given = own if autocast is None or own == torch.float64 else autocast
 
     def attempt(dtype: torch.dtype) -> torch.Tensor:
-        result = None
-        for index, picture in enumerate(torch.split(batch, 1)):
-            report = _share(progress, index, batch.shape[0])
-            work = _Work(plan, limits, device, dtype, report, cancelled or never, batch.shape[0])
-            rows = work.rows_of(picture)
-            if result is None:
-                shape = (batch.shape[0], rows.channels, rows.height, rows.width)
-                result = torch.empty(shape, device=device, dtype=dtype)
-            with closing(rows.run.store):
-                _copy_rows(rows, result[index : index + 1])
-        if result is None:
-            raise AssertionError("an empty batch")
+        work = _Work(plan, limits, device, dtype, progress, cancelled or never)
+        result = work.result_of(videos)
         if dtype in _HALVES and not torch.isfinite(result).all():
             raise NotFinite("the last convolution")
         return result
@@ -166,49 +159,99 @@ def run(
         # Not within the except clause, which keeps the strips of the failed attempt alive.
         if result is None:
             result = attempt(torch.float32)
-    return result.to(batch.device, given)
+    result = result.to(batch.device, given)
+    return result if batch.ndim == result.ndim else result.squeeze(2)
+
+
+def _videos(plan: Plan, batch: torch.Tensor) -> torch.Tensor:
+    """``[B, C, F, H, W]``, with as many frames as the VAE takes of them.
+
+    Raises:
+        InvalidRequest: these are no pictures, or no videos of this VAE.
+    """
+    frames = plan.frames
+    form = "[B, C, H, W]" if frames is None else "[B, C, F, H, W] or [B, C, H, W]"
+    if batch.ndim not in ((4,) if frames is None else (4, 5)) or 0 in batch.shape:
+        raise InvalidRequest(f"the tiled VAE takes {form}, not {list(batch.shape)}")
+    videos = batch if batch.ndim == 5 else batch.unsqueeze(2)
+    if frames is None:
+        return videos
+    if videos.shape[2] > 1 and not frames.several:
+        raise InvalidRequest(f"this VAE takes one frame, not {videos.shape[2]}")
+    return videos[:, :, : 1 + (videos.shape[2] - 1) // frames.step * frames.step]
 
 
 @dataclass(frozen=True)
 class _Work:
-    """How the pictures of a batch are worked on."""
+    """How the pictures or videos of a batch are worked on, one after the other."""
 
     plan: Plan
     limits: Limits
     device: torch.device
     dtype: torch.dtype
-    progress: Callable[[float], None]
+    progress: Callable[[float], None] | None
     cancelled: Callable[[], bool]
-    batch: int
 
-    def rows_of(self, picture: torch.Tensor) -> Rows:
-        """The result for ``picture`` ``[1, C, H, W]``, still to be read."""
-        height, width = picture.shape[2:]
-        sizes = list(self.plan.sizes(height, width))
-        _, channels, rows, columns = sizes[-1]
-        largest = max(made * high * wide for _, made, high, wide in sizes) * self.dtype.itemsize
-        half = self.dtype in _HALVES
-        budget = plan_budget(
+    def result_of(self, videos: torch.Tensor) -> torch.Tensor:
+        """``[B, C', F', H', W']`` of ``[B, C, F, H, W]``."""
+        batch, _, frames, height, width = videos.shape
+        together = self.plan.frames is not None and self.plan.frames.together
+        if not together and frames > 1:
+            apart = videos.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+            made = self.result_of(apart)
+            return made.reshape(batch, frames, *made.shape[1:2], *made.shape[3:]).transpose(1, 2)
+        # Refuses sizes that the VAE does not take.
+        *_, last = self.plan.sizes(height, width, frames)
+        shape = (batch, last.channels, last.frames, last.rows, last.columns)
+        budget = self._budget(videos, result_bytes=prod(shape) * self.dtype.itemsize)
+        result = torch.empty(shape, device=self.device, dtype=self.dtype)
+        for index, video in enumerate(videos):
+            self._copy(video.transpose(0, 1), result[index].transpose(0, 1), budget, index, batch)
+        return result
+
+    def _copy(self, video: torch.Tensor, result: torch.Tensor, budget: Budget, index: int, count: int) -> None:
+        """The result for ``video`` ``[F, C, H, W]`` into ``result`` ``[F', C', H', W']``."""
+        frames, _, height, width = video.shape
+        # The first frame comes alone, and then ``step`` at a time.
+        step = 1 if self.plan.frames is None else self.plan.frames.step
+        largest = max(each.channels * each.rows * each.columns for each in self.plan.sizes(height, width))
+        with closing(Store(self.device, budget.waiting, largest * budget.frames * self.dtype.itemsize)) as store:
+            past = Past(store)
+            start = made = 0
+            while start < frames:
+                end = min(frames, start + budget.frames if start else budget.frames - step + 1)
+                past.first, past.last = start == 0, end == frames
+                report = _share(self.progress, (index + start / frames) / count, (end - start) / frames / count)
+                rows = build(self.plan, video[start:end], self._run(store, past, budget, report))
+                _copy_rows(rows, result[made : made + rows.frames])
+                made += rows.frames
+                start = end
+
+    def _budget(self, videos: torch.Tensor, result_bytes: int) -> Budget:
+        _, _, frames, height, width = videos.shape
+        return plan_budget(
             self.plan,
-            height,
-            width,
+            (frames, height, width),
             self.dtype,
             strip_bytes=_STRIP_BYTES.get(self.device.type, _GPU_STRIP_BYTES),
             max_bytes=self.limits.max_bytes,
-            result_bytes=self.batch * channels * rows * columns * self.dtype.itemsize,
+            result_bytes=result_bytes,
         )
-        run = Run(
+
+    def _run(self, store: Store, past: Past, budget: Budget, report: Callable[[float], None]) -> Run:
+        half = self.dtype in _HALVES
+        return Run(
             device=self.device,
             dtype=self.dtype,
             strip_bytes=budget.strip_bytes,
             strip_flops=_STRIP_FLOPS.get(self.device.type, float("inf")),
-            store=Store(self.device, budget.waiting, largest),
+            store=store,
+            past=past,
             channels_last=half and self.device.type in ("cpu", "cuda"),
             finite=half,
-            progress=self.progress,
+            progress=report,
             cancelled=self.cancelled,
         )
-        return build(self.plan, picture, run)
 
 
 def _unpin(device: torch.device, limits: Limits) -> None:
@@ -225,8 +268,8 @@ def _copy_rows(rows: Rows, result: torch.Tensor) -> None:
         del strip
 
 
-def _share(progress: Callable[[float], None] | None, index: int, count: int) -> Callable[[float], None]:
-    return no_progress if progress is None else lambda done: progress((index + done) / count)
+def _share(progress: Callable[[float], None] | None, start: float, share: float) -> Callable[[float], None]:
+    return no_progress if progress is None else lambda done: progress(start + done * share)
 
 
 def _own_dtype(plan: Plan, batch: torch.Tensor) -> torch.dtype:

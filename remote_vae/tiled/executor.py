@@ -3,7 +3,10 @@
 Every step is a node that gives its rows lazily, strip by strip, when the next node asks for them. A convolution keeps back the
 few rows that its next strip needs, so nothing is computed twice. A GroupNorm must have seen the whole picture before it can
 give its first row: there strips wait in a queue, and each is let go of when it has been used. So two activations of the
-largest size are alive at the most, where the whole VAE has three, and its temporaries are as small as a strip.
+largest size are alive at the most, where the whole VAE has three, and its temporaries are as small as a strip. A norm of each
+position waits for nothing: between two waits only the rows on their way are alive.
+
+A video's strips have all frames that are worked on at a time. Convolutions in time keep what the next frames need of them.
 
 Where that is more than may be taken, strips wait elsewhere (``offload.py``), on a processor in a file. The other way, to
 compute rows again from what is before a norm, was here and is gone. A decode in a tenth of the whole VAE's bytes takes so many
@@ -16,19 +19,21 @@ it. One run each of sd encode 512 px: rows again 40 s and 71 MB, files 15 s and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.functional import batch_norm, interpolate, linear
+from torch.nn.functional import interpolate, linear
 
 from remote_vae.tiled.attention import attend
-from remote_vae.tiled.convolution import Convolved, Fill, SlidingConv, flops_of
+from remote_vae.tiled.convolution import Convolved, ConvolvedInTime, SlidingConv, flops_of
 from remote_vae.tiled.linear_attention import LinearlyAttended
 from remote_vae.tiled.local_steps import Locally, RmsNormed, SlidingLocal
-from remote_vae.tiled.moments import Moments
+from remote_vae.tiled.norms import Fill, Function, filler, norm_input, rms_norm
 from remote_vae.tiled.plan import (
     Attention,
     Conv,
+    InTime,
     LinearAttention,
     Local,
     Norm,
@@ -38,91 +43,58 @@ from remote_vae.tiled.plan import (
     RmsNorm,
     Step,
     Upsample,
-    silu,
 )
-from remote_vae.tiled.rows import Mapped, NotFinite, Picture, Rows, Run, pieces
+from remote_vae.tiled.rows import Mapped, Picture, Rows, Run
 from remote_vae.tiled.store import RowReader
 from remote_vae.tiled.weights import borrowed
 
 # A level is small when it has so many times fewer positions than the largest.
 _SMALL = 16
 
-
-class NormInput(Rows):
-    """What a GroupNorm is made of, which the whole of has to be seen before its first row can be given: all strips wait here.
-
-    They are given as they are, for those who normalise them piece by piece.
-    """
-
-    def __init__(self, source: Rows, norm: nn.GroupNorm) -> None:
-        super().__init__(source, source.channels, source.height, source.width)
-        self._source = source
-        self._queue = self.run.store.queue()
-        self._norm = norm
-        self._affine: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
-
-    def read(self, *, last: bool = True) -> Iterator[torch.Tensor]:
-        """As of all ``Rows``; not ``last``: they will be read once more."""
-        if self._affine is None:
-            self._affine = self._collect()
-        rows = self.run.rows(self.width, self.channels)
-        for strip in self._queue.read(last=last):
-            yield from pieces(strip, rows)
-            del strip
-
-    def normalise(self, strip: torch.Tensor) -> torch.Tensor:
-        """The rows of ``strip``, normalised, in a new tensor; in float32 where they are of half precision."""
-        if self._affine is None:
-            raise AssertionError("nothing was read yet")
-        mean, variance, weight, bias = self._affine
-        # A norm with given statistics: x * (weight / std) + (bias - mean * weight / std), as group_norm computes it.
-        return batch_norm(strip.float(), mean, variance, weight, bias, training=False, eps=self._norm.eps)
-
-    def _collect(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Mean, variance, weight and bias of each channel, when all strips have come."""
-        moments = Moments(self._norm.num_groups, self.channels, self.run.device)
-        for strip in self._source.read():
-            moments.add(strip)
-            self._queue.append(strip)
-            del strip
-        if self.run.finite and not moments.are_finite():
-            raise NotFinite("a GroupNorm")
-        if moments.second_pass():
-            for strip in self._queue.read(last=False):
-                moments.add(strip)
-                del strip
-        with borrowed(self._norm, self.run.device, torch.float32) as weights:
-            return (*moments.by_channel(), *weights)
+Push = Callable[[torch.Tensor], Iterator[torch.Tensor]]
+Weights = tuple[torch.Tensor, "torch.Tensor | None"]
 
 
 class Branch(Rows):
-    """Gives its source's rows on to the main path of a residual, and puts what the shortcut makes of them into ``queue``."""
+    """Gives its source's rows on to the main path of a residual, and puts what the shortcut makes of them into ``queue``.
+
+    A shortcut that makes more of them works later, when they are taken out.
+    """
 
     def __init__(self, source: Rows, shortcut: Conv | Local | None) -> None:
-        own = flops_of(shortcut) * source.height * source.width if isinstance(shortcut, Conv) else 0.0
+        own = flops_of(shortcut, source) * source.height * source.width if isinstance(shortcut, Conv) else 0.0
         super().__init__(source, source.channels, source.height, source.width, own)
-        self.queue = self.run.store.queue()
+        self._queue = self.run.store.queue()
         self._source = source
         self._shortcut = shortcut
+        self._is_late = isinstance(shortcut, Local) and shortcut.up > shortcut.down
 
     def read(self) -> Iterator[torch.Tensor]:
-        if self._shortcut is None:
+        with ExitStack() as stack:
+            push = self._push(stack)
             for strip in self._source.read():
-                self.queue.append(strip)
-                yield strip
-                del strip
-            return
-        with _sliding(self.run, self._shortcut, self._source) as shortcut:
-            for strip in self._source.read():
-                for out in shortcut.push(strip):
-                    self.queue.append(out)
+                for out in push(strip):
+                    self._queue.append(out)
                     del out
                 yield strip
                 del strip
 
+    def shortcut(self) -> Iterator[torch.Tensor]:
+        """What the shortcut makes, as far as the rows have come that it needs."""
+        if not self._is_late or not isinstance(self._shortcut, Local):
+            yield from self._queue.read(last=True)
+            return
+        push = SlidingLocal(self._shortcut, self._source).push
+        for strip in self._queue.read(last=True):
+            yield from push(strip)
+            del strip
 
-def _sliding(run: Run, step: Conv | Local, source: Rows) -> SlidingConv | SlidingLocal:
-    return SlidingConv(run, step, source, None) if isinstance(step, Conv) else SlidingLocal(run, step, source)
+    def _push(self, stack: ExitStack) -> Push:
+        if isinstance(self._shortcut, Conv):
+            return stack.enter_context(SlidingConv(self._shortcut, self._source, None)).push
+        if isinstance(self._shortcut, Local) and not self._is_late:
+            return SlidingLocal(self._shortcut, self._source).push
+        return lambda strip: iter((strip,))
 
 
 class Sum(Rows):
@@ -135,10 +107,10 @@ class Sum(Rows):
         self._is_small = _SMALL * self.height * self.width <= self.run.pixels
 
     def read(self) -> Iterator[torch.Tensor]:
-        shortcut = RowReader(self._branch.queue.read(last=True))
+        shortcut = RowReader(self._branch.shortcut())
         for part in self._main.read():
             # The small levels, where it costs next to nothing, carry what half precision would round away.
-            strip = part.float() if self._is_small else part
+            strip = part.float() if self._is_small and part.dtype != torch.float64 else part
             row = 0
             for piece in shortcut.read(strip.shape[2]):
                 # The main path ends with what makes a tensor that nobody else has.
@@ -151,17 +123,22 @@ class Sum(Rows):
 
 
 class Attended(Rows):
-    """Self-attention over the whole picture and the residual. Keys and values are there whole, queries come in strips."""
+    """Self-attention over the whole picture and the residual. Keys and values are there whole, queries come in strips.
 
-    def __init__(self, source: NormInput, step: Attention) -> None:
-        work = 4.0 * source.channels * (source.height * source.width) ** 2
+    Of a video, each frame attends to itself alone.
+    """
+
+    def __init__(self, source: Rows, step: Attention) -> None:
+        work = 4.0 * source.frames * source.channels * (source.height * source.width) ** 2
         super().__init__(source, source.channels, source.height, source.width, work)
-        self._source = source
+        self._source = norm_input(source, step.norm)
         self._step = step
 
     def read(self) -> Iterator[torch.Tensor]:
         step, run = self._step, self.run
-        with borrowed(step.key, run.device, run.dtype) as key, borrowed(step.value, run.device, run.dtype) as value:
+        with ExitStack() as stack:
+            key = self._weights(stack, step.key, 1)
+            value = self._weights(stack, step.value, 2)
             keys, values = self._whole(key), self._whole(value)
             at = 0
             for strip in self._source.read(last=False):
@@ -171,7 +148,9 @@ class Attended(Rows):
                 at += tokens.shape[1]
                 del strip, tokens
                 run.tick(0.0)
-        with borrowed(step.query, run.device, run.dtype) as query, borrowed(step.out, run.device, run.dtype) as out:
+        with ExitStack() as stack:
+            query = self._weights(stack, step.query, 0)
+            out = stack.enter_context(borrowed(step.out, run.device, run.dtype))
             for strip in self._source.read():
                 mixed = attend(
                     self._project(self._tokens(strip), query),
@@ -185,27 +164,36 @@ class Attended(Rows):
                 yield strip + mixed.transpose(1, 2).reshape(strip.shape)
                 del strip, mixed
 
+    def _weights(self, stack: ExitStack, module: Any, part: int) -> Weights:
+        """Of one projection; of one layer for all, its part."""
+        weight, bias = stack.enter_context(borrowed(module, self.run.device, self.run.dtype))
+        if not self._step.is_fused:
+            return weight, bias
+        return weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part]
+
     def _tokens(self, strip: torch.Tensor) -> torch.Tensor:
-        """``[1, C, n, W]`` to normalised ``[1, n W, C]``."""
+        """``[frames, C, n, W]`` to normalised ``[frames, n W, C]``."""
         return self._source.normalise(strip).to(self.run.dtype).flatten(2).transpose(1, 2)
 
-    def _whole(self, weights: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-        """Memory for all positions, ``[1, heads, H W, C / heads]``."""
-        shape = (1, self._step.heads, self.height * self.width, weights[0].shape[0] // self._step.heads)
+    def _whole(self, weights: Weights) -> torch.Tensor:
+        """Memory for all positions, ``[frames, heads, H W, C / heads]``."""
+        shape = (self.frames, self._step.heads, self.height * self.width, weights[0].shape[0] // self._step.heads)
         return torch.empty(shape, device=self.run.device, dtype=self.run.dtype)
 
-    def _project(self, tokens: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-        """``[1, N, C]`` to ``[1, heads, N, C / heads]``."""
+    def _project(self, tokens: torch.Tensor, weights: Weights) -> torch.Tensor:
+        """``[frames, N, C]`` to ``[frames, heads, N, C / heads]``."""
         projected = linear(tokens, weights[0].flatten(1), weights[1])
-        return projected.reshape(1, tokens.shape[1], self._step.heads, -1).transpose(1, 2)
+        return projected.reshape(*tokens.shape[:2], self._step.heads, -1).transpose(1, 2)
 
 
 # --- from a plan to nodes ----------------------------------------------------------------------------------------------
 
 
 def build(plan: Plan, picture: torch.Tensor, run: Run) -> Rows:
-    """The node that gives the result of ``plan`` for ``picture`` ``[1, C, H, W]``. Sets the run's amount of work."""
-    run.pixels = max(rows * columns for _, _, rows, columns in plan.sizes(*picture.shape[2:]))
+    """The node that gives the result of ``plan`` for ``picture`` ``[frames, C, H, W]``. Sets the run's amount of work."""
+    frames, _, height, width = picture.shape
+    made = plan.sizes(height, width, frames, first=run.past.first)
+    run.pixels = max(each.rows * each.columns for each in made)
     rows = _chain(plan.steps, Picture(run, picture))
     run.work = max(1.0, rows.work)
     return rows
@@ -215,39 +203,54 @@ def _chain(steps: tuple[Step, ...], rows: Rows, pending: Fill | None = None) -> 
     """Nodes for ``steps``, one on the other; ``pending`` is what fills the window of the first convolution."""
     scale = 1
     for index, step in enumerate(steps):
-        before_conv = index + 1 < len(steps) and isinstance(steps[index + 1], Conv)
-        if isinstance(step, Norm):
-            rows = source = NormInput(rows, step.module)
-            pending = _filler(source, _activation_after(steps, index))
-        elif isinstance(step, Upsample) and before_conv:
+        if isinstance(step, (Norm, RmsNorm)):
+            if not _feeds_conv(steps, index):
+                rows = _normed(step, rows)
+                continue
+            rows, normalise = _norm(step, rows)
+            pending = filler(normalise, _activation_after(steps, index))
+        elif isinstance(step, Upsample) and _feeds_conv(steps, index):
             scale = step.scale
             pending = _upsampler(scale)
         elif isinstance(step, Conv):
             rows = Convolved(rows, step, pending, scale)
             pending, scale = None, 1
-        elif isinstance(step, Pointwise):
-            # After a norm it belongs to the filling of the convolution's window.
-            rows = rows if pending is not None else Mapped(rows, step.run)
-        elif isinstance(step, Upsample):
-            rows = Mapped(rows, _nearest(step.scale), step.scale)
-        elif isinstance(step, Residual):
-            rows = _residual(step, rows)
-        else:
-            rows = _simple(step, rows)
-    if pending is not None:
-        raise AssertionError("a norm has to be followed by a convolution")
+        elif not isinstance(step, Pointwise) or pending is None:
+            # A function after a norm belongs to the filling of the convolution's window.
+            rows = _node(step, rows)
     return rows
 
 
-def _simple(step: RmsNorm | Local | Attention | LinearAttention, rows: Rows) -> Rows:
-    """Those that nothing around them matters to."""
-    if isinstance(step, RmsNorm):
-        return RmsNormed(rows, step)
+def _node(step: Step, rows: Rows) -> Rows:
+    if isinstance(step, Pointwise):
+        return Mapped(rows, step.run)
+    if isinstance(step, Upsample):
+        return Mapped(rows, _nearest(step.scale), step.scale)
+    if isinstance(step, Residual):
+        return _residual(step, rows)
     if isinstance(step, Local):
         return Locally(rows, step)
+    if isinstance(step, InTime):
+        return ConvolvedInTime(rows, step)
+    if isinstance(step, Attention):
+        return Attended(rows, step)
     if isinstance(step, LinearAttention):
         return LinearlyAttended(rows, step)
-    return Attended(NormInput(rows, step.norm), step)
+    raise AssertionError(f"no node for {step}")
+
+
+def _norm(step: Norm | RmsNorm, rows: Rows) -> tuple[Rows, Function]:
+    if isinstance(step, RmsNorm):
+        return rows, rms_norm(step, rows.run)
+    source = norm_input(rows, step.module)
+    return source, source.normalise
+
+
+def _normed(step: Norm | RmsNorm, rows: Rows) -> Rows:
+    if isinstance(step, RmsNorm):
+        return RmsNormed(rows, step)
+    source, normalise = _norm(step, rows)
+    return Mapped(source, normalise)
 
 
 def _residual(step: Residual, rows: Rows) -> Rows:
@@ -255,31 +258,27 @@ def _residual(step: Residual, rows: Rows) -> Rows:
     if len(step.shortcut) > 1 or not isinstance(shortcut, (Conv, Local, type(None))):
         raise AssertionError("a shortcut is one step at most")
     main, fill = step.main, None
-    if isinstance(main[0], Norm):
+    if isinstance(main[0], Norm) and _feeds_conv(main, 0):
         # The norm's strips wait before the branch, so that they do not wait in its queue as well.
-        rows = source = NormInput(rows, main[0].module)
+        rows, normalise = _norm(main[0], rows)
         function = _activation_after(main, 0)
-        fill = _filler(source, function)
+        fill = filler(normalise, function)
         main = main[1 if function is None else 2 :]
     branch = Branch(rows, shortcut)
     return Sum(_chain(main, branch, fill), branch)
 
 
-def _activation_after(steps: tuple[Step, ...], index: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _activation_after(steps: tuple[Step, ...], index: int) -> Function | None:
     after = steps[index + 1] if index + 1 < len(steps) else None
     return after.run if isinstance(after, Pointwise) else None
 
 
-def _filler(source: NormInput, function: Callable[[torch.Tensor], torch.Tensor] | None) -> Fill:
-    def fill(strip: torch.Tensor, window: torch.Tensor) -> None:
-        values = source.normalise(strip)
-        # Apple's GPUs have written wrong values into a part of a tensor.
-        if function is silu and values.dtype == window.dtype and window.device.type in ("cpu", "cuda"):
-            torch.ops.aten.silu.out(values, out=window)
-        else:
-            window.copy_(values if function is None else function(values))
-
-    return fill
+def _feeds_conv(steps: tuple[Step, ...], index: int) -> bool:
+    """Whether a convolution is what comes next, or after a function that comes next to a norm."""
+    at = index + 1
+    if at < len(steps) and isinstance(steps[at], Pointwise) and not isinstance(steps[index], Upsample):
+        at += 1
+    return at < len(steps) and isinstance(steps[at], Conv)
 
 
 def _upsampler(scale: int) -> Fill:
@@ -291,5 +290,5 @@ def _upsampler(scale: int) -> Fill:
     return fill
 
 
-def _nearest(scale: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _nearest(scale: int) -> Function:
     return lambda strip: interpolate(strip, scale_factor=float(scale), mode="nearest")

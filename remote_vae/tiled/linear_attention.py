@@ -26,7 +26,7 @@ class LinearlyAttended(Rows):
         positions = source.height * source.width
         self._inner = step.inner
         mixing = _OF_A_PAIR * self._inner * (step.head + 1) * (1 + len(step.scales))
-        scales = sum(flops_of(conv) for scale in step.scales for conv in scale)
+        scales = sum(flops_of(conv, source) for scale in step.scales for conv in scale)
         super().__init__(source, source.channels, source.height, source.width, (mixing + scales) * positions)
         self._mixing = mixing * self.width / 2
         self._source = source
@@ -67,9 +67,7 @@ class LinearlyAttended(Rows):
             biases = [bias for _, bias in parts if bias is not None]
             bias = torch.cat(biases) if len(biases) == len(parts) else None
             like = Rows(run, 3 * self._inner, self.height, self.width)
-            chains = [
-                [open_weights.enter_context(SlidingConv(run, conv, like, None)) for conv in scale] for scale in step.scales
-            ]
+            chains = [[open_weights.enter_context(SlidingConv(conv, like, None)) for conv in scale] for scale in step.scales]
             for strip in self._source.read():
                 keep(strip)
                 for piece in pieces(strip, self._rows):

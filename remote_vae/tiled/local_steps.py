@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from remote_vae.tiled.plan import Local, RmsNorm
-from remote_vae.tiled.rows import Rows, Run, pieces
+from remote_vae.tiled.rows import Rows, pieces
 from remote_vae.tiled.weights import borrowed
 
 
@@ -21,10 +21,9 @@ class RmsNormed(Rows):
 
     def read(self) -> Iterator[torch.Tensor]:
         run = self.run
-        rows = run.rows(self.width, self.channels)
         with borrowed(self._step.module, run.device, wide(run.dtype)) as weights:
             for strip in self._source.read():
-                for piece in pieces(strip, rows):
+                for piece in pieces(strip, self.strip_rows):
                     yield rms_normalised(piece.to(wide(run.dtype)), *weights, self._step.eps).to(run.dtype)
                     del piece
                 del strip
@@ -34,32 +33,31 @@ class Locally(Rows):
     """What a function makes of each few rows and columns on their own."""
 
     def __init__(self, source: Rows, step: Local) -> None:
-        super().__init__(source, step.channels, *step.size(source.height, source.width))
+        frames = step.frames(source.frames, first=source.run.past.first)
+        super().__init__(source, step.channels, *step.size(source.height, source.width), frames=frames)
         self._source = source
         self._step = step
 
     def read(self) -> Iterator[torch.Tensor]:
-        with SlidingLocal(self.run, self._step, self._source) as sliding:
-            for strip in self._source.read():
-                yield from sliding.push(strip)
-                del strip
+        sliding = SlidingLocal(self._step, self._source)
+        for strip in self._source.read():
+            yield from sliding.push(strip)
+            del strip
 
 
 class SlidingLocal:
     """A function that is given the rows of its picture bit by bit, and gives those that it can."""
 
-    def __init__(self, run: Run, step: Local, source: Rows) -> None:
+    def __init__(self, step: Local, source: Rows) -> None:
+        run = source.run
         self._step = step
         width = source.width // step.down * step.up
-        made = run.rows(width, step.channels) // step.up * step.down
-        self._rows = max(step.down, min(made, run.rows(source.width, source.channels)))
+        frames = max(1, step.frames(source.frames, first=False))
+        made = run.rows(width, step.channels * frames) // step.up * step.down
+        self._rows = max(step.down, min(made, source.strip_rows))
+        self._before = step.frames_down - 1 if run.past.first else 0
+        self._left_out = step.frames_up - 1 if run.past.first else 0
         self._rest: torch.Tensor | None = None
-
-    def __enter__(self) -> SlidingLocal:  # noqa: PYI034  # Self came with Python 3.11
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._rest = None
 
     def push(self, strip: torch.Tensor) -> Iterator[torch.Tensor]:
         """What has become possible."""
@@ -70,12 +68,17 @@ class SlidingLocal:
         self._rest = strip[:, :, whole:].clone() if whole < strip.shape[2] else None
         if whole:
             for piece in pieces(strip[:, :, :whole], self._rows, down):
-                yield self._step.run(piece)
+                yield self._made(piece)
                 del piece
+
+    def _made(self, piece: torch.Tensor) -> torch.Tensor:
+        if self._before:
+            piece = torch.cat((piece.new_zeros(self._before, *piece.shape[1:]), piece))
+        return self._step.run(piece)[self._left_out :]
 
 
 def rms_normalised(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """``[1, C, n, W]`` normalised over its channels, in a new tensor."""
+    """``[frames, C, n, W]`` normalised over its channels, in a new tensor."""
     mean: torch.Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_().div_(x.shape[1])
     result = (x * mean.add_(eps).rsqrt_()).mul_(weight.view(1, -1, 1, 1))
     return result if bias is None else result.add_(bias.view(1, -1, 1, 1))

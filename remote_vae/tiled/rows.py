@@ -1,4 +1,4 @@
-"""A picture that is given row by row, in strips, and what one run through a plan has to know."""
+"""Rows of a picture, or of some frames of a video, strip by strip, and the run that they belong to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import ceil
 import torch
 
 from remote_vae.errors import CallCancelled
-from remote_vae.tiled.store import Store
+from remote_vae.tiled.store import RowReader, Store, StripQueue
 
 
 def never() -> bool:
@@ -25,9 +25,34 @@ class NotFinite(ArithmeticError):
     """A NaN or an infinity came up on the way."""
 
 
+class Past:
+    """What convolutions in time keep of the frames before those that are worked on: rows of a few frames each, in the store.
+
+    Attributes:
+        first, last: whether the first and the last frame of all are among those that are worked on.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.first = self.last = True
+        self._store = store
+        self._kept: dict[int, StripQueue] = {}
+
+    def of(self, step: object) -> tuple[RowReader | None, StripQueue | None]:
+        """For one step of the plan: what it has kept (None: nothing is before), and where it keeps (None: nothing follows)."""
+        before = self._kept.pop(id(step), None)
+        kept = None if self.last else self._store.queue()
+        if kept is not None:
+            self._kept[id(step)] = kept
+        return None if before is None else RowReader(before.read(last=True)), kept
+
+    def is_lone(self, frames: int) -> bool:
+        """Whether ``frames`` are one frame, and all that there is."""
+        return frames == 1 and self.first and self.last
+
+
 @dataclass
 class Run:
-    """One picture on its way through a plan.
+    """One picture, or frames of one video, on the way through a plan.
 
     Attributes:
         device, dtype: of the computation.
@@ -35,6 +60,7 @@ class Run:
         pixels: rows x columns where there are most of them.
         strip_flops: how much work may be done before ``cancelled`` is asked again.
         store: for strips that wait.
+        past: of the frames before.
         channels_last: the memory format of strips.
         finite: whether to stop at the first NaN.
         progress: called with the share of the work that is done.
@@ -45,6 +71,7 @@ class Run:
     strip_bytes: int
     strip_flops: float
     store: Store
+    past: Past
     pixels: int = 0
     channels_last: bool = False
     finite: bool = False
@@ -69,7 +96,7 @@ class Run:
             raise CallCancelled("the VAE call was interrupted", reason="interrupted")
 
     def rows(self, width: int, channels: int, flops: float = 0.0) -> int:
-        """How many rows of ``channels`` x ``width`` values, which cost ``flops`` each, make a strip."""
+        """How many rows of ``channels`` (of all frames) x ``width`` values, which cost ``flops`` each, make a strip."""
         rows = self.strip_bytes / (width * channels * self.dtype.itemsize)
         if flops:
             rows = min(rows, self.strip_flops / flops)
@@ -77,42 +104,50 @@ class Run:
 
 
 class Rows:
-    """A picture that is given row by row: ``[1, channels, height, width]``.
+    """A picture that is given row by row: ``[frames, channels, height, width]``.
 
     Attributes:
         work: floating point operations of it and of all that is before it.
     """
 
-    def __init__(self, source: Rows | Run, channels: int, height: int, width: int, work: float = 0.0) -> None:
+    def __init__(
+        self, source: Rows | Run, channels: int, height: int, width: int, work: float = 0.0, *, frames: int | None = None
+    ) -> None:
         self.run: Run = source.run if isinstance(source, Rows) else source
         self.work: float = work + (source.work if isinstance(source, Rows) else 0.0)
         self.channels, self.height, self.width = channels, height, width
+        self.frames: int = frames or (source.frames if isinstance(source, Rows) else 1)
 
     def read(self) -> Iterator[torch.Tensor]:
         """All rows from the top, once, in strips that the reader must not write to."""
         raise NotImplementedError
+
+    @property
+    def strip_rows(self) -> int:
+        """How many rows make a strip."""
+        return self.run.rows(self.width, self.channels * self.frames)
 
 
 class Picture(Rows):
     """What goes in."""
 
     def __init__(self, run: Run, picture: torch.Tensor) -> None:
-        super().__init__(run, *picture.shape[1:])
+        super().__init__(run, *picture.shape[1:], frames=picture.shape[0])
         self._picture = picture
 
     def read(self) -> Iterator[torch.Tensor]:
-        for strip in pieces(self._picture, self.run.rows(self.width, self.channels)):
+        for strip in pieces(self._picture, self.strip_rows):
             yield strip.to(self.run.device, self.run.dtype)
 
 
 class Mapped(Rows):
-    """A pointwise function, or an upsampling that no convolution follows."""
+    """A function of each position, or an upsampling that no convolution follows."""
 
     def __init__(self, source: Rows, function: Callable[[torch.Tensor], torch.Tensor], scale: int = 1) -> None:
         super().__init__(source, source.channels, source.height * scale, source.width * scale)
         self._source = source
         self._function = function
-        self._rows = max(1, self.run.rows(self.width, self.channels) // scale)
+        self._rows = max(1, self.strip_rows // scale)
 
     def read(self) -> Iterator[torch.Tensor]:
         for strip in self._source.read():

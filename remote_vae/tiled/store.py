@@ -135,3 +135,8 @@ class RowReader:
             self._rest = rest[:, :, count:] if count < rest.shape[2] else None
             rows -= count
             yield rest[:, :, :count]
+
+    def whole(self, rows: int) -> torch.Tensor:
+        """The next ``rows`` rows in one piece."""
+        parts = list(self.read(rows))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -31,7 +31,7 @@ def bring_in(vae: Any) -> None:
 
 @contextmanager
 def borrowed(module: Any, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Weight and bias of one layer on ``device`` in ``dtype``.
+    """Weight (of some norms ``gamma``) and bias of one layer on ``device`` in ``dtype``.
 
     Raises:
         UnsupportedLayout: the weights are not loaded, and nothing says how to load them.
@@ -40,7 +40,9 @@ def borrowed(module: Any, device: torch.device, dtype: torch.dtype) -> Iterator[
     if hook is not None:
         hook.pre_forward(module)
     try:
-        weight, bias = module.weight, module.bias
+        weight = module.weight if hasattr(module, "weight") else module.gamma
+        # Some norms have a number in the place of the bias that they do not have.
+        bias = module.bias if isinstance(getattr(module, "bias", None), torch.Tensor) else None
         if weight.device.type == "meta":
             raise UnsupportedLayout(f"the weights of {type(module).__name__} are not loaded")
         yield weight.detach().to(device, dtype), None if bias is None else bias.detach().to(device, dtype)

@@ -102,6 +102,6 @@ def test_too_few_bytes_say_how_many_would_do(vae: Any) -> None:
 @pytest.mark.parametrize("width", range(8, 80, 7))
 def test_the_bytes_that_are_said_to_be_needed_are_enough(vae: Any, width: int) -> None:
     def plan(limit: int) -> Budget:
-        return plan_budget(decoder_plan(vae), 8, width, torch.float32, strip_bytes=1, max_bytes=limit, result_bytes=0)
+        return plan_budget(decoder_plan(vae), (1, 8, width), torch.float32, strip_bytes=1, max_bytes=limit, result_bytes=0)
 
     plan(too_little(plan))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from remote_vae.errors import UnsupportedLayout
-from remote_vae.tiled.layouts import deep_compression, diffusers_kl, diffusers_tiny, hunyuan_image, ldm
+from remote_vae.tiled.layouts import deep_compression, diffusers_kl, diffusers_tiny, hunyuan_image, ldm, wan
 from remote_vae.tiled.plan import Plan
 
-_BUILDERS = (hunyuan_image, deep_compression, diffusers_kl, diffusers_tiny, ldm)
+_BUILDERS = (wan, hunyuan_image, deep_compression, diffusers_kl, diffusers_tiny, ldm)
 
 
 def decoder_plan(vae: Any) -> Plan:
