@@ -1,7 +1,8 @@
 """The VAEs of Wan and Qwen-Image in the modules and names of other projects, made of diffusers' own layers.
 
-Sources of the names: Wan-Video/Wan2.1 and Wan2.2 (``wan/modules/vae.py``, ``vae2_2.py``), which ComfyUI and Forge Neo took over, and
-Neo's ``backend/nn/wan_vae_2d.py``. They hold layers and compute nothing: what they would give is what diffusers' VAE gives.
+Sources of the names: Wan-Video/Wan2.1 and Wan2.2 (``wan/modules/vae.py``, ``vae2_2.py``), which ComfyUI and Forge Neo took
+over, and Neo's ``backend/nn/wan_vae_2d.py``. They hold layers and compute nothing: what they would give is what diffusers'
+VAE gives.
 """
 
 from __future__ import annotations

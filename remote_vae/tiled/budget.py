@@ -87,7 +87,7 @@ def plan_budget(
         return Budget(strip_bytes, None, at_once)
     least = 0
     for count in _counts(at_once, step):
-        needs = _needs(plan, count if count < at_once else frames, height, width, dtype)
+        needs = _needs(plan, min(count, frames), height, width, dtype, is_all=count == at_once)
         needs = replace(needs, fixed=needs.fixed + result_bytes)
         # A third for work: thinner strips leave more room, but take longer each.
         strip = max(needs.row, min(strip_bytes, (max_bytes - needs.fixed) // (3 * needs.strips)))
@@ -110,10 +110,18 @@ def _counts(at_once: int, step: int) -> Iterator[int]:
     yield count
 
 
-def _needs(plan: Plan, frames: int, height: int, width: int, dtype: torch.dtype) -> _Needs:
-    """For ``frames`` frames at a time, above the result."""
+def _past(step: Conv | InTime | Local, is_lone: bool) -> int:
+    """How many frames of those before a strip at work has beside its own."""
+    if is_lone or isinstance(step, Local):
+        return 0
+    return step.depth - 1 if isinstance(step, Conv) else step.past
+
+
+def _needs(plan: Plan, frames: int, height: int, width: int, dtype: torch.dtype, *, is_all: bool) -> _Needs:
+    """For ``frames`` frames at a time, which ``is_all`` that there are, above the result."""
     row = keys = rows = most_rows = strips = most_strips = before = 0
-    for step, channels, high, wide, made in plan.sizes(height, width, frames):
+    taken_frames = frames
+    for step, channels, high, wide, made in plan.sizes(height, width, frames, first=is_all):
         size = channels * wide * made
         if isinstance(step, (Attention, Norm)):
             # Here everything waits, and what comes before is done.
@@ -122,7 +130,7 @@ def _needs(plan: Plan, frames: int, height: int, width: int, dtype: torch.dtype)
             # Keys and values of the whole picture.
             keys = max(keys, 2 * size * high * dtype.itemsize)
         if isinstance(step, (Conv, InTime, Local)):
-            taken = max(size, before)
+            taken = max(size, before // taken_frames * (taken_frames + _past(step, is_all and frames == 1)))
             row = max(row, taken * _WORK_ITEM)
             rows += taken * dtype.itemsize * (step.kernel[0] - 1 if isinstance(step, Conv) else 1)
             strips += 1
@@ -131,6 +139,6 @@ def _needs(plan: Plan, frames: int, height: int, width: int, dtype: torch.dtype)
             rows += 2 * size * dtype.itemsize
             strips += 1
         most_rows, most_strips = max(most_rows, rows), max(most_strips, strips)
-        before = size
+        before, taken_frames = size, made
     fixed = keys + max(_ROWS_AT_WORK * row, most_rows)
     return _Needs(fixed, row, max(_STRIPS_AT_WORK, most_strips + _STRIPS_OF_ONE))
