@@ -24,11 +24,11 @@ from remote_vae.remote.endpoints import endpoint_for
 from remote_vae.remote.trial import family_said
 from remote_vae.router import Router
 from remote_vae.settings import Option, Settings, load_options
-from remote_vae.vae.at_work import Op, VaeAtWork
+from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
 from remote_vae.vae.families import Family, find_family, load_families
 from remote_vae.version import __version__
 from remote_vae.wire import DecodeAnswer, EncodeAnswer, Info
-from remote_vae.wire.pixels import image_to_pixels, open_picture, to_uint8
+from remote_vae.wire.pixels import image_to_pixels, open_picture, to_uint8, write_mp4
 
 log = logging.getLogger("remote_vae")
 
@@ -36,6 +36,10 @@ log = logging.getLogger("remote_vae")
 PANEL_ONLY = frozenset(
     {"enabled", "decode", "encode", "when_vae_differs", "cooldown", "rescue_folder", "share", "name_endpoint"}
 )
+_MP4 = ".mp4"
+# Sides of the picture that "check" asks for, and of its latents.
+_CHECK_SIDE = 256
+_FEWEST_CELLS = 8
 # What "serve" and "decode --vae" need: one of them missing, the others are hardly there.
 _SERVER = ("accelerate", "diffusers", "starlette", "uvicorn")
 
@@ -111,7 +115,7 @@ def _add_verbose(parser: argparse.ArgumentParser, default: object) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", required=True, help="diffusers folder, .safetensors file or Hugging Face id")
-    parser.add_argument("--family", help=f"needed for a .safetensors file: {', '.join(load_families())}")
+    parser.add_argument("--family", help=f"where a single file does not say it: {', '.join(load_families())}")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (auto: float16 on a GPU)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
@@ -126,7 +130,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _add_decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="latents that Remote VAE saved (.safetensors)")
     parser.add_argument(
-        "--out", type=Path, help="picture to write; a batch gets -0, -1 ... (FILE.png, or another if that is there)"
+        "--out",
+        type=Path,
+        help="picture to write; of several or of frames -0, -1 ...; .mp4: a video (FILE.png, or another if that is there)",
     )
     parser.add_argument("--vae", help="decode on this machine with this VAE instead of an endpoint")
     _add_options(parser)
@@ -222,8 +228,12 @@ def _decode(options: argparse.Namespace) -> int:
         pixels = _ask("decode", rescued.latents, rescued.family, settings, _pixels)
     else:
         raise SettingsError("nothing to decode with: name an --endpoint, or a VAE of this machine with --vae")
-    pictures = [Image.fromarray(levels) for levels in to_uint8(pixels).cpu().numpy()]
+    frames = pixels.movedim(2, 1).flatten(0, 1) if pixels.ndim == VIDEO_DIMENSIONS else pixels
     target: Path = options.out or options.file.with_suffix(".png")
+    if target.suffix.lower() == _MP4:
+        print(_written(target, lambda part: _write_mp4(frames, part), named=True))
+        return 0
+    pictures = [Image.fromarray(to_uint8(frame[None])[0].cpu().numpy()) for frame in frames]
     for number, picture in enumerate(pictures):
         path = target if len(pictures) == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
         print(_written(path, picture.save, named=options.out is not None))
@@ -235,8 +245,10 @@ def _encode(options: argparse.Namespace) -> int:
     if options.out:
         _check_name(options.out, options.out.suffix == ".safetensors", "name a .safetensors file")
     settings = _settings(options)
-    pixels = image_to_pixels(open_picture(options.file))
+    # Before anybody is asked.
+    picture = open_picture(options.file, alpha=True)
     family = _family("encode", options.family, settings)
+    pixels = _for(family, image_to_pixels(picture, family.pixel_channels))
     latents = _ask("encode", pixels, family, settings, _mean)
     path = options.out or options.file.with_suffix(".safetensors")
     why = f"encoded from {options.file.name}"
@@ -249,6 +261,16 @@ def _ask(
 ) -> Any:
     """What the endpoint of ``settings`` answers. Raises RouteFailed."""
     return Router().run_remote(VaeCall(op, tensor, VaeAtWork(None, family), adopt, user=user), settings)
+
+
+def _write_mp4(frames: torch.Tensor, path: Path) -> None:
+    with path.open("wb") as file:
+        write_mp4((to_uint8(frame[None, :3])[0].cpu() for frame in frames), file)
+
+
+def _for(family: Family, tensor: torch.Tensor) -> torch.Tensor:
+    """A picture or its latents with the frame axis that a video VAE wants."""
+    return tensor.unsqueeze(2) if family.video else tensor
 
 
 def _pixels(answer: Answer) -> torch.Tensor:
@@ -269,7 +291,7 @@ def _decode_here(rescued: rescue.Rescued, source: str, settings: Settings) -> to
     from remote_vae.server.models import load_vae
 
     loaded = load_vae(source, family=rescued.family.key if rescued.family.is_known else None)
-    if loaded.family.latent_channels != rescued.latents.shape[1]:
+    if loaded.family.latent_channels != rescued.latents.shape[1] or loaded.family.video != rescued.family.video:
         raise RemoteVaeError(
             f"got latents of shape {list(rescued.latents.shape)}, and {source} takes {loaded.family.latent_channels} channels"
         )
@@ -316,7 +338,7 @@ def _family(op: Op, named: str | None, settings: Settings, otherwise: str = "") 
 def _check_picture_name(path: Path) -> None:
     Image.init()
     is_picture = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
-    _check_name(path, is_picture, "name a picture file, such as picture.png")
+    _check_name(path, is_picture or path.suffix.lower() == _MP4, "name a picture file, such as picture.png, or an .mp4")
 
 
 def _check_name(path: Path, is_good: bool, what: str) -> None:
@@ -360,11 +382,13 @@ def _checked(op: Op, named: str | None, settings: Settings) -> tuple[str, bool]:
         family = _family(op, named, settings, otherwise="sd1")
     except RouteFailed as error:
         return f"failed: {error}", False
-    size = 32 * family.downscale
+    # As large as those of an 8x VAE, whatever the VAE.
+    cells = max(_FEWEST_CELLS, _CHECK_SIDE // family.downscale)
+    size = cells * family.downscale
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
-    pixels = torch.stack([x, y, x * y]).unsqueeze(0)
-    frames = (1,) if family.video else ()
-    latents = torch.zeros(1, family.latent_channels, *frames, 32, 32, dtype=torch.float16)
+    colours = [x, y, x * y, torch.ones_like(x)][: family.pixel_channels]
+    pixels = _for(family, torch.stack(colours).unsqueeze(0))
+    latents = _for(family, torch.zeros(1, family.latent_channels, cells, cells, dtype=torch.float16))
     records: list[Record] = []
     try:
         user = User(recorded=records.append)

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,11 +24,14 @@ from remote_vae.vae.families import Family, load_families
 FORMAT = "remote-vae-latents-1"
 FOLDER = "remote-vae-rescue"
 _TENSOR = "latents"
+# What else than the four "factors" is kept of a family.
+_MORE_LISTS = ("latents_mean", "latents_std")
+_MORE: Mapping[str, Callable[[Any], Any]] = {"pixel_channels": int, "video": bool, "frame_scale": int}
 
 
 @dataclass(frozen=True)
 class Rescued:
-    """Raw latents ``[B, C, h, w]`` from a file, and the family that they belong to."""
+    """Raw latents ``[B, C, h, w]``, of a video VAE ``[B, C, F, h, w]``, from a file, and the family that they belong to."""
 
     latents: torch.Tensor
     family: Family
@@ -102,19 +107,38 @@ def load_latents(path: Path) -> Rescued:
             if metadata.get("format") != FORMAT or _TENSOR not in list(file.keys()):
                 raise InvalidRequest(f"{path} does not hold latents saved by Remote VAE")
             latents = file.get_tensor(_TENSOR)
-        channels, downscale, *factors = json.loads(metadata["factors"])
-        scaling, shift = map(float, factors)
+        family = _family(metadata)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, InvalidRequest):
             raise
         raise InvalidRequest(f"{path} cannot be read: {error}") from None
-    key = metadata.get("family", "")
-    family = load_families().get(key) or Family(key, "custom VAE", channels, downscale, scaling, shift)
-    if latents.ndim != 4 or latents.shape[1] != family.latent_channels or not latents.numel():
+    dimensions, axes = (5, "F, h, w") if family.video else (4, "h, w")
+    if latents.ndim != dimensions or latents.shape[1] != family.latent_channels or not latents.numel():
         raise InvalidRequest(
-            f"{path}: got latents of shape {list(latents.shape)}, expected [B, {family.latent_channels}, h, w]"
+            f"{path}: got latents of shape {list(latents.shape)}, expected [B, {family.latent_channels}, {axes}]"
         )
     return Rescued(latents, family)
+
+
+def _family(metadata: Mapping[str, str]) -> Family:
+    """The family that the file says, with the numbers of the VAE that the latents were made for.
+
+    Raises KeyError, TypeError or ValueError: it does not say one.
+    """
+    key = metadata.get("family", "")
+    channels, downscale, scaling, shift = json.loads(metadata["factors"])
+    # Files of earlier versions do not have it.
+    more = json.loads(metadata.get("more", "{}"))
+    numbers: dict[str, Any] = {
+        "latent_channels": int(channels),
+        "downscale": int(downscale),
+        "scaling_factor": float(scaling),
+        "shift_factor": float(shift),
+    }
+    numbers |= {name: tuple(map(float, more[name])) for name in _MORE_LISTS if name in more}
+    numbers |= {name: kind(more[name]) for name, kind in _MORE.items() if name in more}
+    known = load_families().get(key)
+    return replace_fields(known, **numbers) if known and more else known or Family(key, "custom VAE", **numbers)
 
 
 def _serialised(latents: torch.Tensor, family: Family, why: str) -> bytes:
@@ -124,6 +148,7 @@ def _serialised(latents: torch.Tensor, family: Family, why: str) -> bytes:
         "format": FORMAT,
         "family": family.key,
         "factors": json.dumps([family.latent_channels, family.downscale, family.scaling_factor, family.shift_factor]),
+        "more": json.dumps({name: getattr(family, name) for name in (*_MORE_LISTS, *_MORE)}),
         "why": why[:500],
     }
     data: bytes = to_bytes({_TENSOR: latents.detach().to("cpu").contiguous()}, metadata=metadata)

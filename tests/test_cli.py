@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,12 +19,13 @@ from remote_vae.cli import PANEL_ONLY, main
 from remote_vae.rescue import load_latents, save, write
 from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.settings import load_options
-from remote_vae.vae.families import find_family, recognise
+from remote_vae.vae.families import family_of, find_family, recognise
 from remote_vae.wire.pixels import image_to_pixels, to_uint8
 from tests.chaos import Chaos
 from tests.conftest import DEMO_VAE, ServerThread
 from tests.nearness import out_of_memory
-from tests.vaes import tiny_video
+from tests.vaes import loaded as loaded_vae
+from tests.vaes import small_vae, tiny_video
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,10 +71,10 @@ def test_rescued_latents_become_the_exact_pictures_in_tiles_by_a_vae_of_this_mac
 
 
 def decoded(rescued: Path, target: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> list[np.ndarray]:
-    """The two pictures that the command makes of ``rescued``."""
+    """The pictures that the command makes of ``rescued``."""
     assert main(["decode", str(rescued), "--out", str(tmp_path / "out.png"), *target]) == 0
     written = capsys.readouterr().out.split()
-    assert written == [str(tmp_path / "out-0.png"), str(tmp_path / "out-1.png")]
+    assert written == [str(tmp_path / f"out-{number}.png") for number in range(len(written))]
     return [np.asarray(Image.open(path)) for path in written]
 
 
@@ -193,6 +195,49 @@ def test_check_asks_a_video_vae_for_a_video(capsys: pytest.CaptureFixture[str]) 
     assert main(["check", "--endpoint", running.url]) == 0
     running.close()
     assert capsys.readouterr().out.startswith("decode: works, HunyuanVideo")
+
+
+@pytest.fixture
+def video() -> Iterator[ServerThread]:
+    """A server of Wan's VAE."""
+    running = ServerThread(loaded_vae(small_vae("wan"), "qwen-image"))
+    yield running
+    running.close()
+
+
+def test_rescued_frames_become_pictures_and_a_video(
+    video: ServerThread, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latents = torch.randn(1, 16, 2, 3, 4, generator=torch.Generator().manual_seed(1))
+    file = save(latents, find_family("qwen-image"), [tmp_path], "because")
+    with torch.inference_mode():
+        expected = to_uint8(video.loaded.vae.decode(latents).sample[0].movedim(1, 0)).numpy()
+    assert len(expected) == 5
+    for picture, levels in zip(decoded(file, ["--endpoint", video.url], capsys, tmp_path), expected, strict=True):
+        assert np.array_equal(picture, levels)
+    clip = tmp_path / "clip.mp4"
+    assert main(["decode", str(file), "--endpoint", video.url, "--out", str(clip)]) == 0
+    with av.open(str(clip)) as container:
+        assert [(frame.width, frame.height) for frame in container.decode(video=0)] == [(32, 24)] * 5
+
+
+def test_a_picture_becomes_one_frame_of_a_video_vae(video: ServerThread, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 24), "red").save(tmp_path / "photo.png")
+    assert main(["encode", str(tmp_path / "photo.png"), "--endpoint", video.url]) == 0
+    assert load_latents(tmp_path / "photo.safetensors").latents.shape == (1, 16, 1, 3, 4)
+
+
+@pytest.mark.parametrize("name", ["sana", "wan", "qwen-image-2.1", "flux2"])
+def test_check_asks_each_vae_for_what_it_makes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    vae = small_vae(name)
+    running = ServerThread(loaded_vae(vae, family_of(vae).key))
+    try:
+        assert main(["check", "--endpoint", running.url]) == 0
+    finally:
+        running.close()
+    printed = capsys.readouterr().out
+    assert printed.count("256 x 256") == 2
+    assert printed.count("works") == 2
 
 
 def test_check_says_what_is_wrong_with_an_endpoint(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:

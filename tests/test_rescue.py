@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ import torch
 from remote_vae import rescue
 from remote_vae.errors import InvalidRequest
 from remote_vae.rescue import load_latents, save
-from remote_vae.vae.families import find_family, recognise
+from remote_vae.vae.families import family_of, find_family, recognise
+from tests.vaes import small_vae
 
 SD1 = find_family("sd1")
 ZEROS = torch.zeros(1, 4, 2, 2)
@@ -36,6 +38,20 @@ def test_rescued_latents_come_back_bit_equal_with_their_family(tmp_path: Path, d
 def test_the_factors_of_a_custom_vae_are_kept(tmp_path: Path) -> None:
     family = recognise(latent_channels=4, scaling_factor=0.08489, shift_factor=0.5)
     assert load_latents(save(ZEROS, family, [tmp_path], "")).family == family
+
+
+@pytest.mark.parametrize("name", ["wan22-5b", "qwen-image-2.1", "ltx", "cogvideox", "flux2"])
+def test_all_numbers_of_a_vae_are_kept(tmp_path: Path, name: str) -> None:
+    """Mean and deviation are those of the VAE that made the latents, which are not always the family's."""
+    family = family_of(small_vae(name))
+    frames = (2,) if family.video else ()
+    latents = torch.randn(1, family.latent_channels, *frames, 3, 4)
+    rescued = load_latents(save(latents, family, [tmp_path], "because"))
+    assert torch.equal(rescued.latents, latents)
+    assert rescued.family == family
+    custom = replace(family, key="custom", label="custom VAE", latents_mean=(0.5,) * family.latent_channels)
+    again = load_latents(save(latents, custom, [tmp_path], "because")).family
+    assert (again.shape, again.latents_mean, again.is_known) == (custom.shape, custom.latents_mean, False)
 
 
 def test_nothing_rescued_before_is_overwritten_by_however_many_at_once(tmp_path: Path) -> None:

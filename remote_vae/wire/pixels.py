@@ -163,8 +163,10 @@ def image_from_bytes(data: Buffer, *, max_pixels: int) -> Image.Image:
     return rgb
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path, *, alpha: bool = False) -> Image.Image:
     """A user's picture file of any kind that Pillow knows, as RGB, upright as its EXIF says; an animation's first frame.
+
+    With ``alpha`` as RGBA where it has an alpha channel.
 
     Raises:
         InvalidRequest: it cannot be read as a picture.
@@ -173,7 +175,7 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image) or image
             upright.format = image.format
-            return to_rgb(upright)
+            return to_rgb(upright, alpha=alpha)
     except Exception as error:  # as above
         raise InvalidRequest(f"{path} cannot be read as a picture: {one_line(str(error))}") from None
 
