@@ -44,7 +44,7 @@ def never() -> bool:
     return False
 
 
-DEFAULT_DEADLINES = Deadlines(connect=10.0, first_byte=120.0, total=300.0)
+DEFAULT_DEADLINES = Deadlines(connect=10.0, first_byte=120.0, total=300.0, patience=120.0)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from remote_vae.errors import InvalidRequest
-from remote_vae.remote.client import client_for
+from remote_vae.remote.client import DEFAULT_DEADLINES, client_for
+from remote_vae.remote.waiting import USUAL_PIXELS, Deadlines
 from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeRequest, Output, Scaling
 from remote_vae.wire.latents import VIDEOS
 
@@ -82,7 +83,7 @@ def remote_decode(
 
     def decode(latents: torch.Tensor) -> DecodeAnswer:
         request = DecodeRequest(latents, output, scaling, height=height, width=width)
-        return client.decode(request).answer
+        return client.decode(request, _deadlines(_most_pixels(request))).answer
 
     # What has one picture only need not be looked through twice.
     if output.is_image and len(tensor) > 1 and DecodeRequest(tensor, height=height, width=width).batch > 1:
@@ -114,7 +115,21 @@ def remote_encode(
         RouteFailed: a RuntimeError; the endpoint did not answer, refused, or answered with something else.
     """
     request = EncodeRequest(image, Scaling(scaling_factor, shift_factor))
-    return client_for(endpoint).encode(request).answer.latents
+    batch, rows, columns = request.size
+    return client_for(endpoint).encode(request, _deadlines(batch * request.frames * rows * columns)).answer.latents
+
+
+def _most_pixels(request: DecodeRequest) -> int:
+    """What latents make of most VAEs: 8 pixels a cell along each side, and 4 frames of one."""
+    rows, columns = request.latents.shape[-2:]
+    frames = request.latent_frames * 4 if request.is_video else 1
+    pixels = (request.height or 0) * (request.width or 0) if request.is_packed else rows * columns * 64
+    return request.batch * frames * pixels
+
+
+def _deadlines(pixels: int) -> Deadlines:
+    """Those of a picture, as often as the call has its pixels: a video's may take minutes."""
+    return DEFAULT_DEADLINES.times(pixels / USUAL_PIXELS)
 
 
 def in_parallel(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:

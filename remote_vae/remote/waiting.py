@@ -40,7 +40,7 @@ _HEALTH_EVERY = 5.0
 # What proxies answer by themselves.
 _BY_PROXIES = (403, 407, 502, 503, 504)
 # The settings are for a picture of so many pixels.
-_USUAL_PIXELS = 1024 * 1024
+USUAL_PIXELS = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,16 @@ class Deadlines:
     patience: float = 0.0
 
     @classmethod
-    def of(cls, settings: Settings, pixels: int = _USUAL_PIXELS, expected: float = 0.0) -> Deadlines:
+    def of(cls, settings: Settings, pixels: int = USUAL_PIXELS, expected: float = 0.0) -> Deadlines:
         """The user's, which are for a picture of 1024 x 1024, for a call of ``pixels`` that is ``expected`` to take so long."""
-        size = max(1.0, pixels / _USUAL_PIXELS)
-        patience = max(settings.first_byte_timeout * size, 3.0 * expected)
-        total = max(settings.total_timeout * size, 3.0 * expected)
-        return cls(settings.connect_timeout, settings.first_byte_timeout, total, patience)
+        usual = cls(settings.connect_timeout, settings.first_byte_timeout, settings.total_timeout, settings.first_byte_timeout)
+        grown = usual.times(pixels / USUAL_PIXELS)
+        return replace(grown, total=max(grown.total, 3.0 * expected), patience=max(grown.patience, 3.0 * expected))
+
+    def times(self, size: float) -> Deadlines:
+        """For a call that is so many times as large; for a smaller one they stay as they are."""
+        size = max(1.0, size)
+        return replace(self, total=self.total * size, patience=self.patience * size)
 
     @property
     def quick(self) -> Deadlines:

@@ -16,9 +16,10 @@ from PIL import Image
 
 import remote_vae
 from remote_vae.errors import EndpointError, InvalidRequest
+from remote_vae.remote.client import Deadlines, EndpointClient
 from remote_vae.server.models import LoadedVae
 from remote_vae.vae.families import find_family
-from remote_vae.wire import pack_latents
+from remote_vae.wire import DecodeRequest, pack_latents
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
 from tests.vaes import tiny_flux, tiny_video
@@ -201,3 +202,25 @@ def test_video_decodes_as_with_diffusers(other_server: ServerThread) -> None:
         ours, theirs = remote_vae.remote_decode(**call), remote_utils.remote_decode(**call)
         assert type(ours) is type(theirs)
         assert arguments["output_type"] == "mp4" or same(ours, theirs), arguments
+
+
+@pytest.mark.parametrize(
+    ("shape", "pictures"),
+    [((1, 4, 16, 16), 1), ((1, 4, 128, 128), 1), ((4, 4, 128, 128), 4), ((1, 16, 21, 64, 128), 42)],
+)
+def test_who_waits_for_a_picture_waits_as_often_as_long_for_as_many(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], pictures: int
+) -> None:
+    """A video's answer takes minutes."""
+    waits: list[float] = []
+
+    def decode(client: EndpointClient, request: DecodeRequest, deadlines: Deadlines) -> None:
+        waits.append(deadlines.total)
+        raise InvalidRequest("seen")
+
+    monkeypatch.setattr(EndpointClient, "decode", decode)
+    with pytest.raises(InvalidRequest, match="seen"):
+        remote_vae.remote_decode(
+            "http://127.0.0.1:9", torch.zeros(shape), output_type="pt", return_type="pt", scaling_factor=1.0
+        )
+    assert waits == [300.0 * pictures]
