@@ -24,7 +24,7 @@ from remote_vae.remote.endpoints import endpoint_for
 from remote_vae.remote.route import RemoteRoute
 from remote_vae.settings import Settings
 from remote_vae.vae.at_work import VaeAtWork
-from remote_vae.vae.families import CUSTOM, Family, find_family, load_families
+from remote_vae.vae.families import Family, find_family, load_families
 from remote_vae.vae.fingerprint import matches
 from remote_vae.wire import THIS_PROCESS, Info
 
@@ -47,9 +47,7 @@ class Trial:
 
 def family_said(info: Info) -> Family | None:
     """The family of an endpoint's VAE by what it says; None: it does not say."""
-    if info.family in load_families():
-        return load_families()[info.family]
-    return Family(CUSTOM, "custom VAE", *info.factors) if info.factors else None
+    return load_families().get(info.family, info.vae)
 
 
 def family_there(settings: Settings) -> Family:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from remote_vae.errors import MalformedAnswer
+from remote_vae.vae.families import CUSTOM, Family
 from remote_vae.wire.errors import one_line, read_json
 from remote_vae.wire.http import Expected
 
@@ -37,14 +38,14 @@ class Info:
         model: the VAE's name in the server's words, one line.
         fingerprints: of the VAE's weights, by rounding.
         process: ``THIS_PROCESS`` of a UI that shares its VAE.
-        factors: latent channels, pixels per latent cell along one side, scaling_factor, shift_factor; None: it does not say.
+        vae: a custom family with the shape and the factors that it says its VAE has; None: it does not say them.
     """
 
     family: str = ""
     model: str = ""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     process: str = ""
-    factors: tuple[int, int, float, float] | None = None
+    vae: Family | None = None
 
 
 def expect_info(headers: Mapping[str, str]) -> Expected[Info]:
@@ -64,17 +65,40 @@ def _info(body: np.ndarray) -> Info:
     if not all(map(_FINGERPRINT.fullmatch, fingerprints.values())):
         raise MalformedAnswer("GET /info: got a fingerprint that is not 8 to 64 hexadecimal digits")
     names = _text(entries, "family"), _text(entries, "model"), fingerprints, _text(entries, "process")
-    return Info(*names, _factors(entries))
+    return Info(*names, _vae(entries))
 
 
-def _factors(entries: dict[str, Any]) -> tuple[int, int, float, float] | None:
-    values: list[Any] = [entries.get(key) for key in ("latent_channels", "downscale", "scaling_factor", "shift_factor")]
-    if any(isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e6 for value in values):
+def _vae(entries: dict[str, Any]) -> Family | None:
+    channels, downscale = _whole(entries, "latent_channels", 1024), _whole(entries, "downscale", 64)
+    pixel_channels, frame_scale = _whole(entries, "pixel_channels", 4, 3), _whole(entries, "frame_scale", 64, 1)
+    scaling, shift = (_numbers([entries.get(key)]) for key in ("scaling_factor", "shift_factor"))
+    mean, std = (_numbers(entries.get(key, ())) for key in ("latents_mean", "latents_std"))
+    if not (channels and downscale and pixel_channels and frame_scale and scaling and shift):
         return None
-    channels, downscale, scaling, shift = values
-    if channels not in range(1, 1025) or downscale not in range(1, 65):
+    if mean is None or std is None or {len(mean), len(std)} not in ({0}, {channels}):
         return None
-    return int(channels), int(downscale), float(scaling), float(shift)
+    return Family(
+        CUSTOM, "custom VAE", channels, downscale, scaling[0], shift[0],
+        latents_mean=mean, latents_std=std, pixel_channels=pixel_channels, frame_scale=frame_scale,
+        video=entries.get("video") is True,
+    )  # fmt: skip
+
+
+def _whole(entries: dict[str, Any], key: str, most: int, otherwise: int = 0) -> int:
+    """A whole number from 1 to ``most``; 0: something else. ``otherwise`` where older servers leave it out."""
+    value = entries.get(key, otherwise)
+    return int(value) if _is_number(value) and value in range(1, most + 1) else 0
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    """Numbers of a size that a VAE may have; None: something else."""
+    if not isinstance(values, (list, tuple)) or not all(map(_is_number, values)):
+        return None
+    return tuple(map(float, values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _text(entries: dict[str, Any], key: str) -> str:

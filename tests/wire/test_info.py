@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from remote_vae.errors import MalformedAnswer
+from remote_vae.vae.families import Family
 from remote_vae.vae.fingerprint import ROUNDINGS
 from remote_vae.wire import FINGERPRINT_KEYS, Info, expect_info
 
@@ -28,19 +29,37 @@ def test_what_is_said_is_read_and_the_rest_is_empty() -> None:
 FACTORS = {"latent_channels": 16, "downscale": 8, "scaling_factor": 0.3611, "shift_factor": 0}
 
 
+VIDEO = {
+    **FACTORS, "pixel_channels": 4, "video": True, "frame_scale": 4, "latents_mean": [0.5] * 16, "latents_std": [2] * 16,
+}  # fmt: skip
+
+
 def test_the_factors_of_a_vae_that_has_no_name_are_read() -> None:
-    assert read(json.dumps(FACTORS).encode()).factors == (16, 8, 0.3611, 0.0)
+    """A server of an earlier version says no more than four of them."""
+    assert read(json.dumps(FACTORS).encode()).vae == Family("custom", "custom VAE", 16, 8, 0.3611)
+
+
+def test_the_shape_of_a_video_vae_that_has_no_name_is_read() -> None:
+    numbers = {"latents_mean": (0.5,) * 16, "latents_std": (2.0,) * 16}
+    expected = Family("custom", "custom VAE", 16, 8, 0.3611, pixel_channels=4, video=True, frame_scale=4, **numbers)
+    assert read(json.dumps(VIDEO).encode()).vae == expected
 
 
 @pytest.mark.parametrize("wrong", [None, True, "16", [], 0, -8, 1e30, 10**400, float("nan"), 8.5])
-@pytest.mark.parametrize("key", ["latent_channels", "downscale"])
+@pytest.mark.parametrize("key", ["latent_channels", "downscale", "pixel_channels", "frame_scale"])
 def test_factors_that_cannot_be_are_none(key: str, wrong: object) -> None:
-    assert read(json.dumps({**FACTORS, key: wrong}).encode()).factors is None
+    assert read(json.dumps({**VIDEO, key: wrong}).encode()).vae is None
+
+
+@pytest.mark.parametrize("wrong", [None, 1, "0.5", [0.5], [0.5] * 17, [None] * 16, [[]] * 16, [float("nan")] * 16, {}])
+@pytest.mark.parametrize("key", ["latents_mean", "latents_std"])
+def test_means_that_cannot_be_are_none(key: str, wrong: object) -> None:
+    assert read(json.dumps({**VIDEO, key: wrong}).encode()).vae is None
 
 
 @pytest.mark.parametrize("key", FACTORS)
 def test_three_factors_are_none(key: str) -> None:
-    assert read(json.dumps({each: value for each, value in FACTORS.items() if each != key}).encode()).factors is None
+    assert read(json.dumps({each: value for each, value in FACTORS.items() if each != key}).encode()).vae is None
 
 
 def test_a_name_is_one_short_line() -> None:
