@@ -6,65 +6,40 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
 from remote_vae import attach, remote_decode, remote_encode
 from remote_vae.errors import RemoteVaeError
+from remote_vae.local.own import own_tiling
 from remote_vae.server.models import load_vae
 from remote_vae.tiled import decode, encode
+from remote_vae.vae.at_work import whole_diffusers
+from remote_vae.vae.families import Family, family_of
 from tests.conftest import ServerThread
 from tests.readme import support
-from tests.vaes import small_kl
+from tests.vaes import small_vae
 
-WIDTHS = (32, 32, 32, 32)
-DOWN, UP = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-KL = {"block_out_channels": WIDTHS, "down_block_types": DOWN, "up_block_types": UP}
-SMALL: dict[str, dict[str, Any]] = {
-    "AutoencoderKLFlux2": KL,
-    "AutoencoderTiny": {
-        **{f"{way}_block_out_channels": WIDTHS for way in ("encoder", "decoder")},
-        **{f"num_{way}_blocks": (1, 1, 1, 1) for way in ("encoder", "decoder")},
-    },
-    "AutoencoderKLQwenImage": {"base_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
-    "AutoencoderDC": {
-        "in_channels": 3,
-        "latent_channels": 4,
-        **{f"{way}_block_out_channels": (16, 32) for way in ("encoder", "decoder")},
-        **{f"{way}_layers_per_block": (1, 1) for way in ("encoder", "decoder")},
-        **{f"{way}_block_types": "ResBlock" for way in ("encoder", "decoder")},
-        **{f"{way}_qkv_multiscales": ((), ()) for way in ("encoder", "decoder")},
-    },
-    "AutoencoderKLHunyuanImage": {
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": 32,
-        "block_out_channels": (32, 32, 32, 32, 32, 64),
-        "layers_per_block": 1,
-        "spatial_compression_ratio": 32,
-        "scaling_factor": 0.75289,
-        "sample_size": 64,
-    },
-    "AutoencoderKLHunyuanVideo": {"block_out_channels": WIDTHS, "layers_per_block": 1},
-    "AutoencoderKLLTXVideo": {
-        **dict.fromkeys(("block_out_channels", "decoder_block_out_channels"), WIDTHS),
-        **dict.fromkeys(("layers_per_block", "decoder_layers_per_block"), (1,) * 5),
-        "latent_channels": 8,
-    },
-    "AutoencoderKLTemporalDecoder": {"block_out_channels": WIDTHS, "down_block_types": DOWN},
-    "AsymmetricAutoencoderKL": {
-        **{f"{way}_block_out_channels": WIDTHS for way in ("down", "up")},
-        "down_block_types": DOWN,
-        "up_block_types": UP,
-    },
-}
-PIXELS = torch.zeros(1, 3, 64, 64)
+# The small VAEs of a row, where there are more than the one that is called as it is.
+SMALL = {"flux2": ("flux2", "flux2-small"), "qwen-image": ("qwen-image", "wan")}
+ROWS = [(key, name) for key in support()[2] for name in SMALL.get(key, (key,))]
 # What their pipelines give to a decode beside the latents.
 BESIDE = {
-    "AutoencoderKLTemporalDecoder": {"num_frames": 1},
-    "AsymmetricAutoencoderKL": {"image": torch.zeros(1, 3, 16, 16), "mask": torch.ones(1, 1, 16, 16)},
+    "svd": {"num_frames": 1},
+    "asymmetric": {"image": torch.zeros(1, 3, 16, 16), "mask": torch.ones(1, 1, 16, 16)},
 }
+# Of the asymmetric one what is made of picture and mask has as many channels as each level of the real ones.
+WIDTHS = {"asymmetric": {"up_block_out_channels": (32, 64, 128, 128)}}
+
+
+def latents_of(family: Family, side: int = 2) -> torch.Tensor:
+    """Of one picture, or of a video of one frame."""
+    shape = (1, family.latent_channels, *((1,) if family.video else ()), side, side)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def pixels_of(family: Family) -> torch.Tensor:
+    return torch.zeros(1, family.pixel_channels, *((1,) if family.video else ()), 64, 64)
 
 
 @pytest.fixture
@@ -80,34 +55,47 @@ def server(vae: Any, tmp_path: Path) -> Iterator[ServerThread | None]:
     running.close()
 
 
-def is_served(vae: Any, server: ServerThread | None) -> bool:
+def is_served(key: str, vae: Any, server: ServerThread | None) -> bool:
     """Whether it answers a decode and an encode, and the decode is what the VAE gives."""
     if server is None:
         return False
     family = server.loaded.family
-    latents = torch.zeros(1, family.latent_channels, *((1,) if family.video else ()), 2, 2)
+    latents = latents_of(family)
     try:
         pixels = remote_decode(f"{server.url}/decode", latents, output_type="pt", return_type="pt", do_scaling=False)
-        remote_encode(f"{server.url}/encode", PIXELS)
+        remote_encode(f"{server.url}/encode", pixels_of(family))
     except RemoteVaeError:
         return False
-    torch.testing.assert_close(pixels, vae.decode(latents).sample, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(pixels, whole_diffusers(vae, "decode", latents), atol=1e-3, rtol=1e-3)
     return True
 
 
-def is_tiled(vae: Any, _: ServerThread | None) -> bool:
+def is_tiled(key: str, vae: Any, _: ServerThread | None) -> bool:
     """Whether the exact tiled VAE knows both of its halves, and both give what the whole VAE gives."""
+    family = family_of(vae)
+    latents, pixels = latents_of(family), pixels_of(family)
     try:
-        moments = encode(vae, PIXELS)
-        latents = moments.chunk(2, dim=1)[0] if hasattr(vae.encode(PIXELS), "latent_dist") else moments
-        pixels = decode(vae, latents)
+        moments, decoded = encode(vae, pixels), decode(vae, latents)
     except RemoteVaeError:
+        assert has_own_tiling(vae) is (support()[2][key]["tiled"] == "own_tiling"), "the reason is another one"
         return False
-    torch.testing.assert_close(pixels, vae.decode(latents).sample, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(moments, whole_diffusers(vae, "encode", pixels), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(decoded, whole_diffusers(vae, "decode", latents), atol=1e-3, rtol=1e-3)
     return True
 
 
-def is_taken(vae: Any, server: ServerThread | None) -> bool:
+def has_own_tiling(vae: Any) -> bool:
+    """Whether it can be tiled in its own way, and gives a picture of the same size so."""
+    latents = latents_of(family_of(vae))
+    try:
+        with own_tiling(vae):
+            made = whole_diffusers(vae, "decode", latents)
+    except RemoteVaeError:
+        return False
+    return made.shape == whole_diffusers(vae, "decode", latents).shape
+
+
+def is_taken(key: str, vae: Any, server: ServerThread | None) -> bool:
     """Whether the calls that a pipeline makes go remote."""
     if server is None:
         return False
@@ -116,31 +104,36 @@ def is_taken(vae: Any, server: ServerThread | None) -> bool:
     except RemoteVaeError:
         return False
     family = server.loaded.family
-    latents = torch.zeros(1, family.latent_channels, 2, 2)
-    vae.encode(PIXELS.unsqueeze(2) if family.video else PIXELS)
-    vae.decode(latents.unsqueeze(2) if family.video else latents, **BESIDE.get(type(vae).__name__, {}))
+    latents, pixels = latents_of(family), pixels_of(family)
+    if key == "svd":
+        # Its frames are a batch.
+        latents, pixels = latents.squeeze(2), pixels.squeeze(2)
+    vae.encode(pixels)
+    vae.decode(latents, **BESIDE.get(key, {}))
     return [record.route for record in handle.history.records()] == ["remote"] * 2
 
 
-CHECKS: dict[str, Callable[[Any, ServerThread | None], bool]] = {"served": is_served, "tiled": is_tiled, "diffusers": is_taken}
+CHECKS: dict[str, Callable[[str, Any, ServerThread | None], bool]] = {
+    "served": is_served,
+    "tiled": is_tiled,
+    "diffusers": is_taken,
+}
 
 
-@pytest.fixture(params=support()[2])
-def key(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=ROWS, ids=lambda row: row[1])
+def row(request: pytest.FixtureRequest) -> tuple[str, str]:
+    key, name = request.param
+    return key, name
 
 
 @pytest.fixture
-def vae(key: str) -> Any:
-    name = support()[2][key]["class"]
-    if name == "AutoencoderKL":
-        return small_kl(key)
-    torch.manual_seed(7)
-    return getattr(diffusers, name)(**SMALL[name]).eval().requires_grad_(False)
+def vae(row: tuple[str, str]) -> Any:
+    return small_vae(row[1], **WIDTHS.get(row[1], {}))
 
 
 @pytest.mark.parametrize("column", CHECKS)
-def test_the_support_table_says_what_is(key: str, column: str, vae: Any, server: ServerThread | None) -> None:
+def test_the_support_table_says_what_is(row: tuple[str, str], column: str, vae: Any, server: ServerThread | None) -> None:
+    key = row[0]
     with torch.no_grad():
-        works = CHECKS[column](vae, server)
+        works = CHECKS[column](key, vae, server)
     assert works is (support()[2][key][column] in ("yes", "seen"))
