@@ -114,6 +114,8 @@ def try_typed(adapter: WebUi, typed: object = None) -> tuple[str, str]:
             settings = replace(settings, endpoint=typed)
         trial = adapter.router.try_endpoint(_current(adapter), settings)
         mark, text = ("&#10003;" if trial.is_good else "&#10007;"), trial.verdict
+        if trial.is_good and not settings.enabled:
+            text += f" Tick {load_options()['enabled'].label!r} and apply, and pictures are made there."
     except SettingsError as error:
         mark, text = "&#10007;", str(error)
     except Exception as error:
