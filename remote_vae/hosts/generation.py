@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ MODE_TEXT = f"{INFOTEXT} mode"
 TRANSFER_TEXT = f"{INFOTEXT} transfer"
 # What the user has pressed is no news for him.
 _OWN_DOING = ("interrupted", "skipped")
+_AGO = re.compile(r",? \d+ s ago")
 # Letters of a reason there.
 _REASON = 60
 
@@ -205,7 +207,9 @@ def fallback(record: Record) -> str:
     if record.route in ("remote", "failed") or not record.endpoint or record.fallback_reason.startswith(_OWN_DOING):
         return ""
     made = "made" if record.op == "decode" else "encoded"
-    return f"the endpoint did not do it ({_shortly(record.fallback_reason)}): the picture was {made} on this machine"
+    # In a pause the cause is the same as before, and no news.
+    cause = _AGO.sub("", _shortly(record.fallback_reason))
+    return f"the endpoint did not do it ({cause}): the picture was {made} on this machine"
 
 
 def _shortly(reason: str) -> str:

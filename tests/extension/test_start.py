@@ -195,8 +195,9 @@ def test_the_commands_for_the_other_machine_name_the_users_checkpoint(ui: A1111H
 
 def test_a_fallback_is_a_warning_once_a_cause_and_a_line_under_the_picture(ui: A1111Host) -> None:
     shown = sys.modules["gradio"].shown
-    ui.turn_on("http://127.0.0.1:9")
+    ui.turn_on("http://127.0.0.1:9", cooldown=30.0)
     ui.txt2img()
+    # In the pause, and said with its seconds.
     ui.txt2img()
     assert shown == ["Remote VAE: the endpoint did not do it (connection refused): the picture was made on this machine"]
     assert ui.comments == shown
