@@ -6,16 +6,49 @@ import torch
 
 from remote_vae.tiled.plan import Conv, Plan, Residual
 
+# Of Wan's and Qwen-Image's: times the largest activation. 2900 bytes a pixel and byte of an element in a decode and 1600 in an
+# encode were reserved (InvokeAI PR 9305 and 9519), 1743 and 1005 are alive at the peak.
+_OF_A_FRAME = 16
+# Of a video, beside what the convolutions keep: of the frames that are done at a time, at most 8.2 were alive.
+_OF_FRAMES = 9
+
 
 def whole_bytes(plan: Plan, shape: torch.Size, dtype: torch.dtype) -> int:
-    """What the whole VAE takes at its peak for ``shape`` ``[B, C, H, W]``.
+    """What the whole VAE takes at its peak for ``shape`` ``[B, C, H, W]`` or ``[B, C, F, H, W]``.
 
     That is in the largest residual block: what went in, and the first convolution's result, normalised, activated, and the
-    second's.
+    second's. Of a VAE for videos a multiple of the largest activation; of many frames also what each convolution in time keeps
+    of the frames before, and the result, which is joined anew with each step.
     """
+    batch, frames, (height, width) = shape[0], shape[2] if len(shape) == 5 else 1, shape[-2:]
+    if plan.frames is None:
+        values = _in_a_block(plan, height, width)
+    elif frames == 1 or not plan.frames.together:
+        made = plan.sizes(height, width)
+        values = frames * _OF_A_FRAME * max(each.channels * each.rows * each.columns for each in made)
+    else:
+        values = _of_a_video(plan, frames, height, width)
+    return batch * values * dtype.itemsize
+
+
+def _in_a_block(plan: Plan, height: int, width: int) -> int:
     peak = 0
-    for made in plan.sizes(*shape[2:]):
+    for made in plan.sizes(height, width):
         if isinstance(made.step, Residual):
             entered = next(part.module.in_channels for part in made.step.main if isinstance(part, Conv))
             peak = max(peak, (entered + 4 * made.channels) * made.rows * made.columns)
-    return shape[0] * peak * dtype.itemsize
+    return peak
+
+
+def _of_a_video(plan: Plan, frames: int, height: int, width: int) -> int:
+    step = 1 if plan.frames is None else plan.frames.step
+    largest = kept = before = 0
+    # A VAE takes one frame first and then a step of them at a time.
+    for made in plan.sizes(height, width, step, first=False):
+        position = made.channels * made.rows * made.columns
+        largest = max(largest, position * made.frames)
+        if isinstance(made.step, Conv):
+            kept += (made.step.depth - 1) * before
+        before = position
+    *_, last = plan.sizes(height, width, frames)
+    return _OF_FRAMES * largest + kept + 2 * last.channels * last.rows * last.columns * last.frames

@@ -12,6 +12,10 @@ from torch import nn
 
 from remote_vae.errors import UnsupportedLayout
 
+# In space, and in time where that is a switch of its own (LTX, Mochi; Hunyuan's is on). Nobody needs the one for encoding:
+# LTX's does nothing, and Mochi's is not made.
+_SWITCHES = ("use_tiling", "use_framewise_decoding")
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -62,8 +66,11 @@ def own_tiling(vae: Any) -> Iterator[None]:
         raise UnsupportedLayout(f"{type(vae).__name__} has no tiling of its own")
     if vae.use_tiling:
         raise UnsupportedLayout(f"{type(vae).__name__} is tiled already")
-    vae.use_tiling = True
+    switched = [name for name in _SWITCHES if getattr(vae, name, True) is False]
+    for name in switched:
+        setattr(vae, name, True)
     try:
         yield
     finally:
-        vae.use_tiling = False
+        for name in switched:
+            setattr(vae, name, False)

@@ -18,11 +18,11 @@ from functools import partial
 import torch
 
 from remote_vae.call import Outcome, T, VaeCall, Way
-from remote_vae.errors import OutOfMemory, UnsupportedLayout
+from remote_vae.errors import InvalidRequest, OutOfMemory, UnsupportedLayout
 from remote_vae.local.estimate import whole_bytes
 from remote_vae.local.own import on_cpu
 from remote_vae.settings import Settings
-from remote_vae.tiled.exact import Limits, run
+from remote_vae.tiled.exact import Limits, check_frames, run
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from remote_vae.tiled.memory import available_memory, forget_frames, free_memory, is_fast_at_bfloat16, is_out_of_memory
 from remote_vae.tiled.plan import Plan
@@ -98,19 +98,20 @@ def _ways(call: VaeCall[T], settings: Settings, dtype: torch.dtype | None) -> It
 
 @dataclass(frozen=True)
 class _Known:
-    """A VAE that the exact tiled VAE knows: its plan, and what one picture takes in the whole VAE. Made once a call."""
+    """A VAE that the exact tiled VAE knows: its plan, and what one picture or video takes in the whole VAE."""
 
     plan: Plan
     picture_bytes: int
 
 
 def _known(call: VaeCall[T]) -> _Known | None:
-    if call.vae.module is None or call.tensor.ndim != 4:
+    if call.vae.module is None:
         return None
     try:
         plan = _PLANS[call.op](call.vae.module)
+        check_frames(plan, call.tensor)
         return _Known(plan, whole_bytes(plan, call.tensor[:1].shape, plan.first_weight.dtype))
-    except UnsupportedLayout as error:
+    except (UnsupportedLayout, InvalidRequest) as error:
         log.debug("no exact tiled VAE: %s", error)
     except Exception:
         log.warning("no exact tiled VAE of %s", type(call.vae.module).__name__, exc_info=True)

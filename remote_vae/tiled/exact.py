@@ -163,8 +163,8 @@ def run(
     return result if batch.ndim == result.ndim else result.squeeze(2)
 
 
-def _videos(plan: Plan, batch: torch.Tensor) -> torch.Tensor:
-    """``[B, C, F, H, W]``, with as many frames as the VAE takes of them.
+def check_frames(plan: Plan, batch: torch.Tensor) -> None:
+    """Whether ``plan`` takes pictures or videos of this form.
 
     Raises:
         InvalidRequest: these are no pictures, or no videos of this VAE.
@@ -173,12 +173,16 @@ def _videos(plan: Plan, batch: torch.Tensor) -> torch.Tensor:
     form = "[B, C, H, W]" if frames is None else "[B, C, F, H, W] or [B, C, H, W]"
     if batch.ndim not in ((4,) if frames is None else (4, 5)) or 0 in batch.shape:
         raise InvalidRequest(f"the tiled VAE takes {form}, not {list(batch.shape)}")
+    if frames is not None and not frames.several and batch.ndim == 5 and batch.shape[2] > 1:
+        raise InvalidRequest(f"this VAE takes one frame, not {batch.shape[2]}")
+
+
+def _videos(plan: Plan, batch: torch.Tensor) -> torch.Tensor:
+    """``[B, C, F, H, W]``, with as many frames as the VAE takes of them. Raises InvalidRequest."""
+    check_frames(plan, batch)
     videos = batch if batch.ndim == 5 else batch.unsqueeze(2)
-    if frames is None:
-        return videos
-    if videos.shape[2] > 1 and not frames.several:
-        raise InvalidRequest(f"this VAE takes one frame, not {videos.shape[2]}")
-    return videos[:, :, : 1 + (videos.shape[2] - 1) // frames.step * frames.step]
+    step = 1 if plan.frames is None else plan.frames.step
+    return videos[:, :, : 1 + (videos.shape[2] - 1) // step * step]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from bench.live_bytes import LiveBytes
 from remote_vae.local.estimate import whole_bytes
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from tests.layouts import plain_kl
+from tests.vaes import small_vae
 
 
 def peak(call: Any) -> int:
@@ -27,3 +28,14 @@ def test_the_bytes_of_the_whole_vae_are_those_that_it_takes() -> None:
     decode, encode = peak(lambda: vae.decode(latents)), peak(lambda: vae.encode(pixels))
     assert whole_bytes(decoder_plan(vae), latents.shape, torch.float32) == pytest.approx(decode, rel=0.03)
     assert whole_bytes(encoder_plan(vae), pixels.shape, torch.float32) == pytest.approx(encode, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "wan22-5b"])
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_the_bytes_of_the_whole_vae_of_a_video_are_enough_and_not_far_too_many(name: str, frames: int) -> None:
+    vae = small_vae(name)
+    scale, channels = (8, 16) if name == "qwen-image" else (16, 48)
+    latents, pixels = torch.randn(1, channels, frames, 8, 12), torch.rand(1, 3, 4 * frames - 3, 8 * scale, 12 * scale)
+    decode, encode = peak(lambda: vae.decode(latents)), peak(lambda: vae.encode(pixels))
+    assert decode <= whole_bytes(decoder_plan(vae), latents.shape, torch.float32) <= 2.5 * decode
+    assert encode <= whole_bytes(encoder_plan(vae), pixels.shape, torch.float32) <= 2.5 * encode

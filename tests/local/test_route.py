@@ -18,11 +18,12 @@ from remote_vae.local.estimate import whole_bytes
 from remote_vae.settings import Settings
 from remote_vae.tiled.exact import Limits
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
-from remote_vae.vae.at_work import Op, VaeAtWork
+from remote_vae.vae.at_work import Op, VaeAtWork, whole_diffusers
 from remote_vae.vae.families import find_family
 from remote_vae.wire import DecodeAnswer
 from tests.layouts import kl_with_extra_parameter, plain_kl
-from tests.nearness import psnr
+from tests.nearness import psnr, psnr_of_moments
+from tests.vaes import small_vae
 
 OPS: tuple[Op, ...] = ("decode", "encode")
 # A device that is not the CPU, on every machine.
@@ -384,3 +385,41 @@ def test_bfloat16_is_for_a_cpu_that_is_fast_at_it_and_a_layout_that_is_known(
     monkeypatch.setattr(route, "is_fast_at_bfloat16", lambda: is_fast)
     host = Host(vae, tensor=given_to("decode").to(device))
     assert answer(host.call, Settings(cpu_bfloat16=on)).value == "whole"
+
+
+# --- videos ----------------------------------------------------------------------------------------------------------------
+
+
+def video_of(op: Op, frames: int = 2) -> torch.Tensor:
+    shape = (1, 16, frames, 4, 6) if op == "decode" else (1, 3, 4 * frames - 3, 32, 48)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("op", OPS)
+def test_of_a_video_the_whole_vae_is_tried_where_it_fits_and_else_the_exact_one(
+    monkeypatch: pytest.MonkeyPatch, op: Op, frames: int
+) -> None:
+    vae, video = small_vae("qwen-image"), video_of(op, frames)
+    needed = whole_bytes((decoder_plan if op == "decode" else encoder_plan)(vae), video.shape, torch.float32)
+    memory(monkeypatch, 2 * needed)
+    assert Host(vae, op, tensor=video).fits
+    memory(monkeypatch, needed)
+    host = Host(vae, op, tensor=video)
+    outcome = host.answered()
+    assert (outcome.route, outcome.detail, host.made) == ("tiled", "exact", [])
+    with torch.no_grad():
+        true = whole_diffusers(vae, op, video)
+    assert psnr_of_moments(outcome.value, true) >= 100
+
+
+def test_a_video_whose_vae_has_no_exact_strips_is_made_in_its_own_tiles_and_then_on_the_cpu() -> None:
+    vae = small_vae("hunyuan-video")
+    latents = video_of("decode", 1)
+    host = Host(vae, tensor=latents)
+    host.whole = oom()
+    assert host.answered().detail == "the VAE's own tiling"
+    host.whole = host.tiles = oom()
+    outcome = host.answered()
+    assert outcome.detail == "on the CPU"
+    assert outcome.value.shape == (1, 3, 1, 32, 48)
