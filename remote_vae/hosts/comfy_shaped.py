@@ -56,7 +56,6 @@ class Seam:
         by_picture: whether a video VAE is asked for pictures ``[B, C, h, w]``, and knows no frames.
         picked: where the name of the VAE file is that the user has picked, as ``module:attribute``.
         version: what names the host's version, as ``module:attribute``.
-        interrupt: a function that raises where a job is to die at once after Interrupt, as ``module:function``; "": none.
     """
 
     host: str
@@ -71,7 +70,6 @@ class Seam:
     by_picture: bool = False
     picked: str = "modules.sd_models:model_data.forge_loading_parameters"
     version: str = "modules_forge.forge_version:version"
-    interrupt: str = ""
 
     def vae_class(self) -> type:
         found: type = load(self.vae)
@@ -115,7 +113,6 @@ COMFYUI = Seam(
     memory="comfy.model_management",
     picked="",
     version="comfyui_version:__version__",
-    interrupt="comfy.model_management:throw_exception_if_processing_interrupted",
 )
 
 
@@ -258,7 +255,7 @@ def vae_call(
         adopt=adopt,
         # What was asked for in tiles is made in tiles here.
         whole=untiled if method == op else own,
-        own_tiling=own if method == op else None,
+        own_tiling=own,
         in_parts=True,
         truncates=True,
     )

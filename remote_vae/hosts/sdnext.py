@@ -43,7 +43,7 @@ class SdNext(WebUi):
     """SD.Next with diffusers."""
 
     name = "SD.Next"
-    seams = ("diffusers.AutoencoderKL.decode and encode",)
+    seams = ("decode and encode of the class of each VAE",)
     version_at = "installer:git_commit"
 
     def __init__(self) -> None:

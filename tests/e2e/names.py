@@ -55,7 +55,7 @@ def _needed(adapter: object) -> tuple[str, ...]:
 
 
 def _of_seam(seam: Seam) -> tuple[str, ...]:
-    more = [name for name in (seam.distribution, seam.interrupt, seam.version, f"{seam.memory}:load_models_gpu") if name]
+    more = [name for name in (seam.distribution, seam.version, f"{seam.memory}:load_models_gpu") if name]
     methods = [*seam.methods, *seam.turning]
     return (*(f"{seam.vae}.{name}" for name in (*methods, *_VAE, *_MORE_OF_VAE)), *more)
 
@@ -67,7 +67,21 @@ _FORGE_FACTORS = (
 )
 
 HOSTS = (
-    Host("ComfyUI", "comfy/sd.py", (*_of_seam(comfy_shaped.COMFYUI), "comfy.model_management:processing_interrupted")),
+    Host(
+        "ComfyUI",
+        "comfy/sd.py",
+        (
+            *_of_seam(comfy_shaped.COMFYUI),
+            "comfy.model_management:InterruptProcessingException",
+            "comfy.model_management:processing_interrupted",
+            "comfy.model_management:throw_exception_if_processing_interrupted",
+            "comfy_execution.utils:get_executing_context",
+            "execution:PromptExecutor.execute",
+            "folder_paths:get_output_directory",
+            "folder_paths:get_user_directory",
+            "server:PromptServer.instance",
+        ),
+    ),
     Host(
         "Forge Neo",
         "backend/nn/_vae.py",
@@ -173,11 +187,11 @@ def _bound(node: ast.AST) -> Iterator[str]:
 
 
 def _of_class(tree: ast.Module, kind: ast.ClassDef) -> set[str]:
-    """What a class and its bases of the same file bind, and what their methods set on ``self``."""
+    """What a class and its bases of the same file bind, and what their methods set on ``self`` and on the class."""
     names = set(_defined(kind))
     for node in ast.walk(kind):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
-            names |= {node.attr} if node.value.id == "self" else set()
+            names |= {node.attr} if node.value.id in ("self", "cls", kind.name) else set()
     for base in kind.bases:
         found = _defined(tree).get(base.id) if isinstance(base, ast.Name) else None
         if isinstance(found, ast.ClassDef) and found is not kind:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -79,37 +80,78 @@ def neo() -> Iterator[Case]:
     yield Case("Qwen-Image, made flat", "", made(flat, latent.Wan21(), is_wan=True), (1, 16, 1, 6, 8), (1, 48, 64, 3))
 
 
+def ersatz() -> Iterator[Case]:
+    from backend.nn.vae import AutoencoderKLFlux2, IntegratedAutoencoderKL
+    from backend.nn.vae_wan import AutoencoderKLWan
+    from backend.patcher.vae import VAE
+
+    small = {"block_out_channels": [32, 32, 64, 64], "down_block_types": ["DownEncoderBlock2D"] * 4, "layers_per_block": 1}
+
+    def made(module: Any) -> Any:
+        return VAE(model=stirred(module), device=torch.device("cpu"), dtype=torch.float32)
+
+    yield Case("SD 1", "sd1", made(IntegratedAutoencoderKL(**small)), (2, 4, 6, 8), (1, 48, 64, 3))
+    flux2 = AutoencoderKLFlux2(**small, block_out_channels_decoder=[32, 32, 64, 64])
+    yield Case("Flux.2", "flux2", made(flux2), (2, 32, 6, 8), (1, 48, 64, 3))
+    wan = AutoencoderKLWan(dim=8, z_dim=16, num_res_blocks=1)
+    # Its numbers for the latents come with the class, and its config with the model.
+    wan.register_to_config(latent_channels=16, scale_factor_spatial=8)
+    yield Case("Qwen-Image", "qwen-image", made(wan), (2, 16, 6, 8), (1, 48, 64, 3))
+
+
 def comfyui() -> Iterator[Case]:
     import comfy.ldm.wan.vae
     import comfy.sd
 
-    small = {"double_z": True, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 2, 2]}
-    rest = {"num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
-
-    def kl(channels: int, **more: Any) -> Any:
-        params = {"ddconfig": {**small, **rest, "z_channels": channels, **more}, "embed_dim": channels}
-        # Its own configurations are fixed in size, but for this way of making it.
-        vae = comfy.sd.VAE(sd={}, config={"params": params}, dtype=torch.float32)
-        stirred(vae.first_stage_model)
-        vae.latent_channels = channels
-        return vae
-
-    yield Case("SD 1", "sd1", kl(4), (2, 4, 6, 8), (1, 50, 67, 3))
-    flux2 = kl(32, batch_norm_latent=True)
+    yield Case("SD 1", "sd1", _comfy_kl(comfy.sd.VAE, 4), (2, 4, 6, 8), (1, 50, 67, 3))
+    flux2 = _comfy_kl(comfy.sd.VAE, 32, batch_norm_latent=True)
     flux2.latent_channels, flux2.downscale_ratio, flux2.upscale_ratio = 128, 16, 16
     yield Case("Flux.2", "flux2", flux2, (2, 128, 3, 4), (1, 48, 64, 3))
-    wan = comfy.ldm.wan.vae.WanVAE(
-        dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
-    )
+    wan = comfy.ldm.wan.vae.WanVAE(**_COMFY_WAN)
     vae = comfy.sd.VAE(sd=stirred(wan).state_dict(), dtype=torch.float32)
     yield Case("Qwen-Image, a picture", "qwen-image", vae, (1, 16, 1, 4, 6), (1, 32, 48, 3))
     yield Case("Wan, five frames", "qwen-image", vae, (1, 16, 2, 4, 6), (5, 32, 48, 3))
 
 
+def reforge() -> Iterator[Case]:
+    # The UI's options are all that the class wants of it.
+    shared = ModuleType("modules.shared")
+    vars(shared)["opts"] = SimpleNamespace(reflective_padding_vae_sd="Disabled")
+    sys.modules.update({"modules": ModuleType("modules"), "modules.shared": shared})
+    vars(sys.modules["modules"])["shared"] = shared
+    from ldm_patched.modules import args_parser
+
+    args_parser.args.always_cpu = True
+    from ldm_patched.modules.sd import VAE
+
+    yield Case("SD 1", "sd1", _comfy_kl(VAE, 4), (2, 4, 6, 8), (1, 50, 67, 3))
+    yield Case("Flux", "flux", _comfy_kl(VAE, 16), (2, 16, 6, 8), (1, 48, 64, 3))
+
+
+_COMFY_WAN = {"dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
+
+
+def _comfy_kl(kind: Any, channels: int, **more: Any) -> Any:
+    small = {"double_z": True, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 2, 2]}
+    rest = {"num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "z_channels": channels}
+    # Its own configurations are fixed in size, but for this way of making it.
+    params = {"ddconfig": {**small, **rest, **more}, "embed_dim": channels}
+    vae = kind(sd={}, config={"params": params}, dtype=torch.float32)
+    stirred(vae.first_stage_model)
+    vae.latent_channels = channels
+    return vae
+
+
+# By a file that only this one has of those that are still to come.
 HOSTS: dict[str, tuple[Seam, Callable[[], Iterator[Case]]]] = {
     "backend/nn/_vae.py": (comfy_shaped.NEO, neo),
+    "backend/nn/vae_wan.py": (comfy_shaped.ERSATZ, ersatz),
+    "ldm_patched/modules/sd.py": (comfy_shaped.REFORGE, reforge),
     "comfy/sd.py": (comfy_shaped.COMFYUI, comfyui),
 }
+# How each is told to use the processor, and where it has its packages.
+ARGUMENTS = {"backend/nn/vae_wan.py": ["--always-cpu"], "ldm_patched/modules/sd.py": []}
+PACKAGES = ("modules_forge/packages", "packages")
 
 
 def stirred(module: torch.nn.Module) -> Any:
@@ -251,10 +293,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--checkout", default=os.environ.get("PYTHONPATH", "."), help="what it serves with")
     parser.add_argument("--only", nargs="+", default=[], help="beginnings of the names of VAEs")
     options = parser.parse_args(arguments)
+    own = next(own for own in HOSTS if Path(own).is_file())
+    seam, cases = HOSTS[own]
     # The host reads the command line, too.
-    sys.argv[1:] = ["--cpu"]
-    sys.path[:0] = [os.getcwd(), str(Path("modules_forge", "packages").resolve())]
-    seam, cases = next(found for own, found in HOSTS.items() if Path(own).is_file())
+    sys.argv[1:] = ARGUMENTS.get(own, ["--cpu"])
+    sys.path[:0] = [os.getcwd(), *(str(Path(folder).resolve()) for folder in PACKAGES)]
     door = Door(seam)
     for owner, name, around in comfy_shaped.class_hooks(seam, door.around):
         wrap(owner, name, around, door)

@@ -34,6 +34,7 @@ class VAE(Base):
     def encode_tiled(self, pixels): pass
 """
 MANAGEMENT = """
+class InterruptProcessingException(BaseException): pass
 def load_models_gpu(models): pass
 def processing_interrupted(): pass
 def throw_exception_if_processing_interrupted(): pass
@@ -46,6 +47,11 @@ def comfyui(tmp_path: Path) -> Path:
     (tmp_path / "comfy" / "sd.py").write_text(SD)
     (tmp_path / "comfy" / "model_management.py").write_text("from comfy.management import *")
     (tmp_path / "comfy" / "management.py").write_text(MANAGEMENT)
+    (tmp_path / "execution.py").write_text("class PromptExecutor:\n    def execute(self): pass")
+    (tmp_path / "folder_paths.py").write_text("get_output_directory = get_user_directory = None")
+    (tmp_path / "server.py").write_text("class PromptServer:\n    def __init__(self):\n        PromptServer.instance = self")
+    (tmp_path / "comfy_execution").mkdir()
+    (tmp_path / "comfy_execution" / "utils.py").write_text("def get_executing_context(): pass")
     (tmp_path / "comfyui_version.py").write_text('__version__ = "0.33.0"')
     return tmp_path
 
