@@ -119,9 +119,6 @@ def reforge() -> Iterator[Case]:
     vars(shared)["opts"] = SimpleNamespace(reflective_padding_vae_sd="Disabled")
     sys.modules.update({"modules": ModuleType("modules"), "modules.shared": shared})
     vars(sys.modules["modules"])["shared"] = shared
-    from ldm_patched.modules import args_parser
-
-    args_parser.args.always_cpu = True
     from ldm_patched.modules.sd import VAE
 
     yield Case("SD 1", "sd1", _comfy_kl(VAE, 4), (2, 4, 6, 8), (1, 50, 67, 3))
@@ -150,7 +147,7 @@ HOSTS: dict[str, tuple[Seam, Callable[[], Iterator[Case]]]] = {
     "comfy/sd.py": (comfy_shaped.COMFYUI, comfyui),
 }
 # How each is told to use the processor, and where it has its packages.
-ARGUMENTS = {"backend/nn/vae_wan.py": ["--always-cpu"], "ldm_patched/modules/sd.py": []}
+ARGUMENTS = {"backend/nn/vae_wan.py": ["--always-cpu"], "ldm_patched/modules/sd.py": ["--always-cpu"]}
 PACKAGES = ("modules_forge/packages", "packages")
 
 
@@ -299,11 +296,12 @@ def main(arguments: list[str]) -> int:
     sys.argv[1:] = ARGUMENTS.get(own, ["--cpu"])
     sys.path[:0] = [os.getcwd(), *(str(Path(folder).resolve()) for folder in PACKAGES)]
     door = Door(seam)
-    for owner, name, around in comfy_shaped.class_hooks(seam, door.around):
-        wrap(owner, name, around, door)
     good = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for case in cases():
+            # Once: what the host wants before its VAE is imported has been done by now.
+            for owner, name, around in comfy_shaped.class_hooks(seam, door.around):
+                wrap(owner, name, around, door)
             if options.only and not case.name.startswith(tuple(options.only)):
                 continue
             file = Path(folder) / f"{case.name.replace(' ', '_')}.safetensors"
