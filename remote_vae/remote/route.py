@@ -30,7 +30,7 @@ from remote_vae.errors import (
 )
 from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_for, shown
 from remote_vae.remote.endpoints import DEFAULT_PORT, Endpoints, InPause, Turn, endpoint_for, in_pause
-from remote_vae.remote.functions import in_parallel, one_by_one
+from remote_vae.remote.functions import in_parallel
 from remote_vae.remote.same_vae import SameVae
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import free_memory, is_out_of_memory
@@ -45,6 +45,9 @@ log = logging.getLogger("remote_vae")
 
 _OUTPUTS = {"raw": Output.TENSOR, "u8": Output.UINT8, "png": Output.PNG, "jpg": Output.JPG}
 _RGB = 3
+# What a server of ours takes in one request unless it was told otherwise: larger batches, as of AnimateDiff, go in parts.
+_MOST_PICTURES = 32
+_MOST_PIXELS = 4 * 4096 * 4096
 # Refusals that are about this request; the endpoint itself is well.
 _REQUEST_ERRORS = frozenset({400, 409, 413, 415, 422})
 # Seconds for the question whether an endpoint that was silent is there again.
@@ -115,7 +118,7 @@ class RemoteRoute:
             ask = partial(_ask_test_picture, client, call, settings)
             note = self._same_vae.admit(call, url, settings, ask, public=public)
             started = time.monotonic()
-            reply = _Asking(client, call, settings.transfer, deadlines).ask()
+            reply = _Asking(client, call, settings.transfer, deadlines, public=public).ask()
         except (CallCancelled, InvalidRequest) as error:
             if isinstance(error, CallCancelled) and call.user.gave_up():
                 # The user waits no longer, neither now nor with the next picture.
@@ -146,28 +149,31 @@ class RemoteRoute:
 
 
 class _Asking:
-    """One call on its way to one endpoint, as one request or as one for each picture."""
+    """One call on its way to one endpoint, as one request or in parts, such as one for each picture."""
 
-    def __init__(self, client: EndpointClient, call: VaeCall[T], transfer: str, deadlines: Deadlines) -> None:
+    def __init__(
+        self, client: EndpointClient, call: VaeCall[T], transfer: str, deadlines: Deadlines, *, public: bool = False
+    ) -> None:
         self._client = client
         self._tensor = call.tensor
         self._ask: Callable[[torch.Tensor], Reply[Answer]] = self._decode if call.op == "decode" else self._encode
         self._family = call.vae.family
         self._form = _form(call, transfer)
+        self._at_once = 1 if self._is_one_by_one else _at_once(call, public=public)
         self._truncate = call.truncates
         self._deadlines = deadlines
         self._cancelled = call.user.cancelled
 
     def ask(self) -> Reply[Answer]:
         """The answer, checked. Raises RouteFailed."""
-        if self._tensor.shape[0] == 1 or not self._is_one_by_one:
+        parts = _parts(self._tensor, self._at_once)
+        if len(parts) == 1:
             return self._ask(self._tensor)
-        pictures = one_by_one(self._tensor)
-        asked = in_parallel(self._ask_one, pictures)
+        asked = in_parallel(self._ask_one, parts)
         missing = [index for index, each in enumerate(asked) if not isinstance(each, Reply)]
-        if 0 < len(missing) < len(pictures) and not any(map(_is_final, asked)):
+        if 0 < len(missing) < len(parts) and not any(map(_is_final, asked)):
             # What has arrived is kept, and the rest asked for once more.
-            for index, again in zip(missing, in_parallel(self._ask_one, [pictures[index] for index in missing]), strict=True):
+            for index, again in zip(missing, in_parallel(self._ask_one, [parts[index] for index in missing]), strict=True):
                 asked[index] = again
         replies = [each for each in asked if isinstance(each, Reply)]
         for each in asked:
@@ -216,6 +222,19 @@ class _Asking:
         except MalformedAnswer as error:
             raise error.by(shown(self._client.url)) from None
         return reply
+
+
+def _at_once(call: VaeCall[T], *, public: bool) -> int:
+    """How many pictures, or videos, of the batch one request may have. One too large alone is for the endpoint to refuse."""
+    _, height, width = call.size
+    most = public_max_pixels() if public else _MOST_PIXELS
+    return max(1, min(_MOST_PICTURES, most // max(1, call.frames * height * width)))
+
+
+def _parts(tensor: torch.Tensor, at_once: int) -> list[torch.Tensor]:
+    """A batch in as few parts of at most ``at_once`` as there can be, of about the same size."""
+    count = -(-tensor.shape[0] // at_once)
+    return list(torch.tensor_split(tensor, count))
 
 
 def _form(call: VaeCall[T], transfer: str) -> str:
@@ -295,8 +314,10 @@ def _joined(answers: list[Answer]) -> Answer:
     """The answers of a batch's pictures, or videos, as one."""
     decoded = [answer for answer in answers if isinstance(answer, DecodeAnswer)]
     if decoded:
-        if len({answer.extent for answer in decoded}) > 1:
+        if len({answer.extent[1:] for answer in decoded}) > 1:
             raise MalformedAnswer("videos of several lengths for one batch")
+        if decoded[0].output is Output.TENSOR:
+            return DecodeAnswer(Output.TENSOR, torch.cat([answer.tensor for answer in decoded]), decoded[0].is_video)
         return DecodeAnswer(Output.UINT8, torch.cat([answer.levels for answer in decoded]), decoded[0].is_video)
     encoded = [answer for answer in answers if isinstance(answer, EncodeAnswer)]
     if len({answer.is_posterior for answer in encoded}) > 1:
