@@ -127,8 +127,10 @@ def look_at(case: Case, folder: Path) -> Row:
     row = Row(case)
     try:
         pipe = case.make()
-        local = _noted(row, pipe)
         pipe.vae.save_pretrained(folder)
+        # Weights that were read from a file and equal ones that were not are multiplied in another order at times.
+        pipe.vae = type(pipe.vae).from_pretrained(folder).eval().requires_grad_(False)
+        local = _noted(row, pipe)
         with served(folder) as (url, _, _):
             _remote(row, pipe, url, local)
         with served(folder, holds=True) as (url, process, said):
@@ -240,11 +242,11 @@ def _cells(pipe: Any) -> int:
 @contextmanager
 def no_room(vae: Any, downscale: int) -> Iterator[None]:
     """Encoder and decoder of ``vae`` run out of memory on more than one of its own tiles, which are made small."""
-    tiles = {name: value for name, value in vars(vae).items() if name.startswith("tile_") and isinstance(value, int)}
+    tiles = {name: value for name, value in vars(vae).items() if name.startswith("tile_") and "frames" not in name}
     for name in tiles:
-        if "frames" not in name:
-            cells = STRIDE if "stride" in name else TILE
-            setattr(vae, name, cells if "latent" in name else cells * downscale)
+        cells = STRIDE if "stride" in name else TILE
+        value = 1 - STRIDE / TILE if "overlap_factor" in name else cells if "latent" in name else cells * downscale
+        setattr(vae, name, value)
     for part, limit in ((vae.encoder, TILE * downscale), (vae.decoder, TILE)):
 
         def limited(tensor: torch.Tensor, *args: Any, own: Any = part.forward, limit: int = limit, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from tests.e2e.pipelines import (
+    CELLS,
     DDIM,
     EULER,
     FLOW,
@@ -57,7 +58,7 @@ def _kolors(vae: Any) -> Any:
 
 
 def _refined(vae: Any) -> Any:
-    encoded = vae.encode(values(1, 3, 1, SIDE, SIDE).clamp(-1, 1)).latent_dist
+    encoded = vae.encode(values(1, 3, 1, 16 * CELLS, 16 * CELLS).clamp(-1, 1)).latent_dist
     return vae.decode(encoded.sample(torch.Generator().manual_seed(4)), return_dict=False)[0][:, :, 0]
 
 

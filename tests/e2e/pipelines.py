@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from remote_vae.vae.families import family_of
 from tests.vaes import small_vae
 
 # A class of diffusers with its config; what makes the part; or the part itself.
@@ -22,6 +23,8 @@ Part = Union[tuple[str, Mapping[str, Any]], Callable[[], Any], None, bool, int, 
 
 # Of the picture that goes in, where one does.
 SIDE = 64
+# Latent cells that a picture has at least along one side: more than one tile of the VAE's own.
+CELLS = 6
 STEPS = 2
 
 
@@ -84,7 +87,10 @@ class Case:
         """What the pipeline makes: the same of the same VAE calls. Pictures or frames in [0, 1]."""
         torch.manual_seed(2)
         steps = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(3)}
-        made = pipe(output_type=output_type, return_dict=False, **steps, **self.arguments())
+        given = self.arguments()
+        if "height" in given:
+            given |= dict.fromkeys(("height", "width"), max(SIDE, CELLS * family_of(pipe.vae).downscale))
+        made = pipe(output_type=output_type, return_dict=False, **steps, **given)
         made = made[0]
         while isinstance(made, (list, tuple)):
             made = torch.stack(list(made)) if isinstance(made[0], torch.Tensor) else made[0]
