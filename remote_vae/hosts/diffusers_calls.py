@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from remote_vae.call import Answer, VaeCall
+from remote_vae.errors import UnsupportedLayout
 from remote_vae.local.own import own_tiling
 from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork, has_posterior, is_of
 from remote_vae.vae.families import Family
@@ -66,7 +67,10 @@ def _call(
 
     def tiled() -> Any:
         with own_tiling(vae.module):
-            return whole()
+            made = whole()
+        if op == "decode":
+            _check_size(vae, tensor, made[0])
+        return made
 
     def adopt(answer: Answer) -> Any:
         if isinstance(answer, DecodeAnswer):
@@ -74,6 +78,14 @@ def _call(
         return _encoded(vae, answer, answer.latents.to(tensor.device, tensor.dtype), return_dict)
 
     return VaeCall(op=op, tensor=layout.ours(tensor), vae=vae, adopt=adopt, whole=whole, own_tiling=tiled)
+
+
+def _check_size(vae: VaeAtWork, latents: torch.Tensor, pixels: torch.Tensor) -> None:
+    """Raises UnsupportedLayout: the VAE's own tiling gives another size, as that of HunyuanImage's refiner does."""
+    came = list(pixels.shape[-2:])
+    expected = [side * vae.family.downscale for side in latents.shape[-2:]]
+    if came != expected:
+        raise UnsupportedLayout(f"the own tiling of {type(vae.module).__name__} gave {came} pixels, expected {expected}")
 
 
 # --- layouts: how the VAE's own tensors lie, and how the router's do -------------------------------------------------------

@@ -47,6 +47,24 @@ def loaded(host: SdnextHost, family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_remote_call_is_made_before_sdnext_moves_the_vae_to_the_card(host: SdnextHost, chaos: Chaos, family: str) -> None:
+    vae = loaded(host, family)
+    for frames in (1, 2):
+        latents, pixels = latents_of(vae, frames), pixels_of(vae, frames)
+        alone = vae.decode(latents, return_dict=False)[0], latents_in(vae.encode(pixels))
+        assert host.moved
+        host.moved.clear()
+        chaos.reset("pass")
+        host.turn_on(chaos.url)
+        assert torch.equal(vae.decode(latents, return_dict=False)[0], alone[0])
+        assert torch.equal(latents_in(vae.encode(pixels)), alone[1])
+        assert chaos.requests == ["/decode", "/encode"]
+        assert host.moved == []
+        host.turn_on(chaos.url, enabled=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["503", "cut"])
 @torch.no_grad()
 def test_when_the_endpoint_fails_sdnexts_own_call_gives_what_it_gives(
@@ -100,7 +118,7 @@ def test_what_the_wire_does_not_carry_is_sdnexts_own_call(host: SdnextHost, chao
     assert not host.records()
 
 
-@pytest.mark.parametrize("family", ["sana"])
+@pytest.mark.parametrize("family", ["sana", "cogvideox"])
 @torch.no_grad()
 def test_a_vae_that_sdnext_does_not_stand_before_is_taken_at_its_class(host: SdnextHost, chaos: Chaos, family: str) -> None:
     pipe = Pipeline(copy.deepcopy(the_vae(family)))
