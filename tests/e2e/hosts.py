@@ -149,7 +149,7 @@ class Driver:
             shot = self._shot(row, presser)
             requests, infos, ended = list(chaos.requests), list(chaos.infos), shot.ended
             if situation.interrupt and self._host.interrupt_ends_job:
-                if shot.pictures:
+                if len(shot.pictures) == row.pictures:
                     return Cell(problem="pictures of a job that was interrupted", requests=requests)
                 # The next job is remote as ever: the press was no failure of the endpoint.
                 chaos.reset("pass")
