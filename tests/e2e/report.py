@@ -158,7 +158,9 @@ class Report:
 
     def _allowed(self, situation: str, row: Row) -> int | None:
         """How many levels from local; None: any number, as 8 bits in between are what another pass begins with."""
-        if situation == "remote u8" and row.decodes_in_between:
+        # The job after one that was interrupted is as remote as any.
+        is_u8 = situation == "remote u8" or (situation == "Interrupt" and self._interrupt_ends_job)
+        if is_u8 and row.decodes_in_between:
             return None
         some_are_remote = situation in (*REMOTE, "Interrupt") or (situation == "503" and row.batch > 1)
         return max(1 if some_are_remote else 0, self._noise(row.name))
