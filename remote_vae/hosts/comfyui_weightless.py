@@ -41,13 +41,22 @@ def weightless_vae(adapter: ComfyUi, family: Family, wanted: Wanted) -> Any:
     vae.patcher = comfy.model_patcher.ModelPatcher(vae.first_stage_model, load_device=vae.device, offload_device=vae.device)
     vae.size = 0
     vae.memory_used_encode = vae.memory_used_decode = lambda *_, **__: 0
-    vae.remote_vae_wanted = replace(wanted, family=family)
-    _shape(vae, family)
+    crossing = _crossing(family)
+    vae.remote_vae_wanted = replace(wanted, family=crossing)
+    vae.remote_vae_encodes = crossing == family
+    _shape(vae, crossing)
     return vae
 
 
 def _says_no_weights(record: logging.LogRecord) -> bool:
     return "No VAE weights detected" not in record.getMessage()
+
+
+def _crossing(family: Family) -> Family:
+    """``family`` as its latents cross a VAE of ComfyUI: those of Flux.2 are packed, and a server of it takes them so."""
+    if family.key != "flux2":
+        return family
+    return replace(family, latent_channels=4 * family.latent_channels, downscale=2 * family.downscale)
 
 
 def _shape(vae: Any, family: Family) -> None:
@@ -79,6 +88,9 @@ def _class(adapter: ComfyUi, cls: type) -> type:
         return _on(self, ((pixels + 1.0) / 2.0).clamp(0.0, 1.0)).movedim(1, -1)
 
     def encode(self: Any, pixels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        if not self.remote_vae_encodes:
+            # The endpoint gives raw latents, and the numbers that norm them are among the weights.
+            raise RemoteVaeError(_NO_WEIGHTS.format("encode for Flux.2"))
         cut = self.vae_encode_crop_pixels(pixels).movedim(-1, 1) * 2.0 - 1.0
         if self.latent_dim == 3 and cut.ndim == 4:
             # As ComfyUI does: a batch of pictures is the frames of one video.

@@ -17,10 +17,12 @@ from remote_vae.errors import RemoteVaeError, VaeCallFailed
 from remote_vae.history import History
 from remote_vae.hosts.comfyui import ComfyUi, adapter
 from remote_vae.server.models import LoadedVae
+from remote_vae.vae.packed import batch_norm_of
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
 from tests.hosts.comfyui_standin import VAE, ComfyHost, PromptExecutor
 from tests.hosts.standin import put_in_place
+from tests.vaes import loaded, small_vae
 
 
 @pytest.fixture(params=[BaseException, Exception], ids=["0.33", "0.3.64"])
@@ -365,3 +367,37 @@ def test_interrupt_ends_a_job_without_weights_as_well(host: ComfyHost, endpoint:
     with pytest.raises(host.interrupt_class):
         vae.decode(torch.ones(1, 4, 4, 6))
     assert not (host.folder / "output").exists()
+
+
+def test_without_weights_flux2s_packed_latents_are_decoded_and_its_encode_says_what_it_needs(host: ComfyHost) -> None:
+    served = loaded(small_vae("flux2"), "flux2")
+    running = ServerThread(served)
+    try:
+        host.settings(endpoint=running.url)
+        vae = host.run(weightless(), "2")[0]
+        packed = torch.randn(1, 128, 2, 3, generator=torch.Generator().manual_seed(4))
+        norm = batch_norm_of(served.vae)
+        assert norm is not None
+        with torch.no_grad():
+            expected = served.vae.decode(norm.raw(packed)).sample
+        assert levels(vae.decode(packed), ((expected + 1.0) / 2.0).clamp(0.0, 1.0).movedim(1, -1)) < 0.01
+        assert vae.spacial_compression_decode() == 16
+        with pytest.raises(RemoteVaeError, match=r"cannot encode for Flux\.2"):
+            vae.encode(torch.zeros(1, 32, 48, 3))
+    finally:
+        running.close()
+
+
+def test_without_weights_a_video_vae_takes_pictures_as_frames_and_gives_frames(host: ComfyHost) -> None:
+    served = loaded(small_vae("qwen-image"), "qwen-image")
+    running = ServerThread(served)
+    try:
+        host.settings(endpoint=running.url)
+        vae = host.run(weightless(), "2")[0]
+        pixels = torch.rand(5, 32, 48, 3, generator=torch.Generator().manual_seed(3))
+        latents = vae.encode(pixels)
+        assert latents.shape == (1, 16, 2, 4, 6)
+        assert vae.decode(latents).shape == (1, 5, 32, 48, 3)
+        assert vae.upscale_ratio[0](2) == 5
+    finally:
+        running.close()
