@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,18 +46,13 @@ def _check(place: Place) -> None:
         raise _Left
 
 
-@contextmanager
-def while_wanted(place: Place) -> Iterator[None]:
-    """Within, a call ends at its next operation when the client hangs up. A video's may have minutes before it.
+def _while_wanted(whole: Callable[[Any, Op, torch.Tensor], torch.Tensor], place: Place, *call: Any) -> torch.Tensor:
+    """The VAE's own work, which ends at its next operation when the client hangs up. A video's may have minutes before it.
 
-    Raises:
-        ClientGone: it has done so.
+    No more than that: where a host moves models in the middle of a call, it has to come to the end of it.
     """
-    try:
-        with _Check(place):
-            yield
-    except _Left:
-        raise ClientGone("the client hung up while the VAE worked") from None
+    with _Check(place):
+        return whole(*call)
 
 
 def made(vae: VaeAtWork, op: Op, values: Callable[[torch.dtype], torch.Tensor], place: Place) -> torch.Tensor:
@@ -69,8 +65,16 @@ def made(vae: VaeAtWork, op: Op, values: Callable[[torch.dtype], torch.Tensor], 
         place: of the request.
 
     Raises:
-        NotFinite: float32 gives NaN as well. OutOfMemory: it does not fit, tiled neither. And what the VAE raises.
+        NotFinite: float32 gives NaN as well. OutOfMemory: it does not fit, tiled neither. ClientGone: the client hung up
+            meanwhile. And what the VAE raises.
     """
+    try:
+        return _made(replace(vae, whole=partial(_while_wanted, vae.whole, place)), op, values, place)
+    except _Left:
+        raise ClientGone("the client hung up while the VAE worked") from None
+
+
+def _made(vae: VaeAtWork, op: Op, values: Callable[[torch.dtype], torch.Tensor], place: Place) -> torch.Tensor:
     result = _on_this_machine(vae, op, values(vae.dtype), place)
     if not is_within(result) and vae.dtype != torch.float32:
         log.warning("the VAE gives NaN in %s; this call is done in float32, and the VAE stays as it is", vae.dtype)

@@ -13,7 +13,7 @@ import torch
 
 from remote_vae.errors import InvalidRequest, RemoteVaeError
 from remote_vae.server.admission import Admission, ClientGone, Limits, Place
-from remote_vae.server.calling import made, while_wanted
+from remote_vae.server.calling import made
 from remote_vae.server.moving import moved
 from remote_vae.vae.at_work import Provider, VaeAtWork
 from remote_vae.vae.families import Family, find_family
@@ -100,7 +100,7 @@ class Engine:
         job = self._executor.submit(in_turn)
 
         def left(_: object) -> None:
-            # A call that runs ends where it can; see ``while_wanted``.
+            # A call that runs ends where it can; see ``calling``.
             place.leave()
             # Its place in the queue is free at once.
             job.cancel()
@@ -225,7 +225,7 @@ class Engine:
             vae = self._current()
             place.begin()
             try:
-                with self._provider.serving(), while_wanted(place):
+                with self._provider.serving():
                     yield vae
             finally:
                 place.end()

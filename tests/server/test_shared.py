@@ -172,6 +172,25 @@ def test_a_client_that_left_while_the_host_generated_is_not_served(provider: Sha
     assert provider.vae.calls == []
 
 
+def test_a_host_that_moves_its_models_comes_to_the_end_of_it_though_the_client_leaves(
+    provider: Sharing, latents: torch.Tensor
+) -> None:
+    """With half of a model moved its next generation would fail."""
+    place = Place("decode", 1, 1)
+    unet = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+
+    def bring(tensor: torch.Tensor) -> torch.Tensor:
+        unet[0].to(torch.float64)
+        place.leave()
+        unet.to(torch.float64)
+        return tensor
+
+    provider.changes = {"bring": bring}
+    with pytest.raises(ClientGone):
+        engine(provider).decode(DecodeRequest(latents, Output.TENSOR), place)
+    assert {weight.dtype for weight in unet.parameters()} == {torch.float64}
+
+
 def test_the_lock_is_free_again_after_an_error(provider: Sharing, latents: torch.Tensor) -> None:
     lock = QueueLock()
     provider.changes = {"whole": lambda *_: torch.zeros(())[0]}
