@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,11 +21,12 @@ import remote_vae
 from remote_vae.errors import EndpointError, InvalidRequest
 from remote_vae.remote.client import Deadlines, EndpointClient
 from remote_vae.server.models import LoadedVae
-from remote_vae.vae.families import find_family
+from remote_vae.vae.families import family_of, find_family
+from remote_vae.vae.packed import batch_norm_of
 from remote_vae.wire import DecodeRequest, pack_latents
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
-from tests.vaes import tiny_flux, tiny_video
+from tests.vaes import loaded, small_vae, tiny_flux, tiny_video
 
 SCALE = 0.08489
 
@@ -224,3 +228,96 @@ def test_who_waits_for_a_picture_waits_as_often_as_long_for_as_many(
             "http://127.0.0.1:9", torch.zeros(shape), output_type="pt", return_type="pt", scaling_factor=1.0
         )
     assert waits == [300.0 * pictures]
+
+
+# --- families that diffusers' functions do not know
+
+
+def small(name: str) -> Callable[[], LoadedVae]:
+    def make() -> LoadedVae:
+        vae = small_vae(name)
+        return replace(loaded(vae, family_of(vae).key), family=family_of(vae))
+
+    return make
+
+
+def here(server: ServerThread, latents: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return server.loaded.vae.decode(latents, return_dict=False)[0]
+
+
+RAW: dict[str, Any] = {"do_scaling": False}
+
+
+@pytest.mark.parametrize("other_server", [small("qwen-image")], indirect=True)
+def test_one_frame_of_a_video_vae_is_a_picture(other_server: ServerThread) -> None:
+    latents = torch.randn(1, 16, 1, 4, 6)
+    pixels = here(other_server, latents)
+    image = VaeImageProcessor().postprocess(pixels[:, :, 0])[0]
+    call = {"endpoint": other_server.url, "tensor": latents, **RAW}
+    assert same(remote_vae.remote_decode(**call, output_type="pt", processor=VaeImageProcessor()), image)
+    assert same(remote_vae.remote_decode(**call, output_type="pt", partial_postprocess=True), image)
+    assert same(remote_vae.remote_decode(**call, output_type="pt", processor=VideoProcessor()), [image])
+    png = remote_vae.remote_decode(**call, output_type="pil", image_format="png")
+    assert np.abs(np.array(png).astype(int) - np.array(image).astype(int)).max() <= 1
+    assert remote_vae.remote_decode(**call).size == (48, 32)
+    assert torch.equal(remote_vae.remote_decode(**call, output_type="pt", return_type="pt"), pixels)
+
+
+@pytest.mark.parametrize("other_server", [small("wan")], indirect=True)
+def test_a_video_is_frames_a_tensor_or_a_film(other_server: ServerThread) -> None:
+    latents = torch.randn(1, 16, 2, 4, 6)
+    call = {"endpoint": other_server.url, "tensor": latents, **RAW}
+    frames = VideoProcessor().postprocess_video(here(other_server, latents), output_type="pil")[0]
+    assert same(remote_vae.remote_decode(**call, output_type="pt", processor=VideoProcessor()), frames)
+    film = remote_vae.remote_decode(**call, output_type="mp4", return_type="mp4")
+    with av.open(io.BytesIO(film)) as container:
+        assert len(list(container.decode(video=0))) == len(frames) == 5
+
+
+@pytest.mark.parametrize("other_server", [small("wan")], indirect=True)
+def test_model_latents_are_scaled_by_the_mean_and_deviation_of_the_server(other_server: ServerThread) -> None:
+    latents, config = torch.randn(1, 16, 2, 4, 6), other_server.loaded.vae.config
+    mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    with pytest.warns(FutureWarning):
+        pixels = remote_vae.remote_decode(other_server.url, latents, output_type="pt", return_type="pt")
+    # As WanPipeline does it.
+    assert torch.equal(pixels, here(other_server, latents / (1.0 / std) + mean))
+
+
+@pytest.mark.parametrize("other_server", [small("flux2")], indirect=True)
+@pytest.mark.parametrize("is_tokens", [False, True])
+def test_flux2s_packed_latents_are_unpacked_by_the_servers_own_numbers(other_server: ServerThread, is_tokens: bool) -> None:
+    packed = torch.randn(1, 128, 2, 3)
+    norm = batch_norm_of(other_server.loaded.vae)
+    assert norm is not None
+    call: dict[str, Any] = {**RAW, "output_type": "pt", "return_type": "pt", "height": 32, "width": 48}
+    sent = packed.flatten(2).movedim(1, 2) if is_tokens else packed
+    assert torch.equal(remote_vae.remote_decode(other_server.url, sent, **call), here(other_server, norm.raw(packed)))
+
+
+@pytest.mark.parametrize("other_server", [small("qwen-image-2.1")], indirect=True)
+def test_a_picture_with_alpha_keeps_it_and_jpeg_is_refused(other_server: ServerThread) -> None:
+    latents = torch.randn(1, 64, 1, 2, 3)
+    call = {"endpoint": other_server.url, "tensor": latents, **RAW}
+    png = remote_vae.remote_decode(**call, image_format="png")
+    assert png.mode == "RGBA"
+    assert same(remote_vae.remote_decode(**call, output_type="pt", partial_postprocess=True).getbands(), ("R", "G", "B", "A"))
+    with pytest.raises(EndpointError, match="alpha channel, which jpg cannot hold: ask for png"):
+        remote_vae.remote_decode(**call)
+
+
+@pytest.mark.parametrize("other_server", [small("wan")], indirect=True)
+def test_a_video_is_encoded_with_its_frames(other_server: ServerThread) -> None:
+    pixels = torch.rand(1, 3, 5, 32, 48) * 2 - 1
+    with torch.inference_mode():
+        mean = other_server.loaded.vae.encode(pixels).latent_dist.mode()
+    assert torch.equal(remote_vae.remote_encode(f"{other_server.url}/encode", pixels), mean)
+
+
+def test_a_video_and_a_processor_of_pictures_do_not_go_together(chaos: Chaos) -> None:
+    with pytest.raises(ValueError, match="VideoProcessor"):
+        remote_vae.remote_decode(
+            chaos.url, torch.zeros(1, 16, 2, 4, 4), scaling_factor=1.0, output_type="pt", processor=VaeImageProcessor()
+        )
+    assert not chaos.requests
