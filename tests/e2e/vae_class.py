@@ -81,10 +81,13 @@ def neo() -> Iterator[Case]:
 
 
 def ersatz() -> Iterator[Case]:
+    from backend.args import dynamic_args
     from backend.nn.vae import AutoencoderKLFlux2, IntegratedAutoencoderKL
     from backend.nn.vae_wan import AutoencoderKLWan
     from backend.patcher.vae import VAE
 
+    # As the UI sets it before it loads a model.
+    dynamic_args["online_lora"] = False
     small = {"block_out_channels": [32, 32, 64, 64], "down_block_types": ["DownEncoderBlock2D"] * 4, "layers_per_block": 1}
 
     def made(module: Any) -> Any:
@@ -119,6 +122,9 @@ def reforge() -> Iterator[Case]:
     vars(shared)["opts"] = SimpleNamespace(reflective_padding_vae_sd="Disabled")
     sys.modules.update({"modules": ModuleType("modules"), "modules.shared": shared})
     vars(sys.modules["modules"])["shared"] = shared
+    from ldm_patched.modules import args_parser
+
+    args_parser.args.always_cpu = True
     from ldm_patched.modules.sd import VAE
 
     yield Case("SD 1", "sd1", _comfy_kl(VAE, 4), (2, 4, 6, 8), (1, 50, 67, 3))
@@ -147,7 +153,7 @@ HOSTS: dict[str, tuple[Seam, Callable[[], Iterator[Case]]]] = {
     "comfy/sd.py": (comfy_shaped.COMFYUI, comfyui),
 }
 # How each is told to use the processor, and where it has its packages.
-ARGUMENTS = {"backend/nn/vae_wan.py": ["--always-cpu"], "ldm_patched/modules/sd.py": ["--always-cpu"]}
+ARGUMENTS = {"backend/nn/vae_wan.py": ["--always-cpu"], "ldm_patched/modules/sd.py": []}
 PACKAGES = ("modules_forge/packages", "packages")
 
 
