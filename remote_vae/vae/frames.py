@@ -1,4 +1,7 @@
-"""How many frames a video VAE takes at once. Most take any number, and round it as their convolutions do; some fail."""
+"""How many frames a video VAE takes at once, and which sides a picture has that a VAE encodes.
+
+Most take any number of either, and round it as their convolutions do; some fail.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,21 @@ from remote_vae.vae.families import Family
 _OF_ONE_FRAME = frozenset({"AutoencoderKLQwenImage21"})
 # Their encoders fold frames into channels, and fail where some are left over.
 _OF_WHOLE_CHUNKS = frozenset({"AutoencoderKLHunyuanVideo15", "AutoencoderKLLTX2Video"})
+# Their encoders fold squares of pixels into channels at every level.
+_OF_WHOLE_CELLS = frozenset(
+    {
+        "AutoencoderDC",
+        "AutoencoderKLHunyuanImage",
+        "AutoencoderKLHunyuanImageRefiner",
+        "AutoencoderKLHunyuanVideo15",
+        "AutoencoderKLLTX2Video",
+        "AutoencoderKLQwenImage21",
+    }
+)
+# So does Wan's of 16 pixels a cell (Wan 2.2 5B), and not that of 8.
+_WAN, _WAN_CELL = "AutoencoderKLWan", 16
+# It folds once, before its first level.
+_LTX, _LTX_SQUARE = "AutoencoderKLLTXVideo", 4
 
 
 def check_latent_frames(family: Family, frames: int) -> None:
@@ -25,3 +43,18 @@ def check_frames(family: Family, frames: int) -> None:
     if (frames - 1) % scale and not _OF_WHOLE_CHUNKS.isdisjoint(family.classes):
         least = family.frames(family.latent_frames(frames))
         raise InvalidRequest(f"the VAE of {family.label} encodes 1 + {scale} n frames: got {frames}, send {least} of them")
+
+
+def check_sides(family: Family, height: int, width: int) -> None:
+    """Raises InvalidRequest: the VAE of ``family`` cannot encode pictures or frames of so many pixels."""
+    cell, multiple = family.downscale, 1
+    if not _OF_WHOLE_CELLS.isdisjoint(family.classes) or (_WAN in family.classes and cell >= _WAN_CELL):
+        multiple = cell
+    elif _LTX in family.classes:
+        multiple = _LTX_SQUARE
+    if min(height, width) < cell:
+        raise InvalidRequest(f"a picture must have at least {cell} x {cell} pixels, not {[height, width]}")
+    if height % multiple or width % multiple:
+        raise InvalidRequest(
+            f"the VAE of {family.label} encodes pictures whose sides are multiples of {multiple}: got {[height, width]}"
+        )

@@ -15,6 +15,7 @@ from PIL import Image
 
 from remote_vae.errors import InvalidRequest, MalformedAnswer, NotFinite
 from remote_vae.vae.families import Family
+from remote_vae.vae.frames import check_sides
 from remote_vae.vae.packed import BatchNormed
 from remote_vae.wire import pixels as px
 from remote_vae.wire.checks import (
@@ -206,9 +207,7 @@ def encode_size(shape: tuple[int, ...], family: Family) -> tuple[int, int, int, 
     if len(shape) not in (PICTURES, VIDEOS) or shape[1] not in channels or (len(shape) == VIDEOS and not family.video):
         allowed = f"[B, {' or '.join(map(str, channels))}, {'F, ' if family.video else ''}H, W]"
         raise InvalidRequest(f"the image tensor: got shape {list(shape)}, expected {allowed} for {family.label}")
-    if min(shape[-2:]) < family.downscale:
-        least = f"{family.downscale} x {family.downscale}"
-        raise InvalidRequest(f"a picture must have at least {least} pixels, not {list(shape[-2:])}")
+    check_sides(family, *shape[-2:])
     return shape[0], shape[2] if len(shape) == VIDEOS else 1, shape[-2], shape[-1]
 
 

@@ -10,7 +10,7 @@ import torch
 from remote_vae.errors import InvalidRequest
 from remote_vae.vae.at_work import whole_diffusers
 from remote_vae.vae.families import Family, family_of
-from remote_vae.vae.frames import check_frames, check_latent_frames
+from remote_vae.vae.frames import check_frames, check_latent_frames, check_sides
 from tests.vaes import small_vae
 
 FRAMES = 6
@@ -59,6 +59,30 @@ def test_latent_frames_are_refused_where_the_vae_fails(name: str) -> None:
 
     counts = (1, 2, 3)
     assert [refused(check_latent_frames, family, frames) for frames in counts] == list(map(fails, counts))
+
+
+# Of every kind of encoder.
+ENCODERS = (*VIDEOS, "wan", "wan22-5b", "hunyuan-image", "hunyuan-image-refiner", "hunyuan-video", "sana", "svd", "taesd")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_sides_are_refused_where_the_vae_fails(name: str) -> None:
+    vae = small_vae(name)
+    family = family_of(vae)
+    cell, frames = family.downscale, (1,) if family.video else ()
+
+    def fails(side: int) -> bool:
+        try:
+            with torch.inference_mode():
+                whole_diffusers(vae, "encode", torch.zeros(1, family.pixel_channels, *frames, side, 2 * cell))
+        except (RuntimeError, ValueError):
+            return True
+        return False
+
+    sides = (cell, cell + 1, cell + 2, cell + 4, cell + cell // 2, 2 * cell)
+    expected = list(map(fails, sides))
+    assert [refused(lambda own, side: check_sides(own, side, 2 * cell), family, side) for side in sides] == expected
+    assert [refused(lambda own, side: check_sides(own, 2 * cell, side), family, side) for side in sides] == expected
 
 
 def test_the_message_says_how_many_frames_to_send() -> None:

@@ -182,6 +182,7 @@ def test_pixels_are_measured_by_their_head(family: str, shape: tuple[int, ...], 
         ("qwen-image", (1, 4, 2, 8, 8), r"expected \[B, 3, F, H, W\]"),
         ("qwen-image-2.1", (1, 2, 1, 16, 16), r"expected \[B, 3 or 4, F, H, W\]"),
         ("wan22-5b", (1, 3, 8, 16), "at least 16 x 16 pixels"),
+        ("sana", (1, 3, 64, 48), r"sides are multiples of 32: got \[64, 48\]"),
     ],
 )
 def test_pixels_for_another_vae_are_refused(family: str, shape: tuple[int, ...], message: str) -> None:
