@@ -9,7 +9,7 @@ from math import ceil
 import torch
 
 from remote_vae.errors import OutOfMemory
-from remote_vae.tiled.plan import Attention, Conv, InTime, Local, Norm, Plan, Residual
+from remote_vae.tiled.plan import Attention, Conv, InTime, LinearAttention, Local, Norm, Plan, Residual
 
 # What is alive beside the strips that wait, in strips and in rows of the widest convolution: the strip that is read,
 # normalised, in its window, convolved, and the shortcut's; in the attention also queries and their mixture.
@@ -117,13 +117,22 @@ def _past(step: Conv | InTime | Local, is_lone: bool) -> int:
     return step.depth - 1 if isinstance(step, Conv) else step.past
 
 
+def _rows_in_windows(step: LinearAttention) -> int:
+    """How many rows of queries, keys and values its convolutions keep beside those that they work on."""
+    return sum(each.kernel[0] - 1 for scale in step.scales for each in scale)
+
+
 def _needs(plan: Plan, frames: int, height: int, width: int, dtype: torch.dtype, *, is_all: bool) -> _Needs:
     """For ``frames`` frames at a time, which ``is_all`` that there are, above the result."""
     row = keys = rows = most_rows = strips = most_strips = before = 0
     taken_frames = frames
     for step, channels, high, wide, made in plan.sizes(height, width, frames, first=is_all):
         size = channels * wide * made
-        if isinstance(step, (Attention, Norm)):
+        if isinstance(step, LinearAttention):
+            row = max(row, 3 * step.inner * wide * made * _WORK_ITEM)
+            rows += _rows_in_windows(step) * 3 * step.inner * wide * made * dtype.itemsize
+            most_rows, most_strips = max(most_rows, rows), max(most_strips, strips + 1)
+        if isinstance(step, (Attention, LinearAttention, Norm)):
             # Here everything waits, and what comes before is done.
             rows = strips = 0
         if isinstance(step, Attention):

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.live_bytes import LiveBytes
 from remote_vae import tiled
 from remote_vae.errors import CallCancelled, InvalidRequest, UnsupportedLayout
 from remote_vae.tiled import exact
@@ -159,6 +160,28 @@ def test_cancelling_ends_the_call_at_the_next_strip(family: Exact, vae: Any) -> 
     with pytest.raises(CallCancelled):
         tiled.encode(vae, pixels, progress=shares.append, cancelled=lambda: len(shares) == 7)
     assert len(shares) == 7
+
+
+# As many channels at full size as are more than the three of the result, as the real ones have.
+WIDE_SANA = {f"{way}_block_out_channels": (32,) * 6 for way in ("encoder", "decoder")}
+
+
+@pytest.mark.parametrize(("name", "changes"), [("hunyuan-image", {}), ("sana", WIDE_SANA)])
+def test_a_picture_keeps_to_a_tenth_of_what_the_whole_vae_takes(name: str, changes: dict[str, Any]) -> None:
+    vae = small_vae(name, **changes)
+    latents, pixels = latents_of(vae, 6, 1), random(1, 3, 192, 32).clamp(-1, 1)
+    for run, whole in (
+        (lambda **limit: tiled.decode(vae, latents, **limit), lambda: whole_decode(vae, latents)),
+        (lambda **limit: tiled.encode(vae, pixels, **limit), lambda: whole_encode(vae, pixels)),
+    ):
+        with LiveBytes() as counter:
+            true = whole()
+        limit = int(0.1 * counter.peak["cpu"])
+        counter = LiveBytes()
+        with counter.storing(), counter:
+            made = run(max_bytes=limit)
+        assert counter.peak["cpu"] <= limit
+        assert psnr_of_moments(made, true) >= EXACT_DB
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
