@@ -28,8 +28,6 @@ BESIDE = {
     "svd": {"num_frames": 1},
     "asymmetric": {"image": torch.zeros(1, 3, 16, 16), "mask": torch.ones(1, 1, 16, 16)},
 }
-# Of the asymmetric one what is made of picture and mask has as many channels as each level of the real ones.
-WIDTHS = {"asymmetric": {"up_block_out_channels": (32, 64, 128, 128)}}
 
 
 def latents_of(family: Family, side: int = 2) -> torch.Tensor:
@@ -128,7 +126,7 @@ def row(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture
 def vae(row: tuple[str, str]) -> Any:
-    return small_vae(row[1], **WIDTHS.get(row[1], {}))
+    return small_vae(row[1])
 
 
 @pytest.mark.parametrize("column", CHECKS)

@@ -190,7 +190,8 @@ SMALL: dict[str, Callable[..., torch.nn.Module]] = {
         down_block_out_channels=_WIDTHS,
         layers_per_down_block=1,
         up_block_types=_FOUR_UP,
-        up_block_out_channels=(32, 32, 64, 96),
+        # What is made of picture and mask has as many channels as each level of the real ones.
+        up_block_out_channels=(32, 64, 128, 128),
         layers_per_up_block=2,
         latent_channels=4,
     ),
