@@ -249,7 +249,7 @@ def test_nothing_is_computed_twice(kind: Exact, vaes: Any, frames: int) -> None:
 
 
 @pytest.mark.usefixtures("in_files")
-@pytest.mark.parametrize("limit", [None, 400_000])
+@pytest.mark.parametrize("limit", [None, 700_000])
 def test_progress_rises_with_every_strip_and_ends_at_one(limit: int | None) -> None:
     vae = KINDS["Wan 2.1"].whole()
     shares: list[float] = []
