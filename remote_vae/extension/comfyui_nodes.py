@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from remote_vae.hosts.comfyui import Wanted, adapter
+from remote_vae.hosts.comfyui_weightless import does_without_weights, weightless_vae
 from remote_vae.hosts.generation import FOLLOW, Request
 from remote_vae.settings import load_options
 from remote_vae.vae.families import Family, load_families
@@ -89,7 +90,7 @@ class LoadRemoteVae:
         return {
             "required": {
                 "family": (
-                    [AUTO, *families()],
+                    [AUTO, *(name for name, each in families().items() if does_without_weights(each))],
                     {"default": AUTO, "tooltip": "The model family of the endpoint's VAE. auto: the endpoint is asked."},
                 ),
                 "transfer": _transfer(),
@@ -102,8 +103,6 @@ class LoadRemoteVae:
         return f"{settings.endpoint} {settings.decode_endpoint} {settings.encode_endpoint}"
 
     def make(self, family: str, transfer: str) -> tuple[Any]:
-        from remote_vae.hosts.comfyui_weightless import weightless_vae
-
         found = _family(family) or adapter.family_of_endpoint()
         return (weightless_vae(adapter, found, Wanted(Request("remote", transfer))),)
 

@@ -13,16 +13,38 @@ from remote_vae.call import Answer, VaeCall
 from remote_vae.errors import RemoteVaeError
 from remote_vae.hosts.comfyui import ComfyUi, Wanted
 from remote_vae.vae.at_work import Op, VaeAtWork
+from remote_vae.vae.crossing import Crossing
 from remote_vae.vae.families import Family
 from remote_vae.wire import DecodeAnswer
 
 _NO_WEIGHTS = (
     "Load Remote VAE has no weights here, so it cannot {}: load the VAE's file with Load VAE, and put Remote VAE behind it"
 )
+# Of diffusers. ComfyUI's own VAEs of these change the latents by numbers among their weights (TAESD's scale, the mean and
+# deviation of LTX and Cosmos), or lay frames out in another way: what crosses them is not what the wire carries.
+_NOT_RAW = frozenset({
+    "AutoencoderTiny",
+    "AutoencoderKLLTXVideo",
+    "AutoencoderKLLTX2Video",
+    "AutoencoderKLCosmos",
+    "AutoencoderKLTemporalDecoder",
+    "AutoencoderKLHunyuanImageRefiner",
+})  # fmt: skip
+
+
+def does_without_weights(family: Family) -> bool:
+    """Whether raw latents of ``family`` are what crosses ComfyUI's VAE, so that no weights are needed to turn them."""
+    return _NOT_RAW.isdisjoint(family.classes)
 
 
 def weightless_vae(adapter: ComfyUi, family: Family, wanted: Wanted) -> Any:
-    """A VAE object of ComfyUI's own class, of ``family``, that asks the endpoint for everything."""
+    """A VAE object of ComfyUI's own class, of ``family``, that asks the endpoint for everything.
+
+    Raises:
+        RemoteVaeError: with no weights its latents cannot be turned into those that the endpoint takes.
+    """
+    if not does_without_weights(family):
+        raise RemoteVaeError(_NO_WEIGHTS.format(f"decode or encode for {family.label}"))
     import comfy.model_patcher
     import comfy.sd
     from comfy import model_management
@@ -84,18 +106,20 @@ def _class(adapter: ComfyUi, cls: type) -> type:
 
     def decode(self: Any, samples: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         pixels = adapter.ask(_call(self, "decode", _latents(self, samples)), self.remote_vae_wanted)
-        # [B, C, (F,) H, W] in [-1, 1] to [B, (F,) H, W, C] in [0, 1].
-        return _on(self, ((pixels + 1.0) / 2.0).clamp(0.0, 1.0)).movedim(1, -1)
+        return _on(self, Crossing(self.remote_vae_wanted.family).pixels(pixels, samples))
 
     def encode(self: Any, pixels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         if not self.remote_vae_encodes:
             # The endpoint gives raw latents, and the numbers that norm them are among the weights.
             raise RemoteVaeError(_NO_WEIGHTS.format("encode for Flux.2"))
-        cut = self.vae_encode_crop_pixels(pixels).movedim(-1, 1) * 2.0 - 1.0
-        if self.latent_dim == 3 and cut.ndim == 4:
-            # As ComfyUI does: a batch of pictures is the frames of one video.
-            cut = cut.movedim(1, 0).unsqueeze(0)
-        return _on(self, adapter.ask(_call(self, "encode", cut.contiguous()), self.remote_vae_wanted))
+        family = self.remote_vae_wanted.family
+        raw = Crossing(family).raw_pixels(self.vae_encode_crop_pixels(pixels))
+        if raw is None:
+            raise RemoteVaeError(
+                f"Load Remote VAE: got a picture of shape {list(pixels.shape)}, expected [B, H, W, {family.pixel_channels}] "
+                f"for {family.label}"
+            )
+        return _on(self, adapter.ask(_call(self, "encode", raw), self.remote_vae_wanted))
 
     methods = {
         "decode": decode,

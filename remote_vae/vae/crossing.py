@@ -80,7 +80,8 @@ class Crossing:
     def pixels(self, raw: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """What the host's own decode of the latents ``given`` gives, for raw pixels."""
         picture = raw.squeeze(2) if self.family.video and given.ndim == 4 else raw
-        return ((picture + 1.0) / 2.0).clamp(0.0, 1.0).movedim(1, -1)
+        # In place, as of a long video every copy counts.
+        return (picture + 1.0).div_(2.0).clamp_(0.0, 1.0).movedim(1, -1)
 
     def _unpacked(self, batch_norm: BatchNormed, latents: torch.Tensor) -> torch.Tensor | None:
         if latents.shape[1] == batch_norm.channels:

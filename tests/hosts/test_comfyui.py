@@ -17,6 +17,7 @@ from remote_vae.errors import RemoteVaeError, VaeCallFailed
 from remote_vae.history import History
 from remote_vae.hosts.comfyui import ComfyUi, adapter
 from remote_vae.server.models import LoadedVae
+from remote_vae.vae.families import load_families
 from remote_vae.vae.packed import batch_norm_of
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
@@ -386,6 +387,23 @@ def test_without_weights_flux2s_packed_latents_are_decoded_and_its_encode_says_w
             vae.encode(torch.zeros(1, 32, 48, 3))
     finally:
         running.close()
+
+
+@pytest.mark.parametrize("key", ["taesd", "ltx", "cosmos", "svd"])
+def test_without_weights_nothing_is_decoded_whose_latents_comfyuis_own_vae_turns_by_its_weights(
+    host: ComfyHost, key: str
+) -> None:
+    named = family_named(host, key)
+    assert named not in host.nodes["LoadRemoteVAE"].INPUT_TYPES()["required"]["family"][0]
+    with pytest.raises(RemoteVaeError, match=f"cannot decode or encode for {load_families()[key].label}"):
+        host.run(weightless(named), "2")
+
+
+def test_without_weights_pictures_with_too_few_colours_are_refused_in_words(host: ComfyHost, endpoint: Chaos) -> None:
+    host.settings(endpoint=endpoint.url)
+    vae = host.run(weightless(), "2")[0]
+    with pytest.raises(RemoteVaeError, match=r"got a picture of shape \[1, 32, 48, 1\], expected \[B, H, W, 3\]"):
+        vae.encode(torch.zeros(1, 32, 48, 1))
 
 
 def test_without_weights_a_video_vae_takes_pictures_as_frames_and_gives_frames(host: ComfyHost) -> None:
