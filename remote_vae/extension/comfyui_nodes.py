@@ -69,8 +69,9 @@ class RemoteVae:
     def make(self, vae: Any, mode: str, transfer: str, family: str, unique_id: str = "") -> tuple[Any]:
         if vae is None:
             raise ValueError("Remote VAE: there is no VAE; the checkpoint that it comes from does not contain one")
-        adapter.say(str(unique_id), adapter.about(vae))
-        return (adapter.remote(vae, Wanted(Request(mode, transfer), _family(family))),)
+        wanted = Wanted(Request(mode, transfer), _family(family))
+        adapter.say(str(unique_id), adapter.about(vae, wanted))
+        return (adapter.remote(vae, wanted),)
 
 
 class LoadRemoteVae:

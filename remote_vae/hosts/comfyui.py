@@ -33,6 +33,7 @@ from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.remote.endpoints import endpoint_for
 from remote_vae.remote.trial import Trial, family_there, state, try_out
 from remote_vae.router import Router
+from remote_vae.vae.at_work import Op
 from remote_vae.vae.families import Family
 
 log = logging.getLogger("remote_vae")
@@ -59,6 +60,7 @@ class Wanted:
 
 
 _NOTHING = Wanted()
+_OPS: tuple[Op, ...] = ("decode", "encode")
 # The attribute of a VAE object that has it.
 _WANTED = "remote_vae_wanted"
 
@@ -228,15 +230,24 @@ class ComfyUi:
         found.name = node
         found.send(text)
 
-    def about(self, vae: Any) -> str:
-        """What is to be expected of a VAE, for the node that makes it remote."""
-        settings = self.settings.now()
+    def about(self, vae: Any, wanted: Wanted) -> str:
+        """What is to be expected of a VAE, for the node that makes it remote as ``wanted``. Never raises."""
+        if wanted.request.mode == "off":
+            return "off: this VAE does everything itself"
         try:
-            at_work = comfy_shaped.at_work(comfy_shaped.COMFYUI, vae)
+            at_work = comfy_shaped.at_work(comfy_shaped.COMFYUI, vae, comfy_shaped.Known(family=wanted.family))
         except UnsupportedLayout as error:
             return f"this VAE is left alone: {error}"
-        url = endpoint_for("decode", at_work.family, settings)[0]
-        return f"asks {urlsplit(url).netloc}" if url else "no endpoint is set: Settings, Remote VAE, Endpoint"
+        except Exception as error:  # whatever a pack of nodes calls a VAE
+            log.debug("the VAE cannot be told", exc_info=True)
+            return f"this VAE is left alone: it is of no kind that is known ({type(error).__name__}: {error})"
+        settings = wanted.request.adjusted(self.settings.now())
+        wants = {"decode": settings.decode, "encode": settings.encode}
+        found = {op: endpoint_for(op, at_work.family, settings)[0] for op in _OPS if wants[op]}
+        hosts = list(dict.fromkeys(urlsplit(url).netloc for url in found.values() if url))
+        if hosts:
+            return f"asks {' and '.join(hosts)}"
+        return "no endpoint is set: Settings, Remote VAE, Endpoint" if found else "the settings keep decode and encode here"
 
     def family_of_endpoint(self) -> Family:
         """What the endpoint says that its VAE is.

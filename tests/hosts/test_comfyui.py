@@ -187,6 +187,29 @@ def test_a_family_of_another_shape_is_said_and_the_picture_is_made_here(
     assert "this VAE is not of" in caplog.text
 
 
+def test_the_node_says_what_is_to_be_expected_of_its_vae(host: ComfyHost, endpoint: Chaos) -> None:
+    def said(**node: Any) -> str:
+        host.executor.cache.clear()
+        host.run(
+            graph(**{"2": ("RemoteVAE", {"vae": ["1", 0], "mode": "auto", "transfer": "raw", "family": "auto", **node})}), "2"
+        )
+        return str(next(text for text, name, _ in reversed(host.texts) if name == "2"))
+
+    host.settings(endpoint="")
+    assert said() == "no endpoint is set: Settings, Remote VAE, Endpoint"
+    host.settings(endpoint=endpoint.url)
+    name = endpoint.url.removeprefix("http://")
+    assert said() == f"asks {name}"
+    assert said(mode="off") == "off: this VAE does everything itself"
+    assert said(family=family_named(host, "flux")).startswith("this VAE is left alone: this VAE is not of Flux")
+    host.settings(decode=False, encode=False)
+    assert said() == "the settings keep decode and encode here"
+    assert said(mode="remote") == f"asks {name}"
+    # As of a VAE object that a pack of nodes has made on its own.
+    del host.vae.patcher
+    assert said().startswith("this VAE is left alone: it is of no kind that is known (AttributeError")
+
+
 def family_named(host: ComfyHost, key: str) -> str:
     choices: list[str] = host.nodes["RemoteVAE"].INPUT_TYPES()["required"]["family"][0]
     return next(choice for choice in choices if choice.endswith(f"({key})"))
