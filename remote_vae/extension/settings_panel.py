@@ -6,9 +6,7 @@ import html
 import inspect
 import logging
 import sys
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -16,7 +14,7 @@ from typing import Any
 
 from remote_vae.errors import SettingsError
 from remote_vae.extension.commands import server_commands
-from remote_vae.hosts.base import PREFIX, WebUi
+from remote_vae.hosts.base import PREFIX, WebUi, warn
 from remote_vae.settings import Option, Settings, load_options
 from remote_vae.vae.at_work import VaeAtWork
 
@@ -110,7 +108,7 @@ def try_typed(adapter: WebUi, typed: object = None) -> tuple[str, str]:
     """The verdict on the endpoint that stands in the page, applied or not, and the line of state. Both are HTML."""
     try:
         settings = adapter.own_settings()
-        if isinstance(typed, str):
+        if isinstance(typed, str) and not _is_frozen():
             settings = replace(settings, endpoint=typed)
         trial = adapter.router.try_endpoint(_current(adapter), settings)
         mark, text = ("&#10003;" if trial.is_good else "&#10007;"), trial.verdict
@@ -122,6 +120,13 @@ def try_typed(adapter: WebUi, typed: object = None) -> tuple[str, str]:
         log.exception("the endpoint could not be tested")
         mark, text = "&#10007;", f"the test itself went wrong: {error}"
     return f"<p>{mark} {html.escape(text)}</p>", _state(adapter)
+
+
+def _is_frozen() -> bool:
+    """Whether nobody may change settings in the page: then the token of the set endpoint goes to no other one either."""
+    from modules import shared
+
+    return bool(getattr(getattr(shared, "cmd_opts", None), "freeze_settings", False))
 
 
 def _state(adapter: WebUi) -> str:
@@ -183,7 +188,7 @@ def _changed(option: Option) -> None:
     problem = _mend(option)
     if problem:
         log.warning("Settings: %s", problem)
-        _show(f"Remote VAE: {problem}")
+        warn(f"Remote VAE: {problem}")
     _explain()
 
 
@@ -219,12 +224,3 @@ def _explain() -> None:
         info.info(option.help)
         if key in problems:
             info.info(html.escape(problems[key]))
-
-
-def _show(text: str) -> None:
-    """As a message over the page. Outside of one, as in the host's API, gradio warns Python, or has no such message."""
-    import gradio as gr
-
-    with suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gr.Warning(text)

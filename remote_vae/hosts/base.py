@@ -168,10 +168,15 @@ class WebUi(ABC):
 
     def _look_back(self, generation: Generation, processed: Any) -> None:
         """Say it where pictures were made and the seam was not entered: else nobody notices that nothing is remote."""
+        from modules import shared
+
         try:
             pictures = len(getattr(processed, "images", None) or ())
             if generation.outer is not None:
                 generation.outer.entered = generation.outer.entered or generation.entered
+            if any(getattr(shared.state, flag, False) for flag in _FLAGS):
+                # What was begun may have been made by an approximation (live_preview_fast_interrupt).
+                return
             wanted = generation.request.enabled
             if not pictures or not self.installed or not (self._switched_on() if wanted is None else wanted):
                 return
@@ -338,7 +343,7 @@ class WebUi(ABC):
         problem = fallback(record)
         if problem and problem != self._warned:
             self._warned = problem
-            _warn(f"Remote VAE: {problem}")
+            warn(f"Remote VAE: {problem}")
 
     def _after(self, op: Op, pressed: list[str]) -> None:
         """A call of this thread is over; ``pressed`` are the flags that have risen in it, and have ended its wait."""
@@ -397,8 +402,8 @@ def _version(where: str) -> str:
         return ""
 
 
-def _warn(text: str) -> None:
-    """As a message over the page. Outside of one, as in the host's API, gradio warns Python, or has no such message."""
+def warn(text: str) -> None:
+    """Show ``text`` over the page. Outside of one, as in the host's API, gradio warns Python, or has no such message."""
     with suppress(Exception), warnings.catch_warnings():
         import gradio as gr
 

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,15 @@ def test_the_button_tries_the_endpoint_and_says_what_to_do(ui: A1111Host, server
         assert "<b>State</b>" in state
     assert adapter.router.history.last is None, "a test is no call"
     assert page["remote_vae_test"].press()["HTML"]
+
+
+def test_where_settings_are_frozen_the_button_tries_the_one_that_is_set_and_no_other(
+    ui: A1111Host, server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ui.turn_on("http://127.0.0.1:9")
+    monkeypatch.setattr(sys.modules["modules.shared"], "cmd_opts", SimpleNamespace(freeze_settings=True), raising=False)
+    verdict, _ = settings_panel.try_typed(adapter, server.url)
+    assert "connection refused" in verdict
 
 
 def test_the_state_is_that_of_the_last_call(ui: A1111Host, server: ServerThread) -> None:
