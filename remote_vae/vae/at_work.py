@@ -25,6 +25,8 @@ def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 # VAEs of diffusers whose encoder gives latents: in an output of their own, or as a distribution that is one point.
 _WITHOUT_POSTERIOR = ("AutoencoderTiny", "AutoencoderDC", "AutoencoderKLCosmos")
 _TEMPORAL_DECODER = "AutoencoderKLTemporalDecoder"
+# The mask of its attention is made for one video, and fails with several (diffusers 0.42).
+_OF_ONE_VIDEO = "AutoencoderKLHunyuanVideo15"
 
 
 def whole_diffusers(module: Any, op: Op, tensor: torch.Tensor) -> torch.Tensor:
@@ -35,6 +37,8 @@ def whole_diffusers(module: Any, op: Op, tensor: torch.Tensor) -> torch.Tensor:
     if is_of(module, _TEMPORAL_DECODER) and tensor.ndim == VIDEO_DIMENSIONS:
         made = _of_frames(module, op, tensor.movedim(2, 1).flatten(0, 1), tensor.shape[2])
         return made.reshape(tensor.shape[0], -1, *made.shape[1:]).movedim(1, 2)
+    if is_of(module, _OF_ONE_VIDEO) and tensor.shape[0] > 1:
+        return torch.cat([_called(module, op, video) for video in torch.split(tensor, 1)])
     return _called(module, op, tensor)
 
 

@@ -28,6 +28,18 @@ def test_a_vae_has_the_shape_that_its_config_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_several_at_once_are_each_what_it_is_alone(name: str) -> None:
+    vae = small_vae(name)
+    family = family_of(vae)
+    latents = torch.randn(2, family.latent_channels, *((1,) if family.video else ()), 2, 2)
+    with torch.no_grad():
+        pixels = whole_diffusers(vae, "decode", latents)
+        for op, given, made in (("decode", latents, pixels), ("encode", pixels, whole_diffusers(vae, "encode", pixels))):
+            alone = torch.cat([whole_diffusers(vae, op, each) for each in given.split(1)])
+            torch.testing.assert_close(made, alone, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_a_small_vae_of_each_family_is_recognised(name: str) -> None:
     if name in load_families():
         assert family_of(small_vae(name)).key == name
