@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def answer(call: VaeCall[T], settings: Settings, *, dtype: torch.dtype | None = 
     because = ""
     for way in _ways(call, settings, dtype):
         try:
-            return Outcome(way.run(), way.route, way.detail, because=because)
+            return Outcome(_run(way, call.vae.module), way.route, way.detail, because=because)
         except Exception as error:
             memory = _is_memory(error)
             if way.run is call.whole:
@@ -70,6 +71,16 @@ def answer(call: VaeCall[T], settings: Settings, *, dtype: torch.dtype | None = 
         message = f"this machine has too little memory for {_name(call)} ({failure})"
         raise OutOfMemory(message, reason="out of memory") from failure
     raise failure
+
+
+def _run(way: Way[T], module: Any) -> T:
+    try:
+        return way.run()
+    except BaseException:
+        # What Wan's and Qwen-Image's VAEs keep of the frames before would stay in the device's memory until their next call.
+        if hasattr(module, "clear_cache"):
+            module.clear_cache()
+        raise
 
 
 def wants_bfloat16(call: VaeCall[T], settings: Settings) -> bool:

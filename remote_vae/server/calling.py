@@ -99,13 +99,7 @@ def _on_this_machine(
 
     user = User(tell=lambda _: _check(place))
     call = VaeCall(op, tensor, vae, adopt=_values, whole=whole, own_tiling=in_its_own_tiles, user=user)
-    try:
-        return local.answer(call, Settings(), dtype=dtype).value
-    except BaseException:
-        # What Wan's and Qwen-Image's VAEs keep of the frames before would stay in the device's memory until the next call.
-        if hasattr(vae.module, "clear_cache"):
-            vae.module.clear_cache()
-        raise
+    return local.answer(call, Settings(), dtype=dtype).value
 
 
 def _values(made: Answer) -> torch.Tensor:

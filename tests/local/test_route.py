@@ -423,3 +423,32 @@ def test_a_video_whose_vae_has_no_exact_strips_is_made_in_its_own_tiles_and_then
     outcome = host.answered()
     assert outcome.detail == "on the CPU"
     assert outcome.value.shape == (1, 3, 1, 32, 48)
+
+
+def test_what_a_vae_keeps_of_frames_is_given_back_before_the_next_way_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = small_vae("wan")
+    latents = torch.zeros(1, 16, 2, 2, 2)
+    asked: list[bool] = []
+    forward = vae.decoder.forward
+
+    def no_room_for_the_second_frame(*args: Any, **kwargs: Any) -> Any:
+        asked.append(True)
+        if len(asked) == 2:
+            raise oom()
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(vae.decoder, "forward", no_room_for_the_second_frame)
+    kept: list[bool] = []
+    monkeypatch.setattr(route, "_exact_ways", lambda *_: iter(()))
+
+    def in_tiles() -> torch.Tensor:
+        kept.append(any(isinstance(each, torch.Tensor) for each in vae._feat_map))
+        return latents
+
+    with torch.no_grad():
+        at_work = VaeAtWork(vae, find_family("wan"))
+        call = VaeCall(
+            "decode", latents, at_work, values, whole=lambda: whole_diffusers(vae, "decode", latents), own_tiling=in_tiles
+        )
+        assert answer(call, Settings()).value is latents
+    assert kept == [False]
