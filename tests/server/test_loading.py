@@ -184,6 +184,16 @@ def test_what_cannot_be_served_is_refused_with_what_can_be(
         load_vae(str(tmp_path), device="cpu")
 
 
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+@pytest.mark.parametrize(("name", "naming"), list(ORIGINAL))
+def test_a_half_of_a_vae_is_refused(tmp_path: Path, name: str, naming: str, half: str) -> None:
+    state = ORIGINAL[name, naming](small_vae(name).state_dict())
+    left = {key: value.contiguous().clone() for key, value in state.items() if half not in key}
+    save_file(left, str(tmp_path / "some.safetensors"))
+    with pytest.raises(SettingsError, match="--vae"):
+        load_vae(str(tmp_path / "some.safetensors"), family=ALIKE.get(name))
+
+
 def test_shards_that_are_not_whole_or_elsewhere_are_refused(tmp_path: Path) -> None:
     small_vae("flux2").save_pretrained(tmp_path, max_shard_size="1MB")
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"

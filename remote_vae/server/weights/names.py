@@ -8,6 +8,8 @@ from typing import Union
 
 import torch
 
+from remote_vae.errors import UnsupportedLayout
+
 State = Mapping[str, torch.Tensor]
 Rule = tuple[str, Union[str, Callable[["re.Match[str]"], str]]]
 
@@ -85,10 +87,17 @@ _TINY: Sequence[Rule] = (
 
 
 def in_diffusers_names(state: State) -> dict[str, torch.Tensor]:
-    """The same weights under the names that diffusers' class has; unknown layouts keep their own."""
+    """The same weights under the names that diffusers' class has; unknown layouts keep their own.
+
+    Raises:
+        UnsupportedLayout: some are missing.
+    """
     for seen, convert in _LAYOUTS:
         if seen(state):
-            return convert(state)
+            try:
+                return convert(state)
+            except KeyError as error:
+                raise UnsupportedLayout(f"it is a part of a VAE: {error} is missing") from None
     return _renamed(state, _OLD)
 
 
