@@ -210,8 +210,9 @@ class _Call:
             return
         except Exception as error:
             answer = _error(error)
-        # A slow reader need not keep what he sent in memory.
+        # A slow reader need not keep what he sent in memory. What he gets, nobody knew before of a picture's file.
         del body
+        place.nbytes = len(answer.body)
         waited, took = place.times()
         size = f"{len(answer.body) / 1e6:.1f} MB" if answer.status == 200 else error_detail(answer.body)
         log.info(

@@ -186,6 +186,21 @@ def test_a_client_that_leaves_in_the_middle_of_its_answer_gives_its_place_back(v
         running.close()
 
 
+def test_the_answer_to_an_encode_that_is_not_read_keeps_its_place(vae: Any) -> None:
+    """A picture's file, or a small tensor, says nothing of the bytes that its latents take."""
+    own = copy.deepcopy(vae)
+    running = serving(own, limits=Limits(max_bytes=1 << 20))
+    own.encode = lambda x, **_: (torch.zeros(1, 32, 1, 512, 1024),)
+    try:
+        with Raw(running, receive_bytes=4096) as slow:
+            slow.post("/encode", (1, 3, 1, 8, 8), 3 * 64 * 4)
+            assert slow.socket.recv(64).startswith(b"HTTP/1.1 200")
+            assert decode(running, LATENTS).status_code == 503
+        wait_until(lambda: decode(running, LATENTS).status_code == 200)
+    finally:
+        running.close()
+
+
 # --- NaN and memory ------------------------------------------------------------------------------------------------------
 
 
