@@ -1,4 +1,5 @@
-// The box in the title of the accordion "Remote VAE" shows what the settings say until the user presses it.
+// The box in the title of the accordion "Remote VAE" shows what the settings say until the user presses it, and the lines of
+// state say how things stand now.
 
 (function () {
     const tabs = ["txt2img", "img2img"];
@@ -35,6 +36,33 @@
         }
     }
 
-    if (typeof onOptionsChanged === "function") onOptionsChanged(follow);
-    if (typeof onUiLoaded === "function") onUiLoaded(() => setTimeout(follow, 500));
+    function refresh() {
+        gradioApp().querySelectorAll("[id$=remote_vae_state_refresh]").forEach((button) => button.click());
+    }
+
+    // After a generation, by the text that then stands under its picture; and when somebody opens what has such a line.
+    function watch() {
+        const seen = new MutationObserver(() => setTimeout(refresh, 200));
+        for (const tab of tabs) {
+            const text = gradioApp().querySelector(`#html_info_${tab}`);
+            if (text) seen.observe(text, {childList: true, subtree: true, characterData: true});
+        }
+        document.addEventListener("click", (event) => {
+            const within = "[id$=remote_vae_remote_vae] .label-wrap, #settings .tab-nav button, #tabs > .tab-nav button";
+            if (event.isTrusted && event.target.closest?.(within)) refresh();
+        });
+    }
+
+    if (typeof onOptionsChanged === "function") {
+        onOptionsChanged(() => {
+            follow();
+            refresh();
+        });
+    }
+    if (typeof onUiLoaded === "function") {
+        onUiLoaded(() => {
+            setTimeout(follow, 500);
+            watch();
+        });
+    }
 })();

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from remote_vae.extension.state_line import state_line
 from remote_vae.hosts.base import WebUi
 from remote_vae.hosts.generation import FOLLOW, INFOTEXT, MODE_TEXT, MODES, REQUEST, TRANSFER_TEXT, Request
 from remote_vae.settings import load_options
@@ -74,7 +75,7 @@ def script_class(adapter: WebUi) -> type:
 
             on = adapter.own_settings().enabled
             with _titled(on, self.elem_id("remote_vae")) as box:
-                gr.HTML(value=partial(_state, adapter))
+                state_line(partial(_state, adapter), self.elem_id("remote_vae_state"))
                 seen = gr.Checkbox(value=on, visible=False, elem_id=self.elem_id("remote_vae_seen"))
                 seen.do_not_save_to_config = True
                 scope = gr.Radio(

@@ -14,6 +14,7 @@ from typing import Any
 
 from remote_vae.errors import SettingsError
 from remote_vae.extension.commands import server_commands
+from remote_vae.extension.state_line import state_line
 from remote_vae.hosts.base import PREFIX, WebUi, warn
 from remote_vae.settings import Option, Settings, load_options
 from remote_vae.vae.at_work import VaeAtWork
@@ -95,8 +96,7 @@ def _test(adapter: WebUi, **arguments: Any) -> Any:
     """The state, the button that tries the endpoint, and the commands for the other machine."""
     import gradio as gr
 
-    # A function, which gradio asks each time that the page is loaded.
-    state = gr.HTML(value=partial(_state, adapter), elem_id="remote_vae_state")
+    state = state_line(partial(_state, adapter), "remote_vae_state")
     button = gr.Button("Test", elem_id="remote_vae_test")
     verdict = gr.HTML("", elem_id="remote_vae_verdict")
     typed = _on_the_page("setting_" + PREFIX + "endpoint")
