@@ -75,7 +75,7 @@ def script_class(adapter: WebUi) -> type:
 
             on = adapter.own_settings().enabled
             with _titled(on, self.elem_id("remote_vae")) as box:
-                state_line(partial(_state, adapter), self.elem_id("remote_vae_state"))
+                state_line(adapter, partial(_state, adapter), self.elem_id("remote_vae_state"))
                 seen = gr.Checkbox(value=on, visible=False, elem_id=self.elem_id("remote_vae_seen"))
                 seen.do_not_save_to_config = True
                 scope = gr.Radio(

@@ -96,7 +96,7 @@ def _test(adapter: WebUi, **arguments: Any) -> Any:
     """The state, the button that tries the endpoint, and the commands for the other machine."""
     import gradio as gr
 
-    state = state_line(partial(_state, adapter), "remote_vae_state")
+    state = state_line(adapter, partial(_state, adapter), "remote_vae_state")
     button = gr.Button("Test", elem_id="remote_vae_test")
     verdict = gr.HTML("", elem_id="remote_vae_verdict")
     typed = _on_the_page("setting_" + PREFIX + "endpoint")

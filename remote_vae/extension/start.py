@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from functools import partial
 
-from remote_vae.extension.accordion import script_class
+from remote_vae.extension.accordion import TITLE, script_class
 from remote_vae.extension.axes import add_axes, remove_axes
 from remote_vae.extension.console import show_log
 from remote_vae.extension.settings_panel import add_options, restrict_options
@@ -34,6 +35,8 @@ def load() -> type | None:
     if adapter.installed:
         _register(adapter)
     _say_what_is_hooked(adapter)
+    with suppress(Exception):  # then it is shown where scripts always are
+        adapter.show_in_tabs(TITLE)
     return script_class(adapter)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -35,6 +36,9 @@ from remote_vae.settings import Settings, load_options
 from remote_vae.vae.at_work import Op, VaeAtWork
 
 log = logging.getLogger("remote_vae")
+
+# For so many seconds a warning is news.
+_NEWS = 60.0
 
 # Of the options' names in the UI. SD.Next has options of its own that begin with remote_vae_.
 PREFIX = "remotevae_"
@@ -78,6 +82,8 @@ class WebUi(ABC):
         self._not_entered = ""
         # The last fallback that was shown over the page.
         self._warned = ""
+        # A warning of a thread that has no page, and when it was.
+        self._unshown: tuple[str, float] = ("", 0.0)
 
     # --- what each UI has of its own -------------------------------------------------------------------------------------
 
@@ -112,6 +118,9 @@ class WebUi(ABC):
         for owner, name, around in self._wrapped_functions():
             wrap(owner, name, around, self)
         self.hook_loaded()
+
+    def show_in_tabs(self, title: str) -> None:  # noqa: B027
+        """Let the UI show the script of this title in its tabs: most do so without being asked."""
 
     def hook_loaded(self) -> None:
         """Get in the way of every model that is loaded."""
@@ -343,7 +352,13 @@ class WebUi(ABC):
         problem = fallback(record)
         if problem and problem != self._warned:
             self._warned = problem
-            warn(f"Remote VAE: {problem}")
+            text = f"Remote VAE: {problem}"
+            self._unshown = ("", 0.0) if warn(text) else (text, time.monotonic())
+
+    def unshown_warning(self) -> str:
+        """What no page has shown, for the next that asks; "" where there is nothing, or nothing of now. For any thread."""
+        (text, when), self._unshown = self._unshown, ("", 0.0)
+        return text if time.monotonic() - when < _NEWS else ""
 
     def _after(self, op: Op, pressed: list[str]) -> None:
         """A call of this thread is over; ``pressed`` are the flags that have risen in it, and have ended its wait."""
@@ -402,13 +417,16 @@ def _version(where: str) -> str:
         return ""
 
 
-def warn(text: str) -> None:
-    """Show ``text`` over the page. Outside of one, as in the host's API, gradio warns Python, or has no such message."""
-    with suppress(Exception), warnings.catch_warnings():
+def warn(text: str) -> bool:
+    """As a message over the page. False: this thread has none, as in the host's API, and where the UI generates in another."""
+    # It warns Python where there is no page.
+    with suppress(Exception), warnings.catch_warnings(record=True) as missed:
         import gradio as gr
 
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("always")
         gr.Warning(text)
+        return not missed
+    return False
 
 
 def is_picture(tensor: Any) -> bool:

@@ -10,6 +10,8 @@ the picture. There we stand in front of it: what it cannot do is done in another
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,12 +25,17 @@ from remote_vae.call import VaeCall
 from remote_vae.errors import UnsupportedLayout
 from remote_vae.hosts.base import ThreadState, WebUi
 from remote_vae.hosts.diffusers_calls import parameters_of, vae_call
+from remote_vae.hosts.generation import REQUEST, Request
 from remote_vae.hosts.wrapping import is_ours, is_wrapped, place, unwrap, wrap
 from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior, is_of
 from remote_vae.vae.families import Family, family_of
 
+log = logging.getLogger("remote_vae")
+
 # What SD.Next calls the VAE that comes with the model.
 _OWN_VAE = ("Automatic", "Default", "None", "")
+# What it calls the VAE type that Hugging Face's public endpoints answer.
+_THEIR_REMOTE = "Remote"
 _OPS: tuple[Op, ...] = ("decode", "encode")
 
 
@@ -67,6 +74,12 @@ class SdNext(WebUi):
 
     def _of_class(self, kind: type) -> list[tuple[Any, str, Callable[..., Any]]]:
         return [(kind, op, partial(self._around_vae, op)) for op in _OPS]
+
+    def show_in_tabs(self, title: str) -> None:
+        """Have the script shown in the Control tab, the only one of its default theme, where it lists the scripts."""
+        shown = getattr(importlib.import_module("installer"), "control_extensions", None)
+        if isinstance(shown, list) and title not in shown:
+            shown.append(title)
 
     def hook(self, model: Any) -> None:
         """Stand in front of the class of its VAE, and of what SD.Next has put before the VAE itself."""
@@ -140,6 +153,24 @@ class SdNext(WebUi):
         # Not its property sd_model of modules.shared: reading that can start the loading of a model.
         models = (getattr(data, name, None) for name in ("sd_model", "sd_refiner"))
         return [model for model in models if model is not None]
+
+    def _around_generation(self, original: Callable[..., Any], p: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around ``process_images_inner``. SD.Next's own "Remote" sends pictures to Hugging Face, and past our endpoint."""
+        if getattr(p, "vae_type", None) != _THEIR_REMOTE or not self._is_on_for(p):
+            return super()._around_generation(original, p, *args, **kwargs)
+        log.info(
+            "VAE type %s: it is asked of Remote VAE's endpoint, as Remote VAE is on, and not of SD.Next's own", _THEIR_REMOTE
+        )
+        p.vae_type = "Full"
+        try:
+            return super()._around_generation(original, p, *args, **kwargs)
+        finally:
+            p.vae_type = _THEIR_REMOTE
+
+    def _is_on_for(self, p: Any) -> bool:
+        asked = getattr(p, REQUEST, None)
+        wanted = asked.enabled if isinstance(asked, Request) else None
+        return self.installed and (self._switched_on() if wanted is None else wanted)
 
     def _around_preview(self, original: Callable[..., Any], sample: Any, approximation: Any = None) -> Any:
         """In this UI the approximation is named for previews as well."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +161,26 @@ def opened(ui: A1111Host) -> dict[str, Any]:
             label=info.label, value=ui.opts.data.get(name, info.default), elem_id=f"setting_{name}", **info.component_args
         )
     return made
+
+
+def test_a_warning_of_a_thread_that_has_no_page_is_shown_by_the_next_page_that_asks_how_things_stand(
+    ui: A1111Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = sys.modules["gradio"].shown
+    page = opened(ui)
+    with monkeypatch.context() as elsewhere:
+        # As gradio 4 says it where it knows no page.
+        elsewhere.setattr(sys.modules["gradio"], "Warning", lambda text: warnings.warn(text, stacklevel=1))
+        ui.turn_on("http://127.0.0.1:9")
+        ui.txt2img()
+    assert not shown
+    pressed = [page["remote_vae_state_refresh"].press()["HTML"] for _ in range(2)]
+    assert all("127.0.0.1:9" in state for state in pressed)
+    [warning] = shown
+    assert "the picture was made on this machine" in warning
+    ui.txt2img()
+    page["remote_vae_state_refresh"].press()
+    assert len(shown) == 1, "the same cause is no news"
 
 
 def test_the_button_tries_the_endpoint_and_says_what_to_do(ui: A1111Host, server: ServerThread) -> None:

@@ -80,10 +80,14 @@ class SdnextHost(Host):
         self.model_data = SimpleNamespace(sd_model=None, sd_refiner=None)
         self.modeldata = make_module("modules.modeldata", model_data=self.model_data)
         self.errors = make_module("modules.errors", display=lambda error, task: log.error("%s: %s", task, error))
+        # Decodes that went to Hugging Face's public endpoints.
+        self.sent_elsewhere = 0
         # VAEs that were moved to the card.
         self.moved: list[Any] = []
         self.sd_models = make_module("modules.sd_models", move_model=self._move_model)
         self.sd_hijack_vae = make_module("modules.sd_hijack_vae", init_hijack=self._init_hijack)
+        # The scripts that the Control tab shows.
+        self.installer = make_module("installer", control_extensions=["IP Adapters"], git_commit="unknown")
         self.processing_vae = make_module("modules.processing_vae", vae_decode=self._vae_decode)
         self.processing_diffusers = make_module("modules.processing_diffusers", process_diffusers=self._process_diffusers)
         self.load(self.made("sd1"))
@@ -209,9 +213,12 @@ class SdnextHost(Host):
         self.while_sampling()
         if state.interrupted or state.skipped:
             return []
-        return list(self.processing_vae.vae_decode(latents, self.model))
+        return list(self.processing_vae.vae_decode(latents, self.model, vae_type=p.vae_type))
 
-    def _vae_decode(self, latents: torch.Tensor, model: Any, output_type: str = "np") -> Any:
+    def _vae_decode(self, latents: torch.Tensor, model: Any, output_type: str = "np", vae_type: str = "Full") -> Any:
+        if vae_type == "Remote":
+            self.sent_elsewhere += 1
+            return [np.zeros((latents.shape[-2] * 8, latents.shape[-1] * 8, 3), np.uint8) for _ in latents]
         self.state.begin("VAE Decode")
         try:
             latents = (latents / model.vae.config.scaling_factor).to(model.vae.dtype)

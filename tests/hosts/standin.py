@@ -54,8 +54,14 @@ class Component:
         self.value, self.label = value, label
         self.made[elem_id] = self
 
-    def click(self, fn: Callable[..., Any], *, inputs: list[Any], outputs: list[Any]) -> None:
-        self.press = lambda *typed: dict(zip((each.label or type(each).__name__ for each in outputs), fn(*typed), strict=True))
+    def click(self, fn: Callable[..., Any], *, inputs: list[Any], outputs: list[Any], show_progress: str = "full") -> None:
+        names = [each.label or type(each).__name__ for each in outputs]
+
+        def press(*typed: Any) -> dict[str, Any]:
+            made = fn(*typed)
+            return dict(zip(names, [made] if len(names) == 1 else made, strict=True))
+
+        self.press = press
 
 
 class Accordion:
@@ -82,7 +88,7 @@ def gradio() -> ModuleType:
         "Radio": ("choices",),
         "Textbox": ("max_lines", "visible"),
         "HTML": (),
-        "Button": (),
+        "Button": ("visible",),
     }
     kinds = {name: type(name, (Component,), {"takes": names}) for name, names in takes.items()}
     # Over the page, by what it says.
@@ -225,6 +231,7 @@ class Request:
     batch_size: int = 1
     n_iter: int = 1
     iteration: int = 0
+    vae_type: str = "Full"
     image: torch.Tensor | None = None
     alwayson: dict[str, list[Any]] = field(default_factory=dict)
     extra_generation_params: dict[str, Any] = field(default_factory=dict)

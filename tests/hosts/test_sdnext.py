@@ -150,3 +150,23 @@ def test_a_request_of_the_api_cannot_say_where_pictures_and_tokens_go(host: Sdne
     """Its options know no ``restrict_api``; there is a list of those that requests may not override."""
     restricted = {"endpoint", "decode_endpoint", "encode_endpoint", "public_endpoints", "rescue_folder", "share"}
     assert {f"remotevae_{key}" for key in restricted} <= host.shared.restricted_opts
+
+
+@pytest.mark.parametrize(("enabled", "mode"), [(True, None), (False, "auto"), (False, None), (True, "off")])
+def test_the_uis_own_remote_vae_is_asked_only_where_ours_is_off(
+    host: SdnextHost, endpoint: Endpoint, enabled: bool, mode: str | None
+) -> None:
+    """It would send the pictures to Hugging Face, although an endpoint is set."""
+    is_ours = enabled if mode is None else mode == "auto"
+    host.turn_on(endpoint.url, enabled=enabled)
+    host.alwayson = {} if mode is None else {"Remote VAE": [mode]}
+    p = Request(vae_type="Remote")
+    host.generate(p)
+    assert host.sent_elsewhere == (0 if is_ours else 1)
+    assert endpoint.requests == (["/decode"] if is_ours else [])
+    assert p.vae_type == "Remote", "what the user picked stays picked"
+
+
+def test_the_control_tab_which_shows_only_scripts_of_its_list_shows_ours(host: SdnextHost) -> None:
+    host.reload_ui()
+    assert host.installer.control_extensions == ["IP Adapters", "Remote VAE"]
