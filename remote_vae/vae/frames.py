@@ -25,6 +25,8 @@ _OF_WHOLE_CELLS = frozenset(
 )
 # So does Wan's of 16 pixels a cell (Wan 2.2 5B), and not that of 8.
 _WAN, _WAN_CELL = "AutoencoderKLWan", 16
+# Their decoders pad with the mirror image of the latents, for which a side needs a second cell.
+_OF_TWO_CELLS = frozenset({"AutoencoderKLLTX2Video"})
 # It folds once, before its first level.
 _LTX, _LTX_SQUARE = "AutoencoderKLLTXVideo", 4
 
@@ -33,6 +35,12 @@ def check_latent_frames(family: Family, frames: int) -> None:
     """Raises InvalidRequest: the VAE of a video ``family`` cannot decode so many latent frames."""
     if frames > 1 and not _OF_ONE_FRAME.isdisjoint(family.classes):
         raise InvalidRequest(f"the VAE of {family.label} decodes single frames: got {frames}, send them one by one")
+
+
+def check_cells(family: Family, height: int, width: int) -> None:
+    """Raises InvalidRequest: the VAE of ``family`` cannot decode latents of so many cells."""
+    if min(height, width) < 2 and not _OF_TWO_CELLS.isdisjoint(family.classes):
+        raise InvalidRequest(f"the VAE of {family.label} decodes 2 x 2 latent cells or more: got {[height, width]}")
 
 
 def check_frames(family: Family, frames: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from remote_vae.errors import InvalidRequest
 from remote_vae.vae.at_work import whole_diffusers
 from remote_vae.vae.families import Family, family_of
-from remote_vae.vae.frames import check_frames, check_latent_frames, check_sides
+from remote_vae.vae.frames import check_cells, check_frames, check_latent_frames, check_sides
 from tests.vaes import small_vae
 
 FRAMES = 6
@@ -18,7 +19,7 @@ FRAMES = 6
 VIDEOS = ("qwen-image", "qwen-image-2.1", "hunyuan-video-1.5", "ltx", "ltx2", "mochi", "cogvideox", "cosmos")
 
 
-def refused(check: Callable[[Family, int], None], family: Family, frames: int) -> bool:
+def refused(check: Callable[[Family, Any], None], family: Family, frames: Any) -> bool:
     try:
         check(family, frames)
     except InvalidRequest:
@@ -83,6 +84,24 @@ def test_sides_are_refused_where_the_vae_fails(name: str) -> None:
     expected = list(map(fails, sides))
     assert [refused(lambda own, side: check_sides(own, side, 2 * cell), family, side) for side in sides] == expected
     assert [refused(lambda own, side: check_sides(own, 2 * cell, side), family, side) for side in sides] == expected
+
+
+@pytest.mark.parametrize("name", ["ltx2", "ltx", "sana", "flux2"])
+def test_cells_are_refused_where_the_vae_fails(name: str) -> None:
+    vae = small_vae(name)
+    family = family_of(vae)
+
+    def fails(height: int, width: int) -> bool:
+        try:
+            with torch.inference_mode():
+                frames = (1,) if family.video else ()
+                whole_diffusers(vae, "decode", torch.zeros(1, family.latent_channels, *frames, height, width))
+        except RuntimeError:
+            return True
+        return False
+
+    for size in ((1, 1), (1, 3), (3, 1), (2, 2)):
+        assert refused(lambda own, cells: check_cells(own, *cells), family, size) == fails(*size)
 
 
 def test_the_message_says_how_many_frames_to_send() -> None:
