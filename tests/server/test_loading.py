@@ -124,6 +124,19 @@ def test_the_model_beside_it_in_a_checkpoint_says_it(tmp_path: Path, family: str
         load_vae(str(file), device="cpu")
 
 
+def test_a_file_that_does_not_say_how_its_latents_are_scaled_is_served_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CogVideoX 2B and 5B scale the latents of one VAE."""
+    file = in_file(tmp_path, small_vae("cogvideox"), "cogvideox", "diffusers")
+    assert load_vae(str(file), device="cpu").family.scaling_factor == 1.15258426
+    assert "some.safetensors does not say which model it is of: latents are scaled by 1.15258426" in caplog.text
+    caplog.clear()
+    (tmp_path / "config.json").write_text(small_vae("cogvideox", scaling_factor=0.7).to_json_string())
+    assert load_vae(str(file), device="cpu").family.scaling_factor == 0.7
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_a_taesd_in_two_files_is_loaded_from_either(tmp_path: Path, half: str) -> None:
     vae = small_vae("taesd")

@@ -34,6 +34,8 @@ _BESIDE = (
     ("flux", ".double_stream_blocks."),
     ("flux", ".cap_embedder."),
 )
+# Models whose VAE has the same weights and another factor than that of the family, which a file does not say.
+_SCALED_OTHERWISE = {"cogvideox": "CogVideoX 5B: 0.7"}
 # Playground 2.5 looks like SDXL, and its VAE has factors of its own.
 _OF_ITS_OWN = "edm_mean"
 
@@ -77,6 +79,12 @@ def infer_config(weights: Weights, family: Family | None) -> dict[str, Any]:
         for kind in kinds
     }
     chosen = _chosen([entry for entries in fitting.values() for entry in entries], config, weights, family)
+    if chosen.key in _SCALED_OTHERWISE:
+        log.warning(
+            "%s does not say which model it is of: latents are scaled by %s where a client leaves that to the server (%s); "
+            "with the model's config.json beside it, by its own",
+            *(weights.name, chosen.scaling_factor, _SCALED_OTHERWISE[chosen.key]),
+        )
     kind = next(kind for kind in kinds if chosen in fitting[kind])
     taken = _arguments(kind)
     factors = {name: getattr(chosen, name) for name in _FACTORS if name in taken and getattr(chosen, name)}
