@@ -53,8 +53,9 @@ class Server:
 
     def __init__(self, vae: Path = ROOT / "assets" / "demo_vae", *options: str) -> None:
         command = [sys.executable, "-m", "remote_vae", "serve", "--vae", str(vae), "--port", "0", *options]
-        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        line = next(line for line in self._process.stdout or () if " on http://" in line)
+        # Its errors alone would be worth a look, and they stand among a line for each of thousands of calls.
+        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        line = next(line for line in self._process.stdout or () if line.startswith("Endpoint: "))
         self.url = line.split()[-1]
         self.port = int(self.url.rpartition(":")[2])
         self._memory = psutil.Process(self._process.pid)

@@ -196,6 +196,8 @@ def _serve(options: argparse.Namespace) -> int:
     from remote_vae.server.admission import Limits
     from remote_vae.server.run import serve
 
+    # Of those, also without -v.
+    logging.getLogger("remote_vae.calls").setLevel(logging.INFO)
     serve(
         options.vae,
         family=options.family,

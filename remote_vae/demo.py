@@ -252,7 +252,7 @@ class _Server:
         timer.start()
         try:
             for line in self._process.stdout or ():
-                if " on http://" in line:
+                if line.startswith("Endpoint: "):
                     return line.split()[-1]
         finally:
             timer.cancel()

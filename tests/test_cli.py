@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -375,7 +376,7 @@ def test_the_options_of_the_panel_are_flags(capsys: pytest.CaptureFixture[str]) 
         assert "--" + key.replace("_", "-") in text
 
 
-def test_serve_prints_its_address_and_answers_there_until_interrupted(tmp_path: Path) -> None:
+def test_serve_prints_what_to_enter_and_a_line_a_call_until_interrupted(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "remote_vae", "serve", "--vae", str(DEMO_VAE), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -383,13 +384,20 @@ def test_serve_prints_its_address_and_answers_there_until_interrupted(tmp_path: 
     )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("Remote VAE serves custom VAE, ")
-        assert main(["check", "--endpoint", line.split()[-1]]) == 0
+        lines = [process.stdout.readline() for _ in range(4)]
+        assert lines[0] == f"loading {DEMO_VAE} ...\n"
+        assert lines[1].startswith("Remote VAE serves custom VAE, ")
+        assert re.fullmatch(r"Endpoint: http://127\.0\.0\.1:\d+\n", lines[2])
+        assert "--host 0.0.0.0" in lines[3]
+        assert main(["check", "--endpoint", lines[2].split()[-1]]) == 0
         process.send_signal(signal.SIGINT)
         assert process.wait(20) in (0, 130, -signal.SIGINT)
         assert process.stderr is not None
-        assert "Traceback" not in process.stderr.read()
+        error = process.stderr.read()
+        assert "Traceback" not in error
+        assert [line.split(":")[0] for line in error.splitlines()] == [
+            f"{op} 256x256 for 127.0.0.1" for op in ("decode", "encode")
+        ]
     finally:
         process.kill()
         process.communicate()

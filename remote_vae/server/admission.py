@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from remote_vae.errors import InvalidRequest, RemoteVaeError
 from remote_vae.vae.at_work import Op
@@ -107,6 +107,24 @@ class Limits:
         return {name: getattr(self, name) for name in names}
 
 
+class Size(NamedTuple):
+    """What a call makes or takes: so many pictures, or videos of so many frames, in pixels."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.frames * self.height * self.width
+
+    def __str__(self) -> str:
+        several = f"{self.batch} x " if self.batch > 1 else ""
+        frames = f"{self.frames} frames of " if self.frames > 1 else ""
+        return f"{several}{frames}{self.width}x{self.height}"
+
+
 @dataclass(eq=False)
 class Place:
     """What one request holds from its head to the end of its answer. Times are those of ``time.monotonic``.
@@ -114,6 +132,7 @@ class Place:
     Attributes:
         pixels: that the VAE has to make or read.
         nbytes: of its body and its answer.
+        size: of what it makes or takes; None until that is known.
         entered: when it was taken.
         moved: when the body last came further; None once it is here.
         begun, ended: of the VAE's work.
@@ -123,6 +142,7 @@ class Place:
     op: Op
     pixels: int
     nbytes: int
+    size: Size | None = None
     entered: float = field(default_factory=time.monotonic)
     moved: float | None = field(default_factory=time.monotonic)
     arrived: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from remote_vae.errors import InvalidRequest, NotFinite, OutOfMemory, RemoteVaeE
 from remote_vae.server.access import Access, by_token
 from remote_vae.server.admission import Busy, ClientGone, Place, Receive, Stalled, TooLarge, read_body
 from remote_vae.server.engine import Engine, NoModel
+from remote_vae.server.page import HEADERS, closed_page, status_page
 from remote_vae.version import __version__
 from remote_vae.wire import (
     DecodeRequest,
@@ -34,6 +35,8 @@ from remote_vae.wire import (
 from remote_vae.wire.http import BASE64_TYPE
 
 log = logging.getLogger("remote_vae")
+# A line a call: ``remote-vae serve`` shows them.
+calls = logging.getLogger("remote_vae.calls")
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Work = Callable[[bytearray], HttpResponse]
@@ -62,28 +65,27 @@ _STATUS: dict[type[Exception], int] = {
     OutOfMemory: 507,
     NotFinite: 422,
 }
-_PAGE = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Remote VAE</title>
-<h1>Remote VAE {__version__}</h1>
-<p>This server does VAE decode and encode for image generators. There is nothing to see here for a browser: put the
-address of this page into your UI as the endpoint (Settings, Remote VAE), or try it with
-<code>remote-vae check --endpoint ADDRESS</code>.</p>
-<p><a href="info">info</a> says which VAE it has, <a href="health">health</a> whether it is at work.</p>
-"""
 
 
-def create_app(engine: Engine, token: str = "", access: Access | None = None) -> Starlette:
+def create_app(engine: Engine, token: str = "", access: Access | None = None, endpoints: Sequence[str] = ()) -> Starlette:
     """The server's app. With ``token``, every path but / and /health wants ``Authorization: Bearer <token>``.
 
     Args:
         engine: the VAE.
         token: "" lets everyone in.
         access: another rule than that of the token, which then has no meaning.
+        endpoints: under which it is reached, for the page at /, where that is known.
     """
     refusal = access or by_token(token)
 
-    async def page(_: Request) -> Response:
-        return HTMLResponse(_PAGE)
+    async def page(request: Request) -> Response:
+        refused = refusal(request)
+        if refused is not None:
+            return HTMLResponse(closed_page(error_detail(refused.body)), headers=HEADERS)
+        with_vae = None
+        with suppress(NoModel):
+            with_vae = await engine.ask_info()
+        return HTMLResponse(status_page(with_vae, engine.status(), endpoints), headers=HEADERS)
 
     async def health(request: Request) -> Response:
         # How busy it is, is for those who may use it.
@@ -131,10 +133,11 @@ def _decode(engine: Engine, request: Request) -> _Wanted:
     accept = headers.get("accept", "").lower()
     output = Output.from_http(values, accept)
     size = _whole(values.get("height")), _whole(values.get("width"))
-    pixels = engine.check_decode(head, *size, output, values.get("family"))
-    answer = pixels * _bytes_per_pixel(output, head) * (_BASE64_OVERHEAD if BASE64_TYPE in accept else 1)
+    made = engine.check_decode(head, *size, output, values.get("family"))
+    answer = made.pixels * _bytes_per_pixel(output, head) * (_BASE64_OVERHEAD if BASE64_TYPE in accept else 1)
     limit = int(head.nbytes * _BASE64_OVERHEAD) + _SLACK
-    place = engine.admission.enter("decode", pixels, _length(request, limit) + int(answer))
+    place = engine.admission.enter("decode", made.pixels, _length(request, limit) + int(answer))
+    place.size = made
 
     def work(body: bytearray) -> HttpResponse:
         return engine.decode(DecodeRequest.from_http(query, headers, body), place)
@@ -146,11 +149,12 @@ def _encode(engine: Engine, request: Request) -> _Wanted:
     query = request.query_params.multi_items()
     head = tensor_head(query)
     limits = engine.limits
-    pixels = engine.check_encode(head, dict(query).get("family"))
+    taken = engine.check_encode(head, dict(query).get("family"))
     limit = (head.nbytes if head is not None else limits.max_pixels * _IMAGE_BYTES_PER_PIXEL) + _SLACK
     length = _length(request, limit)
     # Of a picture's file nobody knows how much it holds.
-    place = engine.admission.enter("encode", pixels or length, length)
+    place = engine.admission.enter("encode", taken.pixels if taken else length, length)
+    place.size = taken
 
     def work(body: bytearray) -> HttpResponse:
         # In the engine's thread, as a large picture's file would hold up every other request.
@@ -206,26 +210,22 @@ class _Call:
         try:
             answer = await self.engine.run(place, partial(wanted.work, body), _leaving(receive))
         except ClientGone as error:
-            log.debug("%s: %s", _who(request), error)
+            _note(request, place, str(error))
             return
         except Exception as error:
             answer = _error(error)
         # A slow reader need not keep what he sent in memory. What he gets, nobody knew before of a picture's file.
         del body
         place.nbytes = len(answer.body)
-        waited, took = place.times()
         size = f"{len(answer.body) / 1e6:.1f} MB" if answer.status == 200 else error_detail(answer.body)
-        log.info(
-            "%s of %d pixels for %s: %d, %s; waited %.2f s, took %.2f s",
-            *(place.op, place.pixels, _who(request), answer.status, size, waited, took),
-        )
+        _note(request, place, f"{answer.status}, {size}")
         if not await _send(answer, send, stall + _STALL_SLACK):
             log.debug("%s does not read its answer", _who(request))
 
     async def _refuse(self, request: Request, answer: HttpResponse, receive: Receive, send: Send) -> None:
         """Answer before the body was read. The connection ends with it, so that nobody reads on without an end."""
         # Not the request's URL, which an older Starlette, as A1111 has, cannot make of every Host header.
-        log.info("%s for %s: %d, %s", request.scope["path"], _who(request), answer.status, error_detail(answer.body))
+        calls.info("%s for %s: %d, %s", request.scope["path"], _who(request), answer.status, error_detail(answer.body))
         answer = replace(answer, headers={**answer.headers, "Connection": "close"})
         await _send_head(answer, send)
         await send({"type": "http.response.body", "body": bytes(answer.body), "more_body": True})
@@ -292,6 +292,12 @@ def _error(error: Exception) -> HttpResponse:
     if isinstance(error, Busy):
         return replace(answer, headers={**answer.headers, "Retry-After": str(error.retry_after)})
     return answer
+
+
+def _note(request: Request, place: Place, what: str) -> None:
+    """The line of a call that came to its end."""
+    size = f" {place.size}" if place.size else ""
+    calls.info("%s%s for %s: %s; waited %.2f s, took %.2f s", place.op, size, _who(request), what, *place.times())
 
 
 def _who(request: Request) -> str:

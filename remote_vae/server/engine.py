@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,13 +14,13 @@ from typing import Any, TypeVar
 import torch
 
 from remote_vae.errors import InvalidRequest, RemoteVaeError
-from remote_vae.server.admission import Admission, ClientGone, Limits, Place
+from remote_vae.server.admission import Admission, ClientGone, Limits, Place, Size
 from remote_vae.server.calling import made
 from remote_vae.server.moving import moved
-from remote_vae.vae.at_work import Provider, VaeAtWork
+from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, Provider, VaeAtWork
 from remote_vae.vae.families import Family, find_family
 from remote_vae.vae.fingerprint import fingerprint_of
-from remote_vae.vae.frames import check_frames, check_latent_frames
+from remote_vae.vae.frames import check_cells, check_frames, check_latent_frames
 from remote_vae.vae.packed import BatchNormed, batch_norm_of
 from remote_vae.wire import (
     FINGERPRINT_KEYS,
@@ -65,6 +67,8 @@ class Engine:
         self._provider = provider
         self._turn: AbstractContextManager[Any] = turn or nullcontext()
         self._about = about or {}
+        self._since = time.time()
+        self._made: Counter[Op] = Counter()
         self._queued = 0
         self._running = False
         # One thread: two VAE calls at once need twice the memory and finish no sooner.
@@ -120,6 +124,11 @@ class Engine:
         """``GET /health``: whether a call is running, and how many wait behind it."""
         return {"status": "ok", "running": self._running, "waiting": self._queued - int(self._running)}
 
+    def status(self) -> dict[str, Any]:
+        """What the page of ``GET /`` says of its work: of ``health``, since when (seconds of the epoch), and how many calls."""
+        made = {f"{op}s": self._made[op] for op in ("decode", "encode")}
+        return {**self.health(), "since": self._since, **made}
+
     async def ask_info(self) -> dict[str, Any]:
         """``info``, without holding up the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._clerk, self.info)
@@ -143,11 +152,11 @@ class Engine:
 
     def check_decode(
         self, head: TensorHead, height: int | None, width: int | None, output: Output, family: str | None = None
-    ) -> int:
+    ) -> Size:
         """Refuse latents by their head, before their bytes are read.
 
         Returns:
-            Pixels that they make, of all pictures and frames.
+            What they make.
 
         Raises:
             InvalidRequest: more pixels, pictures or frames than the limits allow, latents for another VAE, or an answer that
@@ -158,21 +167,22 @@ class Engine:
         self.limits.check(batch, frames, rows, columns)
         _check_family(own, family)
         check_latent_frames(own, own.latent_frames(frames))
+        check_cells(own, rows // own.downscale, columns // own.downscale)
         # Before the VAE has worked for minutes.
         if output is Output.MP4 and importlib.util.find_spec("av") is None:
             raise InvalidRequest("this server cannot make mp4: install the package av there, or ask for output_type pt")
-        return batch * frames * rows * columns
+        return Size(batch, frames, rows, columns)
 
-    def check_encode(self, head: TensorHead | None, family: str | None = None) -> int:
-        """Refuse pixels by their head; None for a picture's file. Returns how many they are, 0 for a file. Raises as above."""
+    def check_encode(self, head: TensorHead | None, family: str | None = None) -> Size | None:
+        """Refuse pixels by their head; None for a picture's file, of which nothing is known yet. Raises as above."""
         own = self._current().family
         _check_family(own, family)
         if head is None:
-            return 0
+            return None
         batch, frames, rows, columns = encode_size(head.shape, own)
         self.limits.check(batch, frames, rows, columns)
         check_frames(own, frames)
-        return batch * frames * rows * columns
+        return Size(batch, frames, rows, columns)
 
     # --- what runs in the engine's thread ------------------------------------------------------------------------------
 
@@ -203,7 +213,8 @@ class Engine:
             family = vae.family
             _check_family(family, request.family)
             pixels = request.pixels(family)
-            place.pixels = pixels.numel() // pixels.shape[1]
+            place.size = Size(pixels.shape[0], pixels.shape[2] if pixels.ndim == VIDEO_DIMENSIONS else 1, *pixels.shape[-2:])
+            place.pixels = place.size.pixels
             latents = made(vae, "encode", lambda dtype: moved(pixels, vae.device, dtype), place)
             is_posterior = request.posterior and vae.has_posterior
             if not is_posterior and vae.has_posterior:
@@ -230,6 +241,7 @@ class Engine:
             finally:
                 place.end()
         self.admission.measure(place)
+        self._made[place.op] += 1
 
     def _current(self) -> VaeAtWork:
         vae = self._provider.current()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from remote_vae.errors import SettingsError
+from remote_vae.server.addresses import endpoints
 from remote_vae.server.admission import Limits
 from remote_vae.server.app import create_app
 from remote_vae.server.engine import Engine
 from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.tokens import TOKEN_VARIABLE, is_loopback
-
-log = logging.getLogger("remote_vae")
 
 # A connection is kept for the next call: a generation may take minutes (seconds).
 _KEEP_ALIVE = 600
@@ -34,7 +33,9 @@ def serve(
     port: int = 7870,
     limits: Limits | None = None,
 ) -> None:
-    """Load the VAE and answer requests until interrupted. Prints one line with the address when it is ready.
+    """Load the VAE and answer requests until interrupted.
+
+    Prints that it loads, and when it is ready a line for each address, as it is typed into the UI.
 
     Args:
         vae, family, dtype, device: see ``load_vae``.
@@ -47,28 +48,52 @@ def serve(
     """
     listener = listen(host, port)
     try:
+        print(f"loading {vae} ...", flush=True)
         loaded = load_vae(vae, family=family, dtype=dtype, device=device)
         token = os.environ.get(TOKEN_VARIABLE, "").strip()
-        address = f"http://{_url_host(host)}:{listener.getsockname()[1]}"
-        if not token and not is_loopback(address):
-            log.warning("anyone who reaches this machine can use the server; set %s to ask for a token", TOKEN_VARIABLE)
-        name = f"{loaded.family.label}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device.type}"
-        server = make_server(loaded, token, limits)
-        print(f"Remote VAE serves {name} on {address}", flush=True)
+        addresses = endpoints(listener, host)
+        server = make_server(loaded, token, limits, addresses=addresses)
+        print("\n".join(_ready(loaded, addresses, token)), flush=True)
         server.run(sockets=[listener])
     finally:
         listener.close()
 
 
-def make_server(loaded: LoadedVae, token: str = "", limits: Limits | None = None, protocol: type | None = None) -> Any:
-    """The uvicorn around the app, bounded in all that a client may ask of it. ``protocol``: other bounds of connections."""
+def _ready(loaded: LoadedVae, addresses: Sequence[str], token: str) -> Iterator[str]:
+    """What is printed when clients can call."""
+    name = f"{loaded.family.label}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device.type}"
+    yield f"Remote VAE serves {name}. Enter in your UI, under Settings, Remote VAE{', one of these' if addresses[1:] else ''}:"
+    for address in addresses:
+        yield f"Endpoint: {address}"
+    if all(map(is_loopback, addresses)):
+        yield "Only programs on this machine reach it; for other machines add --host 0.0.0.0"
+    elif not token:
+        yield f"Whoever reaches this machine can use it; to ask for a token, set {TOKEN_VARIABLE} here and where your UI runs"
+    if token:
+        yield f"It asks for the token in {TOKEN_VARIABLE}: set the same where your UI runs"
+
+
+def make_server(
+    loaded: LoadedVae,
+    token: str = "",
+    limits: Limits | None = None,
+    protocol: type | None = None,
+    addresses: Sequence[str] = (),
+) -> Any:
+    """The uvicorn around the app, bounded in all that a client may ask of it.
+
+    Args:
+        loaded, token, limits: as in ``serve``.
+        protocol: other bounds of connections.
+        addresses: under which it is reached.
+    """
     import uvicorn
 
     from remote_vae.server.protocol import BoundedProtocol
 
     engine = Engine(loaded, limits, about=loaded.about)
     config = uvicorn.Config(
-        create_app(engine, token),
+        create_app(engine, token, endpoints=addresses),
         http=protocol or BoundedProtocol,
         log_config=None,
         ws="none",
@@ -103,9 +128,3 @@ def listen(host: str, port: int) -> socket.socket:
         why = getattr(error, "strerror", None) or str(error)
         raise SettingsError(f"cannot listen on {host} port {port}: {why}; choose another with --port") from None
     return listener
-
-
-def _url_host(host: str) -> str:
-    if host in ("0.0.0.0", "::"):
-        return socket.gethostname()
-    return f"[{host}]" if ":" in host else host

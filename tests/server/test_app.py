@@ -218,7 +218,7 @@ def test_the_log_says_who_asked_for_what_and_how_long_it_took(
         decode(server, latents)
         requests.post(f"{server.url}/decode", params={**GOOD, "dtype": "float64"}, timeout=TIMEOUT)
     done, refused = (record.getMessage() for record in caplog.records)
-    assert re.fullmatch(r"decode of 6144 pixels for 127\.0\.0\.1: 200, 0\.1 MB; waited [\d.]+ s, took [\d.]+ s", done)
+    assert re.fullmatch(r"decode 96x64 for 127\.0\.0\.1: 200, 0\.1 MB; waited [\d.]+ s, took [\d.]+ s", done)
     assert refused.startswith("/decode for 127.0.0.1: 400, shape and dtype")
 
 
