@@ -137,7 +137,7 @@ def test_a_picture_that_is_not_finite_is_an_error_in_every_form(
     half: ServerThread, latents: torch.Tensor, output: dict[str, Any]
 ) -> None:
     """And not a black picture; the next call finds the server as it was."""
-    bias = half.loaded.vae.decoder.conv_out.bias
+    bias = half.loaded.vae.decoder.conv_out.bias.detach()
     good = bias.clone()
     bias.fill_(float("nan"))
     answer = decode(half, latents, **output)
