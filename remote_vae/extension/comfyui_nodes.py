@@ -101,7 +101,8 @@ class LoadRemoteVae:
     @classmethod
     def IS_CHANGED(cls, **_: Any) -> str:  # noqa: N802
         settings = adapter.settings.now()
-        return f"{settings.endpoint} {settings.decode_endpoint} {settings.encode_endpoint}"
+        # ComfyUI keeps what this node made: without the last, that the endpoint has another VAE by now would never be seen.
+        return f"{settings.endpoint} {settings.decode_endpoint} {settings.encode_endpoint} {adapter.doubts}"
 
     def make(self, family: str, transfer: str) -> tuple[Any]:
         found = _family(family) or adapter.family_of_endpoint()

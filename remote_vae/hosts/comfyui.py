@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from remote_vae import rescue
 from remote_vae.call import User, VaeCall
-from remote_vae.errors import RouteFailed, UnsupportedLayout, VaeCallFailed
+from remote_vae.errors import EndpointError, RouteFailed, UnsupportedLayout, VaeCallFailed
 from remote_vae.history import History, Record
 from remote_vae.hosts import comfy_shaped
 from remote_vae.hosts.comfyui_jobs import Job, Jobs
@@ -60,6 +60,8 @@ class Wanted:
 
 
 _NOTHING = Wanted()
+# What a server answers to latents or pixels that are not its VAE's.
+_REFUSED = frozenset({400, 409, 422})
 _OPS: tuple[Op, ...] = ("decode", "encode")
 # The attribute of a VAE object that has it.
 _WANTED = "remote_vae_wanted"
@@ -78,6 +80,8 @@ class ComfyUi:
         self._thread = threading.local()
         self._said: set[str] = set()
         self._last_vae: Callable[[], Any] = lambda: None
+        # How often an endpoint was found to have another VAE than it said when a VAE without weights was made.
+        self.doubts = 0
 
     # --- life cycle ------------------------------------------------------------------------------------------------------
 
@@ -203,6 +207,8 @@ class ComfyUi:
         except RouteFailed as error:
             if model_management.processing_interrupted():
                 raise _Ended from None
+            if isinstance(error, EndpointError) and error.status in _REFUSED:
+                self.doubts += 1
             raise self.router.failed(call, settings, error) from error
 
     def _is_passing(self) -> bool:

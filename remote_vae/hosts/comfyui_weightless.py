@@ -105,7 +105,7 @@ def _class(adapter: ComfyUi, cls: type) -> type:
         return _classes[cls]
 
     def decode(self: Any, samples: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        pixels = adapter.ask(_call(self, "decode", _latents(self, samples)), self.remote_vae_wanted)
+        pixels = adapter.ask(_call(self, "decode", _latents(adapter, self, samples)), self.remote_vae_wanted)
         return _on(self, Crossing(self.remote_vae_wanted.family).pixels(pixels, samples))
 
     def encode(self: Any, pixels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -133,11 +133,13 @@ def _class(adapter: ComfyUi, cls: type) -> type:
     return _classes[cls]
 
 
-def _latents(vae: Any, samples: torch.Tensor) -> torch.Tensor:
+def _latents(adapter: ComfyUi, vae: Any, samples: torch.Tensor) -> torch.Tensor:
     if vae.latent_dim == 2 and samples.ndim == 5:
         samples = samples[:, :, 0]
     wanted = vae.latent_channels
     if samples.ndim != vae.latent_dim + 2 or samples.shape[1] != wanted:
+        # The user may serve the right one now.
+        adapter.doubts += 1
         frames = "F, " if vae.latent_dim == 3 else ""
         raise RemoteVaeError(
             f"Load Remote VAE: got latents of shape {list(samples.shape)}, expected [B, {wanted}, {frames}h, w] of "

@@ -74,8 +74,8 @@ class Crossing:
             # Not to be packed: the host has its own way, or none.
             return None
         known = self._known(raw, self.family.pixel_channels)
-        # What is sent and compared wants the colours first in memory, too.
-        return None if known is None else (known * 2.0 - 1.0).contiguous()
+        # One copy, as of a long video each counts; what is sent and compared wants the colours first in memory, too.
+        return None if known is None else known.clone(memory_format=torch.contiguous_format).mul_(2.0).sub_(1.0)
 
     def pixels(self, raw: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """What the host's own decode of the latents ``given`` gives, for raw pixels."""

@@ -379,6 +379,20 @@ def test_what_cannot_be_done_without_weights_says_so(host: ComfyHost, endpoint: 
         vae.decode(torch.zeros(1, 16, 4, 6))
 
 
+def test_when_the_endpoints_vae_was_the_wrong_one_the_next_job_asks_anew_which_it_has(host: ComfyHost, endpoint: Chaos) -> None:
+    right, wrong = endpoint.target, ServerThread(loaded(small_vae("qwen-image"), "qwen-image"))
+    try:
+        host.settings(endpoint=endpoint.url)
+        # As where the user stops one server and starts another at its address.
+        endpoint.target = wrong.url
+        with pytest.raises(RemoteVaeError, match="the endpoint's VAE is for another model"):
+            host.run(weightless(), "4")
+        endpoint.target = right
+        assert host.run(weightless(), "4")[0].shape[-1] == 3
+    finally:
+        wrong.close()
+
+
 def test_without_an_endpoint_there_is_nothing_to_load(host: ComfyHost) -> None:
     with pytest.raises(RemoteVaeError, match="no endpoint is set"):
         host.run(weightless(), "2")
