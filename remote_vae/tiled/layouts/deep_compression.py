@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
 from remote_vae.errors import UnsupportedLayout
+from remote_vae.tiled.layouts.channels import means, repeated
 from remote_vae.tiled.plan import (
     LinearAttention,
     Local,
@@ -39,7 +40,7 @@ def decoder_plan(vae: Any) -> Plan:
     steps: list[Step] = [first]
     if decoder.in_shortcut:
         times = decoder.in_shortcut_repeats
-        steps = [Residual((first,), (Local(partial(_repeated, times=times), first.module.out_channels),))]
+        steps = [Residual((first,), (Local(partial(repeated, times=times), first.module.out_channels),))]
     for level in reversed(decoder.up_blocks):
         for block in level:
             steps += _block(block)
@@ -57,7 +58,7 @@ def encoder_plan(vae: Any) -> Plan:
             steps += _block(block)
     last = conv(encoder.conv_out)
     channels = last.module.out_channels
-    steps += [Residual((last,), (Local(partial(_means, groups=channels), channels),)) if encoder.out_shortcut else last]
+    steps += [Residual((last,), (Local(partial(means, groups=channels), channels),)) if encoder.out_shortcut else last]
     return complete_plan(steps, encoder)
 
 
@@ -83,7 +84,7 @@ def _upsampler(block: Any) -> list[Step]:
     main: tuple[Step, ...] = (Upsample(), layer) if block.interpolate else (layer, Local(_shuffled, channels, up=2))
     if not block.shortcut:
         return list(main)
-    shortcut = Local(lambda x: _shuffled(_repeated(x, times=block.repeats)), channels, up=2)
+    shortcut = Local(lambda x: _shuffled(repeated(x, times=block.repeats)), channels, up=2)
     return [Residual(main, (shortcut,))]
 
 
@@ -93,7 +94,7 @@ def _downsampler(block: Any) -> list[Step]:
     main: tuple[Step, ...] = (layer, Local(_unshuffled, channels, down=2)) if block.downsample else (layer,)
     if not block.shortcut:
         return list(main)
-    shortcut = Local(lambda x: _means(_unshuffled(x), groups=channels), channels, down=2)
+    shortcut = Local(lambda x: means(_unshuffled(x), groups=channels), channels, down=2)
     return [Residual(main, (shortcut,))]
 
 
@@ -133,12 +134,3 @@ def _shuffled(x: torch.Tensor) -> torch.Tensor:
 
 def _unshuffled(x: torch.Tensor) -> torch.Tensor:
     return pixel_unshuffle(x, 2)
-
-
-def _repeated(x: torch.Tensor, *, times: int) -> torch.Tensor:
-    return x.repeat_interleave(times, dim=1)
-
-
-def _means(x: torch.Tensor, *, groups: int) -> torch.Tensor:
-    """Of the channels of each of so many groups."""
-    return x.reshape(x.shape[0], groups, -1, *x.shape[2:]).mean(2)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from remote_vae.errors import UnsupportedLayout
+from remote_vae.tiled.layouts.channels import means, repeated
 from remote_vae.tiled.plan import Attention, Local, Plan, Residual, Step, activation, complete_plan, conv, norm
 
 
@@ -22,9 +23,9 @@ def decoder_plan(vae: Any) -> Plan:
     """Latents ``[B, C, h, w]`` to pixels ``[B, 3, H, W]``. Raises UnsupportedLayout."""
     decoder = vae.decoder
     first = conv(decoder.conv_in)
-    repeated = Local(partial(_repeated, times=decoder.repeat), first.module.out_channels)
+    around = Local(partial(repeated, times=decoder.repeat), first.module.out_channels)
     blocks = [_resnet(block) if hasattr(block, "norm1") else _upsampler(block) for block in decoder.up_blocks]
-    return complete_plan([Residual((first,), (repeated,)), *_mid(decoder.mid_block), *blocks, *_tail(decoder)], decoder)
+    return complete_plan([Residual((first,), (around,)), *_mid(decoder.mid_block), *blocks, *_tail(decoder)], decoder)
 
 
 def encoder_plan(vae: Any) -> Plan:
@@ -32,7 +33,7 @@ def encoder_plan(vae: Any) -> Plan:
     encoder = vae.encoder
     blocks = [_resnet(block) if hasattr(block, "norm1") else _downsampler(block) for block in encoder.down_blocks]
     moments = encoder.conv_out.out_channels
-    last = Residual(tuple(_tail(encoder)), (Local(partial(_means, groups=moments), moments),))
+    last = Residual(tuple(_tail(encoder)), (Local(partial(means, groups=moments), moments),))
     return complete_plan([conv(encoder.conv_in), *blocks, *_mid(encoder.mid_block), last], encoder)
 
 
@@ -59,14 +60,14 @@ def _resnet(block: Any) -> Residual:
 def _upsampler(block: Any) -> Residual:
     wide = conv(block.conv)
     channels = wide.module.out_channels // 4
-    shortcut = Local(lambda x: _spread(_repeated(x, times=block.repeats)), channels, up=2)
+    shortcut = Local(lambda x: _spread(repeated(x, times=block.repeats)), channels, up=2)
     return Residual((wide, Local(_spread, channels, up=2)), (shortcut,))
 
 
 def _downsampler(block: Any) -> Residual:
     narrow = conv(block.conv)
     channels = narrow.module.out_channels * 4
-    shortcut = Local(lambda x: _means(_gathered(x), groups=channels), channels, down=2)
+    shortcut = Local(lambda x: means(_gathered(x), groups=channels), channels, down=2)
     return Residual((narrow, Local(_gathered, channels, down=2)), (shortcut,))
 
 
@@ -83,12 +84,3 @@ def _gathered(x: torch.Tensor) -> torch.Tensor:
 def _transposed(x: torch.Tensor, parts: int) -> torch.Tensor:
     """The channels of so many parts, all parts' first ones first."""
     return x.reshape(x.shape[0], parts, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
-
-
-def _repeated(x: torch.Tensor, *, times: int) -> torch.Tensor:
-    return x.repeat_interleave(times, dim=1)
-
-
-def _means(x: torch.Tensor, *, groups: int) -> torch.Tensor:
-    """Of the channels of each of so many groups."""
-    return x.reshape(x.shape[0], groups, -1, *x.shape[2:]).mean(2)
