@@ -26,6 +26,7 @@ from remote_vae.router import Router
 from remote_vae.settings import Option, Settings, load_options
 from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
 from remote_vae.vae.families import Family, find_family, load_families
+from remote_vae.vae.packed import batch_norm_of
 from remote_vae.version import __version__
 from remote_vae.wire import DecodeAnswer, EncodeAnswer, Info
 from remote_vae.wire.pixels import image_to_pixels, open_picture, to_uint8, write_mp4
@@ -293,11 +294,14 @@ def _decode_here(rescued: rescue.Rescued, source: str, settings: Settings) -> to
     from remote_vae.server.models import load_vae
 
     loaded = load_vae(source, family=rescued.family.key if rescued.family.is_known else None)
-    if loaded.family.latent_channels != rescued.latents.shape[1] or loaded.family.video != rescued.family.video:
+    latents, norm = rescued.latents.to(loaded.device, loaded.dtype), batch_norm_of(loaded.vae)
+    if norm is not None and latents.shape[1] == norm.channels:
+        # Of Load Remote VAE in ComfyUI, which has no numbers to undo Flux.2's norm by.
+        latents = norm.raw(latents)
+    if loaded.family.latent_channels != latents.shape[1] or loaded.family.video != rescued.family.video:
         raise RemoteVaeError(
             f"got latents of shape {list(rescued.latents.shape)}, and {source} takes {loaded.family.latent_channels} channels"
         )
-    latents = rescued.latents.to(loaded.device, loaded.dtype)
     vae = VaeAtWork(loaded.vae, loaded.family, loaded.device, loaded.dtype)
 
     def by_its_own_tiling() -> torch.Tensor:

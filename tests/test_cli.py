@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -21,6 +22,7 @@ from remote_vae.rescue import load_latents, save, write
 from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.settings import load_options
 from remote_vae.vae.families import family_of, find_family, recognise
+from remote_vae.vae.packed import batch_norm_of
 from remote_vae.wire.pixels import image_to_pixels, to_uint8
 from tests.chaos import Chaos
 from tests.conftest import DEMO_VAE, ServerThread
@@ -69,6 +71,22 @@ def test_rescued_latents_become_the_exact_pictures_in_tiles_by_a_vae_of_this_mac
     for picture, exact in zip(decoded(rescued, ["--vae", str(DEMO_VAE)], capsys, tmp_path), levels, strict=True):
         # Half a level of rounding, and what 100 dB are of 255 levels.
         assert np.abs(picture - exact).max() <= 0.5 + 0.0026
+
+
+def test_rescued_latents_of_flux2_that_are_packed_become_the_picture_by_a_vae_of_this_machine(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    vae = small_vae("flux2")
+    vae.save_pretrained(tmp_path / "vae")
+    norm = batch_norm_of(vae)
+    assert norm is not None
+    packed = torch.randn(2, 128, 2, 3, generator=torch.Generator().manual_seed(4))
+    family = replace(find_family("flux2"), latent_channels=128, downscale=16)
+    path = save(packed, family, [tmp_path], "no endpoint")
+    with torch.no_grad():
+        expected = to_uint8(vae.decode(norm.raw(packed)).sample)
+    for picture, levels in zip(decoded(path, ["--vae", str(tmp_path / "vae")], capsys, tmp_path), expected, strict=True):
+        assert np.abs(picture.astype(int) - levels.numpy().astype(int)).max() <= 1
 
 
 def decoded(rescued: Path, target: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> list[np.ndarray]:
