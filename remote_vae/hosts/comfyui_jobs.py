@@ -86,13 +86,15 @@ class Jobs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: OrderedDict[str, str] = OrderedDict()
+        # Kinds of nodes that anything was ever noted of: the keys of all nodes of a large job take a tenth of a second.
+        self._kinds: set[Any] = set()
         self.current: Job | None = None
 
     def begin(self, graph: Mapping[str, Any], metadata: dict[str, Any] | None) -> Job:
         """A job begins; what its nodes did in an earlier one stands in its metadata at once."""
         job = Job(graph, metadata)
         with self._lock:
-            for name in graph if self._known else ():
+            for name in (name for name, node in graph.items() if node.get("class_type") in self._kinds):
                 words = self._known.get(job.key(name), "")
                 if words:
                     job.words[name] = words
@@ -120,6 +122,7 @@ class Jobs:
         key = job.key(node)
         with self._lock:
             if words:
+                self._kinds.add(job.graph.get(node, {}).get("class_type"))
                 job.words[node] = words
                 self._known[key] = words
                 while len(self._known) > _KEPT:
