@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from remote_vae.call import VaeCall
 from remote_vae.tiled.plan import Conv, Plan, Residual
+from remote_vae.vae.at_work import is_of
 
 # Of Wan's and Qwen-Image's: times the largest activation. 2900 bytes a pixel and byte of an element in a decode and 1600 in an
 # encode were reserved (InvokeAI PR 9305 and 9519), 1743 and 1005 are alive at the peak.
 _OF_A_FRAME = 16
 # Of a video, beside what the convolutions keep: of the frames that are done at a time, at most 8.2 were alive.
 _OF_FRAMES = 9
+_MASKED = ("AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15", "AutoencoderKLHunyuanImageRefiner")
 
 
 def whole_bytes(plan: Plan, shape: torch.Size, dtype: torch.dtype) -> int:
@@ -29,6 +34,22 @@ def whole_bytes(plan: Plan, shape: torch.Size, dtype: torch.dtype) -> int:
     else:
         values = _of_a_video(plan, frames, height, width)
     return batch * values * dtype.itemsize
+
+
+def mask_bytes(call: VaeCall[Any]) -> int:
+    """What the attention of HunyuanVideo's kind takes for one video: a mask of every position of every frame to every other.
+
+    The scores are as large. 0 for other VAEs, and where the VAE works in tiles by itself.
+    """
+    module, shape = call.vae.module, call.tensor.shape
+    if not is_of(module, *_MASKED) or getattr(module, "use_tiling", False):
+        return 0
+    family = call.vae.family
+    frames, rows, columns = shape[2:]
+    if call.op == "encode":
+        frames, rows, columns = family.latent_frames(frames), rows // family.downscale, columns // family.downscale
+    # HunyuanVideo makes its mask of whole numbers, and in float32 first.
+    return int((frames * rows * columns) ** 2 * (2 * call.vae.dtype.itemsize + 4))
 
 
 def _in_a_block(plan: Plan, height: int, width: int) -> int:

@@ -20,7 +20,7 @@ import torch
 
 from remote_vae.call import Outcome, T, VaeCall, Way
 from remote_vae.errors import InvalidRequest, OutOfMemory, UnsupportedLayout
-from remote_vae.local.estimate import whole_bytes
+from remote_vae.local.estimate import mask_bytes, whole_bytes
 from remote_vae.local.own import on_cpu
 from remote_vae.settings import Settings
 from remote_vae.tiled.exact import Limits, check_frames, run
@@ -149,8 +149,10 @@ def _brought(call: VaeCall[T]) -> torch.Tensor:
 def _whole_fits(call: VaeCall[T], known: _Known | None) -> bool:
     """Whether the memory that is free takes the whole VAE's call; True where that cannot be told."""
     free = available_memory(call.vae.device)
-    if known is None or free is None:
+    if free is None:
         return True
+    if known is None:
+        return mask_bytes(call) <= _WHOLE_SHARE * free
     at_once = 1 if call.in_parts else call.tensor.shape[0]
     return at_once * known.picture_bytes <= _WHOLE_SHARE * free
 
@@ -173,7 +175,10 @@ def _exact(call: VaeCall[T], plan: Plan, tensor: torch.Tensor, limits: Limits) -
 
 
 def _on_cpu(call: VaeCall[T]) -> T:
-    vae = call.vae
+    vae, free = call.vae, available_memory(torch.device("cpu"))
+    if free is not None and mask_bytes(call) > _WHOLE_SHARE * free:
+        # A system that has promised its memory ends the process.
+        raise OutOfMemory("its attention to every frame does not fit in this machine's memory", reason="out of memory")
     return call.adopt_local(vae.whole(on_cpu(vae.module), call.op, call.tensor.to("cpu", torch.float32)))
 
 

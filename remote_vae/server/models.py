@@ -99,17 +99,19 @@ def load_vae(source: str, *, family: str | None = None, dtype: str = "auto", dev
             inside a checkpoint, or a hub id such as "stabilityai/sd-vae-ft-mse".
         family: a key of families.toml; needed for a .safetensors file without its config.json whose names and shapes several
             families have (SD 1 and SDXL; SD 3 and Flux).
-        dtype: "float32", "float16", "bfloat16", or "auto": float16 on a GPU of Nvidia, AMD or Intel, else float32.
+        dtype: "float32", "float16", "bfloat16", or "auto": on a GPU of Nvidia, AMD or Intel float16, or bfloat16 where the
+            model is published so and is no AutoencoderKL; else float32.
         device: a torch device, or "auto": the first GPU, else the CPU.
 
     Raises:
         SettingsError: nothing there, not a VAE, not one that makes pictures, or the family is needed and missing.
     """
     chosen = _device(device)
-    target = _dtype(dtype, chosen)
+    _dtype(dtype, chosen, None)
     known = find_family(family) if family else None
     vae = _load(source, known)
     found = _family(vae, known, source)
+    target = _dtype(dtype, chosen, found)
     state = vae.state_dict()
     names = {rounding: fingerprint(state, rounding) for rounding in ROUNDINGS}
     try:
@@ -181,9 +183,18 @@ def _is_there(kind: str) -> bool:
     return part is not None and bool(part.is_available())
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _dtype(name: str, device: torch.device, family: Family | None) -> torch.dtype:
+    """What to compute in; raises SettingsError for no dtype, also before there is a family.
+
+    On a GPU the VAEs of AutoencoderKL's kind are in float16, which they are used in everywhere; others in what their models are
+    published in, as float16 overflows in some (Sana, Wan).
+    """
     if name == "auto":
-        return torch.float16 if device.type in ("cuda", "xpu") else torch.float32
+        if device.type not in ("cuda", "xpu"):
+            return torch.float32
+        wants_bfloat16 = family is not None and "AutoencoderKL" not in family.classes and family.dtype == "bfloat16"
+        has_bfloat16 = device.type == "xpu" or torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if wants_bfloat16 and has_bfloat16 else torch.float16
     if name not in DTYPES or name == "uint8":
         raise SettingsError(f"--dtype must be auto, float32, float16 or bfloat16, not {name}")
     return DTYPES[name]

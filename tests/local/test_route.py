@@ -425,6 +425,22 @@ def test_a_video_whose_vae_has_no_exact_strips_is_made_in_its_own_tiles_and_then
     assert outcome.value.shape == (1, 3, 1, 32, 48)
 
 
+@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-1.5"])
+def test_where_attention_to_every_frame_does_not_fit_the_whole_vae_is_not_begun(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On a CPU the system would end the process: 33 latent frames of 720p make a mask of tens of gigabytes."""
+    latents = torch.empty(1, 16 if name == "hunyuan-video" else 32, 33, 45, 80)
+    memory(monkeypatch, 64 << 30)
+    host = Host(small_vae(name), tensor=latents)
+    assert not host.fits
+    host.tiles = oom()
+    with pytest.raises(OutOfMemory):
+        host.answered()
+    assert "whole" not in host.made
+    assert Host(small_vae(name), tensor=latents[:, :, :1, :8, :8]).fits
+
+
 def test_what_a_vae_keeps_of_frames_is_given_back_before_the_next_way_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = small_vae("wan")
     latents = torch.zeros(1, 16, 2, 2, 2)
