@@ -301,8 +301,9 @@ class _Node:
         from comfy_execution.utils import get_executing_context
         from server import PromptServer
 
-        context = get_executing_context()
-        return cls(job, "" if context is None else str(context.node_id), getattr(PromptServer, "instance", None))
+        context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+        # A call from a thread without one belongs to no job, whichever is running.
+        return cls(None, "", server) if context is None else cls(job, str(context.node_id), server)
 
     def show(self, text: str) -> None:
         """Show ``text`` on a node of ComfyUI's own, to whoever has sent the job. Called from any thread."""

@@ -60,7 +60,8 @@ class ForgeKin(WebUi):
         vae = getattr(models[0].forge_objects, "vae", None) if models else None
         try:
             at_work = None if vae is None else comfy_shaped.at_work(self._seam, vae, self._known(vae))
-        except UnsupportedLayout:
+        except (UnsupportedLayout, AttributeError):
+            # Another kind of VAE, or an object of another extension's making.
             return None
         model = str(getattr(getattr(models[0], "sd_checkpoint_info", None), "model_name", "")) if models else ""
         return None if at_work is None else replace(at_work, model=model)
@@ -100,7 +101,11 @@ class ForgeKin(WebUi):
 
 def _picked_vae(where: str) -> str:
     """The VAE file that the user has picked beside the checkpoint; "" where there is none."""
-    found = comfy_shaped.load(where)
+    try:
+        found = comfy_shaped.load(where)
+    except (ImportError, AttributeError):
+        # A fork keeps it elsewhere: then a standard VAE is not known by its file's name, and else nothing is lost.
+        return ""
     if isinstance(found, dict):
         # The others are text encoders, which are looked for in another folder.
         files = [Path(file) for file in found.get("additional_modules") or ()]

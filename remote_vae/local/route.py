@@ -14,7 +14,6 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -56,7 +55,7 @@ def answer(call: VaeCall[T], settings: Settings, *, dtype: torch.dtype | None = 
     because = ""
     for way in _ways(call, settings, dtype):
         try:
-            return Outcome(_run(way, call.vae.module), way.route, way.detail, because=because)
+            return Outcome(_run(way, call), way.route, way.detail, because=because)
         except Exception as error:
             memory = _is_memory(error)
             if way.run is call.whole:
@@ -73,13 +72,14 @@ def answer(call: VaeCall[T], settings: Settings, *, dtype: torch.dtype | None = 
     raise failure
 
 
-def _run(way: Way[T], module: Any) -> T:
+def _run(way: Way[T], call: VaeCall[T]) -> T:
     try:
         return way.run()
     except BaseException:
         # What Wan's and Qwen-Image's VAEs keep of the frames before would stay in the device's memory until their next call.
-        if hasattr(module, "clear_cache"):
-            module.clear_cache()
+        # Strips keep nothing there, and another thread may be within a call of the module meanwhile.
+        if way.run in (call.whole, call.own_tiling) and hasattr(call.vae.module, "clear_cache"):
+            call.vae.module.clear_cache()
         raise
 
 
