@@ -83,7 +83,11 @@ def state(settings: Settings, last: Record | None, on: str = "") -> str:
     if not url:
         return f"{on}, but {settings.no_endpoint('decode') or 'no endpoint is set for a decode'}: pictures are made here"
     name = urlsplit(url).netloc
-    if last is None:
+    set_here = {
+        urlsplit(each).netloc for each in (settings.endpoint, settings.decode_endpoint, settings.encode_endpoint) if each
+    }
+    # What another endpoint did before the setting was changed says nothing of this one.
+    if last is None or (last.endpoint and set_here and urlsplit(last.endpoint).netloc not in set_here):
         return f"{on}: {name}, not asked yet"
     if last.route != "remote":
         return (

@@ -12,6 +12,7 @@ import pytest
 
 from remote_vae.extension.comfyui_nodes import NODES
 from remote_vae.extension.comfyui_routes import page
+from remote_vae.history import Record
 from remote_vae.remote.trial import state, try_out
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings, _toml_reader, load_options
@@ -143,3 +144,9 @@ def test_another_vae_there_is_no_success_unless_the_user_wants_it(chaos: Chaos, 
 
 def test_the_line_of_state_says_off() -> None:
     assert state(Settings(), None) == "off"
+
+
+def test_the_line_of_state_does_not_hold_what_another_endpoint_did_against_the_one_that_is_set() -> None:
+    failed = Record("decode", "local", "", "http://127.0.0.1:9/decode", 1, 64, 64, 0, 0, 1.0, "connection refused", 0.0)
+    assert "connection refused" in state(Settings(enabled=True, endpoint="http://127.0.0.1:9"), failed)
+    assert state(Settings(enabled=True, endpoint="http://studio:7870"), failed) == "on: studio:7870, not asked yet"
