@@ -350,8 +350,10 @@ class WebUi(ABC):
         if record.route == "remote":
             self._warned = ""
         problem = fallback(record)
-        if problem and problem != self._warned:
-            self._warned = problem
+        # The same of another endpoint is another cause.
+        cause = f"{problem} {record.endpoint}"
+        if problem and cause != self._warned:
+            self._warned = cause
             text = f"Remote VAE: {problem}"
             self._unshown = ("", 0.0) if warn(text) else (text, time.monotonic())
 

@@ -181,6 +181,9 @@ def test_a_warning_of_a_thread_that_has_no_page_is_shown_by_the_next_page_that_a
     ui.txt2img()
     page["remote_vae_state_refresh"].press()
     assert len(shown) == 1, "the same cause is no news"
+    ui.turn_on("http://127.0.0.1:10")
+    ui.txt2img()
+    assert len(shown) == 2, "of another endpoint it is"
 
 
 def test_the_button_tries_the_endpoint_and_says_what_to_do(ui: A1111Host, server: ServerThread) -> None:
