@@ -115,21 +115,6 @@ def recognise(*, latent_channels: int, scaling_factor: float, shift_factor: floa
     return _of_shape(_KL, shape, {"scaling_factor": float(scaling_factor), "shift_factor": float(shift_factor or 0.0)})
 
 
-def recognise_config(config: Mapping[str, Any], name: str = "") -> Family | None:
-    """The family of the VAE with a diffusers config; its factors and shape are the config's.
-
-    Args:
-        config: of a model of diffusers.
-        name: of the model's class, where the config does not say it.
-
-    Returns:
-        None: it is none that is known here. A known class in an unknown shape is a custom family.
-    """
-    name = str(config.get("_class_name") or name)
-    shape = shape_of(name, config)
-    return None if shape is None else _of_shape(name, shape, _factors(config, shape))
-
-
 def family_of(vae: Any) -> Family:
     """The family of a VAE of diffusers, by its class, or the class that it was made of, and its config.
 
