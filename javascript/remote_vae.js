@@ -2,7 +2,7 @@
 // state say how things stand now.
 
 (function () {
-    const tabs = ["txt2img", "img2img"];
+    const tabs = ["txt2img", "img2img", "control"];
 
     function checkbox(id) {
         return gradioApp().querySelector(`#${id} input[type=checkbox]`) || gradioApp().querySelector(`input#${id}`);
