@@ -31,7 +31,7 @@ from remote_vae.hosts.generation import Request
 from remote_vae.hosts.seam_state import SeamState
 from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.remote.endpoints import endpoint_for
-from remote_vae.remote.trial import Trial, family_there, state, try_out
+from remote_vae.remote.trial import Trial, family_there, state
 from remote_vae.router import Router
 from remote_vae.vae.at_work import Op
 from remote_vae.vae.families import Family
@@ -279,7 +279,7 @@ class ComfyUi:
         at_work = None
         with suppress(Exception):
             at_work = None if vae is None else comfy_shaped.at_work(comfy_shaped.COMFYUI, vae)
-        return try_out(self.settings.now(), at_work)
+        return self.router.try_endpoint(at_work, self.settings.now())
 
     def last_vae(self) -> Any:
         """The VAE object that was used last, as long as it is there; else None."""
