@@ -137,6 +137,9 @@ class Place:
         moved: when the body last came further; None once it is here.
         begun, ended: of the VAE's work.
         dropped: set when another request takes the place of this upload.
+        model: name of the VAE that it is for.
+        stages: seconds by stage: "read", "decode_request", "queue", "predict", "answer", "send".
+        batch: pictures, or videos, that were made at once with its own; 0 before.
     """
 
     op: Op
@@ -149,6 +152,9 @@ class Place:
     begun: float | None = None
     ended: float | None = None
     dropped: asyncio.Event = field(default_factory=asyncio.Event)
+    model: str = ""
+    stages: dict[str, float] = field(default_factory=dict)
+    batch: int = 0
     _gone: threading.Event = field(default_factory=threading.Event)
 
     def is_gone(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Union
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,8 +19,10 @@ from starlette.routing import Route
 from remote_vae.errors import InvalidRequest, NotFinite, OutOfMemory, RemoteVaeError, SettingsError
 from remote_vae.server.access import Access, by_token
 from remote_vae.server.admission import Busy, ClientGone, Place, Receive, Stalled, TooLarge, read_body
-from remote_vae.server.engine import Engine, NoModel
+from remote_vae.server.catalogue import Entry, NoModel, UnknownModel
+from remote_vae.server.engine import Engine
 from remote_vae.server.page import HEADERS, closed_page, status_page
+from remote_vae.vae.families import Family
 from remote_vae.version import __version__
 from remote_vae.wire import (
     DecodeRequest,
@@ -28,6 +30,8 @@ from remote_vae.wire import (
     HttpResponse,
     Output,
     TensorHead,
+    decode_size,
+    encode_size,
     error_detail,
     error_response,
     tensor_head,
@@ -39,7 +43,7 @@ log = logging.getLogger("remote_vae")
 calls = logging.getLogger("remote_vae.calls")
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Work = Callable[[bytearray], HttpResponse]
+Read = Callable[[bytearray], Union[DecodeRequest, EncodeRequest]]
 
 # JSON and base64 around the values of a legacy body.
 _BASE64_OVERHEAD = 4 / 3
@@ -61,6 +65,7 @@ _STATUS: dict[type[Exception], int] = {
     TooLarge: 413,
     Stalled: 408,
     Busy: 503,
+    UnknownModel: 404,
     NoModel: 503,
     OutOfMemory: 507,
     NotFinite: 422,
@@ -116,14 +121,15 @@ def create_app(engine: Engine, token: str = "", access: Access | None = None, en
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a request wants, by its head: what it takes, how long its body may be, and what to do with that."""
+    """What a request wants, by its head: what it takes, how long its body may be, and how that is read."""
 
     place: Place
     limit: int
-    work: Work
+    entry: Entry
+    read: Read
 
 
-def _decode(engine: Engine, request: Request) -> _Wanted:
+async def _decode(engine: Engine, request: Request) -> _Wanted:
     query = request.query_params.multi_items()
     head = tensor_head(query)
     if head is None:
@@ -133,34 +139,45 @@ def _decode(engine: Engine, request: Request) -> _Wanted:
     accept = headers.get("accept", "").lower()
     output = Output.from_http(values, accept)
     size = _whole(values.get("height")), _whole(values.get("width"))
-    made = engine.check_decode(head, *size, output, values.get("family"))
+    entry = await engine.pick(None, values.get("family"), values.get("fingerprint"), partial(_decodes, head, *size))
+    made = engine.check_decode(entry, head, *size, output)
     answer = made.pixels * _bytes_per_pixel(output, head) * (_BASE64_OVERHEAD if BASE64_TYPE in accept else 1)
     limit = int(head.nbytes * _BASE64_OVERHEAD) + _SLACK
     place = engine.admission.enter("decode", made.pixels, _length(request, limit) + int(answer))
-    place.size = made
-
-    def work(body: bytearray) -> HttpResponse:
-        return engine.decode(DecodeRequest.from_http(query, headers, body), place)
-
-    return _Wanted(place, limit, work)
+    place.size, place.model = made, entry.name
+    return _Wanted(place, limit, entry, partial(DecodeRequest.from_http, query, headers))
 
 
-def _encode(engine: Engine, request: Request) -> _Wanted:
+async def _encode(engine: Engine, request: Request) -> _Wanted:
     query = request.query_params.multi_items()
     head = tensor_head(query)
     limits = engine.limits
-    taken = engine.check_encode(head, dict(query).get("family"))
+    values = dict(query)
+    fits = partial(_encodes, head) if head is not None else None
+    entry = await engine.pick(None, values.get("family"), values.get("fingerprint"), fits)
+    taken = engine.check_encode(entry, head)
     limit = (head.nbytes if head is not None else limits.max_pixels * _IMAGE_BYTES_PER_PIXEL) + _SLACK
     length = _length(request, limit)
     # Of a picture's file nobody knows how much it holds.
     place = engine.admission.enter("encode", taken.pixels if taken else length, length)
-    place.size = taken
+    place.size, place.model = taken, entry.name
+    return _Wanted(place, limit, entry, partial(EncodeRequest.from_http, query, max_pixels=limits.max_pixels))
 
-    def work(body: bytearray) -> HttpResponse:
-        # In the engine's thread, as a large picture's file would hold up every other request.
-        return engine.encode(EncodeRequest.from_http(query, body, max_pixels=limits.max_pixels), place)
 
-    return _Wanted(place, limit, work)
+def _decodes(head: TensorHead, height: int | None, width: int | None, family: Family) -> bool:
+    """Whether latents are for a VAE of ``family``."""
+    with suppress(InvalidRequest):
+        decode_size(head.shape, height, width, family)
+        return True
+    return False
+
+
+def _encodes(head: TensorHead, family: Family) -> bool:
+    """Whether pixels are for a VAE of ``family``."""
+    with suppress(InvalidRequest):
+        encode_size(head.shape, family)
+        return True
+    return False
 
 
 def _bytes_per_pixel(output: Output, head: TensorHead) -> int:
@@ -179,14 +196,14 @@ class _Call:
 
     engine: Engine
     refusal: Access
-    wanted: Callable[[Engine, Request], _Wanted]
+    wanted: Callable[[Engine, Request], Awaitable[_Wanted]]
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         request = Request(scope)
         refused = self.refusal(request)
         if refused is None:
             try:
-                wanted = self.wanted(self.engine, request)
+                wanted = await self.wanted(self.engine, request)
             except Exception as error:
                 refused = _error(error)
         if refused is not None:
@@ -208,7 +225,7 @@ class _Call:
             await self._refuse(request, _error(error), receive, send)
             return
         try:
-            answer = await self.engine.run(place, partial(wanted.work, body), _leaving(receive))
+            answer = await self.engine.run(place, wanted.entry, wanted.read, body, _leaving(receive))
         except ClientGone as error:
             _note(request, place, str(error))
             return

@@ -6,24 +6,22 @@ import asyncio
 import importlib.util
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 
-from remote_vae.errors import InvalidRequest, RemoteVaeError
+from remote_vae.errors import InvalidRequest
 from remote_vae.server.admission import Admission, ClientGone, Limits, Place, Size
 from remote_vae.server.calling import made
+from remote_vae.server.catalogue import Catalogue, Entry, Fits, check_family
 from remote_vae.server.moving import moved
-from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, Provider, VaeAtWork
-from remote_vae.vae.families import Family, find_family
-from remote_vae.vae.fingerprint import fingerprint_of
+from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
 from remote_vae.vae.frames import check_cells, check_frames, check_latent_frames
 from remote_vae.vae.packed import BatchNormed, batch_norm_of
 from remote_vae.wire import (
-    FINGERPRINT_KEYS,
     DecodeRequest,
     EncodeRequest,
     HttpResponse,
@@ -35,38 +33,58 @@ from remote_vae.wire import (
     encode_size,
 )
 
-T = TypeVar("T")
+
+class Watcher(Protocol):
+    """Is told what happens; called from any thread."""
+
+    def call_ended(self, place: Place, status: int, bytes_in: int, bytes_out: int) -> None:
+        """A request has its answer, or the client is gone (status 499). Called by whoever sends it."""
+        ...
+
+    def batch_done(self, model: str, op: Op, pictures: int, seconds: float) -> None:
+        """The VAE has made so many pictures, or videos, at once."""
+        ...
+
+    def out_of_memory(self, model: str, op: Op) -> None:
+        """A call did not fit as it was."""
+        ...
 
 
-class NoModel(RemoteVaeError):
-    """There is no VAE at the moment."""
+class Nobody:
+    """A watcher that does nothing."""
+
+    def call_ended(self, place: Place, status: int, bytes_in: int, bytes_out: int) -> None: ...
+
+    def batch_done(self, model: str, op: Op, pictures: int, seconds: float) -> None: ...
+
+    def out_of_memory(self, model: str, op: Op) -> None: ...
 
 
 class Engine:
-    """A VAE and the queue before it.
+    """The VAEs of a server and the queue before them.
 
-    Calls run in a thread of the engine's own, so the engine may be made in any thread, and used in any event loop.
+    Calls run in threads of the engine's own, so the engine may be made in any thread, and used in any event loop.
 
     Args:
-        provider: whose VAE it is, asked at every call: it may be another one by then. It is never changed.
+        catalogue: the VAEs.
         limits: what requests may ask for.
         turn: held while the VAE works: what a host holds while it generates itself.
-        about: what ``GET /info`` says besides; fingerprints, where those of the weights at work do not say all.
+        watcher: is told what happens.
     """
 
     def __init__(
         self,
-        provider: Provider,
+        catalogue: Catalogue,
         limits: Limits | None = None,
         *,
         turn: AbstractContextManager[Any] | None = None,
-        about: Mapping[str, str] | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
+        self.catalogue = catalogue
         self.limits = limits or Limits()
         self.admission = Admission(self.limits)
-        self._provider = provider
+        self.watcher = watcher or Nobody()
         self._turn: AbstractContextManager[Any] = turn or nullcontext()
-        self._about = about or {}
         self._since = time.time()
         self._made: Counter[Op] = Counter()
         self._queued = 0
@@ -78,19 +96,42 @@ class Engine:
 
     # --- what the app calls --------------------------------------------------------------------------------------------
 
-    async def run(self, place: Place, work: Callable[[], T], leaving: Coroutine[Any, Any, None]) -> T:
-        """Do ``work`` in the engine's thread when its turn comes, unless the client is gone by then.
+    async def pick(
+        self, name: str | None = None, family: str | None = None, fingerprint: str | None = None, fits: Fits | None = None
+    ) -> Entry:
+        """The VAE that a request is for, whose family is known: see ``Catalogue.pick``. It may be loaded first.
+
+        Raises:
+            NoModel: there is none, or it cannot be loaded; the message says why. And as there.
+        """
+        return self.catalogue.pick(name, family, fingerprint, fits)
+
+    async def run(
+        self,
+        place: Place,
+        entry: Entry,
+        request: Callable[[bytearray], DecodeRequest | EncodeRequest],
+        body: bytearray,
+        leaving: Coroutine[Any, Any, None],
+    ) -> HttpResponse:
+        """Answer a request when its turn comes, unless the client is gone by then.
 
         Args:
             place: of the request.
-            work: what is to be done.
+            entry: whose call it is.
+            request: reads the body. Called in another thread.
+            body: is let go of once it is read.
             leaving: ends when the client hangs up.
 
         Raises:
-            ClientGone: nobody wants the answer. And whatever ``work`` raises.
+            ClientGone: nobody wants the answer. InvalidRequest, NoModel, OutOfMemory, NotFinite. And what the VAE raises.
         """
 
-        def in_turn() -> T:
+        def work() -> HttpResponse:
+            asked = request(body)
+            return self.decode(asked, place, entry) if isinstance(asked, DecodeRequest) else self.encode(asked, place, entry)
+
+        def in_turn() -> HttpResponse:
             if place.is_gone():
                 raise ClientGone("the client hung up")
             self._running = True
@@ -134,25 +175,17 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._clerk, self.info)
 
     def info(self) -> dict[str, Any]:
-        """``GET /info``: which VAE this is, and what may be asked of it. Raises NoModel."""
-        vae = self._current()
-        found = None if set(FINGERPRINT_KEYS.values()) & set(self._about) else fingerprint_of(vae.module)
-        return {
-            "model": vae.model,
-            "dtype": str(vae.dtype).removeprefix("torch."),
-            "device": vae.device.type,
-            **_of_family(vae.family),
-            "batch_norm": batch_norm_of(vae.module) is not None,
-            # None while a host has only the shapes of the weights in memory: then nothing is said.
-            **({FINGERPRINT_KEYS[found[0]]: found[1]} if found else {}),
-            "limits": self.limits.published(),
-            "posterior": vae.has_posterior,
-            **self._about,
-        }
+        """``GET /info``: the VAEs, what may be asked of them, and of the first one once more what older clients read.
 
-    def check_decode(
-        self, head: TensorHead, height: int | None, width: int | None, output: Output, family: str | None = None
-    ) -> Size:
+        Raises:
+            NoModel: the only one is not there.
+        """
+        entries = self.catalogue.entries()
+        models = [{"name": entry.name, "loaded": entry.is_loaded, **entry.info()} for entry in entries]
+        first = {key: value for key, value in models[0].items() if key not in ("name", "loaded")}
+        return {**first, "limits": self.limits.published(), "models": models}
+
+    def check_decode(self, entry: Entry, head: TensorHead, height: int | None, width: int | None, output: Output) -> Size:
         """Refuse latents by their head, before their bytes are read.
 
         Returns:
@@ -162,10 +195,9 @@ class Engine:
             InvalidRequest: more pixels, pictures or frames than the limits allow, latents for another VAE, or an answer that
                 this machine cannot make. NoModel.
         """
-        own = self._current().family
+        own = entry.current().family
         batch, frames, rows, columns = decode_size(head.shape, height, width, own)
         self.limits.check(batch, frames, rows, columns)
-        _check_family(own, family)
         check_latent_frames(own, own.latent_frames(frames))
         check_cells(own, rows // own.downscale, columns // own.downscale)
         # Before the VAE has worked for minutes.
@@ -173,10 +205,9 @@ class Engine:
             raise InvalidRequest("this server cannot make mp4: install the package av there, or ask for output_type pt")
         return Size(batch, frames, rows, columns)
 
-    def check_encode(self, head: TensorHead | None, family: str | None = None) -> Size | None:
+    def check_encode(self, entry: Entry, head: TensorHead | None) -> Size | None:
         """Refuse pixels by their head; None for a picture's file, of which nothing is known yet. Raises as above."""
-        own = self._current().family
-        _check_family(own, family)
+        own = entry.current().family
         if head is None:
             return None
         batch, frames, rows, columns = encode_size(head.shape, own)
@@ -186,15 +217,15 @@ class Engine:
 
     # --- what runs in the engine's thread ------------------------------------------------------------------------------
 
-    def decode(self, request: DecodeRequest, place: Place) -> HttpResponse:
+    def decode(self, request: DecodeRequest, place: Place, entry: Entry) -> HttpResponse:
         """Decode, and make the answer's bytes.
 
         Raises:
             InvalidRequest: these latents are not for this VAE. OutOfMemory: they do not fit, tiled neither. NotFinite, NoModel.
         """
-        with self._at_work(place) as vae:
+        with self._at_work(place, entry) as vae:
             family = vae.family
-            _check_family(family, request.family)
+            check_family(family, request.family)
             latents = request.unpacked(family, _norm(vae))
 
             def raw(dtype: torch.dtype) -> torch.Tensor:
@@ -207,11 +238,11 @@ class Engine:
             pixels = moved(pixels, "cpu", request.latents.dtype if wants_dtype else pixels.dtype)
         return decode_response(request, pixels)
 
-    def encode(self, request: EncodeRequest, place: Place) -> HttpResponse:
+    def encode(self, request: EncodeRequest, place: Place, entry: Entry) -> HttpResponse:
         """Encode, and make the answer's bytes. Without a posterior wanted, the answer is its mode. Raises as ``decode``."""
-        with self._at_work(place) as vae:
+        with self._at_work(place, entry) as vae:
             family = vae.family
-            _check_family(family, request.family)
+            check_family(family, request.family)
             pixels = request.pixels(family)
             place.size = Size(pixels.shape[0], pixels.shape[2] if pixels.ndim == VIDEO_DIMENSIONS else 1, *pixels.shape[-2:])
             place.pixels = place.size.pixels
@@ -227,52 +258,22 @@ class Engine:
         return encode_response(latents, is_posterior=is_posterior)
 
     @contextmanager
-    def _at_work(self, place: Place) -> Iterator[VaeAtWork]:
+    def _at_work(self, place: Place, entry: Entry) -> Iterator[VaeAtWork]:
         """The VAE, for as long as it is this call's alone."""
         with self._turn:
             # A generation of the host may have taken minutes.
             if place.is_gone():
                 raise ClientGone("the client hung up")
-            vae = self._current()
+            vae = entry.current()
             place.begin()
             try:
-                with self._provider.serving():
+                with entry.serving():
                     yield vae
             finally:
                 place.end()
         self.admission.measure(place)
         self._made[place.op] += 1
 
-    def _current(self) -> VaeAtWork:
-        vae = self._provider.current()
-        if vae is None:
-            raise NoModel("no model is loaded in this UI yet: generate something first")
-        return vae
-
 
 def _norm(vae: VaeAtWork) -> BatchNormed | None:
     return batch_norm_of(vae.module)
-
-
-def _of_family(family: Family) -> dict[str, Any]:
-    """What ``GET /info`` says of how latents and pixels are shaped and scaled."""
-    scaling = {"latents_mean": list(family.latents_mean), "latents_std": list(family.latents_std)}
-    return {
-        "family": family.key,
-        "latent_channels": family.latent_channels,
-        "downscale": family.downscale,
-        "pixel_channels": family.pixel_channels,
-        "video": family.video,
-        "frame_scale": family.frame_scale,
-        "scaling_factor": family.scaling_factor,
-        "shift_factor": family.shift_factor,
-        **(scaling if family.latents_mean else {}),
-    }
-
-
-def _check_family(own: Family, name: str | None) -> None:
-    if name is None or not own.is_known:
-        return
-    wanted = find_family(name)
-    if wanted.key != own.key:
-        raise InvalidRequest(f"this server has the VAE of {own.label}, and the request is for {wanted.label}")

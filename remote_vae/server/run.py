@@ -11,6 +11,7 @@ from remote_vae.errors import SettingsError
 from remote_vae.server.addresses import endpoints
 from remote_vae.server.admission import Limits
 from remote_vae.server.app import create_app
+from remote_vae.server.catalogue import OneVae
 from remote_vae.server.engine import Engine
 from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.tokens import TOKEN_VARIABLE, is_loopback
@@ -91,7 +92,7 @@ def make_server(
 
     from remote_vae.server.protocol import BoundedProtocol
 
-    engine = Engine(loaded, limits, about=loaded.about)
+    engine = Engine(OneVae(loaded, about=loaded.about), limits)
     config = uvicorn.Config(
         create_app(engine, token, endpoints=addresses),
         http=protocol or BoundedProtocol,

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from remote_vae.server.access import by_token_or_loopback
 from remote_vae.server.admission import Limits
 from remote_vae.server.app import create_app
+from remote_vae.server.catalogue import OneVae
 from remote_vae.server.engine import Engine
 from remote_vae.vae.at_work import Provider
 from remote_vae.wire import THIS_PROCESS
@@ -27,7 +28,7 @@ def create_shared_app(
         token: other machines must have it; without one, only programs on this machine are served.
         limits: what a request may ask for.
     """
-    engine = Engine(provider, limits, turn=queue_lock, about={"process": THIS_PROCESS})
+    engine = Engine(OneVae(provider, about={"process": THIS_PROCESS}), limits, turn=queue_lock)
     app = create_app(engine, access=by_token_or_loopback(token))
 
     async def shared(scope: Scope, receive: Receive, send: Send) -> None:

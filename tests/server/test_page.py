@@ -10,6 +10,7 @@ import requests
 import torch
 
 from remote_vae.server.app import create_app
+from remote_vae.server.catalogue import OneVae
 from remote_vae.server.engine import Engine
 from remote_vae.server.models import LoadedVae
 from tests.conftest import ServerThread
@@ -20,7 +21,7 @@ URLS = ("http://192.168.1.20:7870", "http://studio:7870")
 
 
 def app(loaded: LoadedVae, token: str = "") -> Any:
-    return create_app(Engine(loaded, about=loaded.about), token, endpoints=URLS)
+    return create_app(Engine(OneVae(loaded, about=loaded.about)), token, endpoints=URLS)
 
 
 def text(app: Any, **given: Any) -> str:
@@ -77,6 +78,6 @@ def test_a_name_of_a_file_is_no_markup(loaded: LoadedVae) -> None:
 
 
 def test_while_a_ui_has_no_model_it_says_so() -> None:
-    page = text(create_app(Engine(Sharing())))
+    page = text(create_app(Engine(OneVae(Sharing()))))
     assert rows(page)["VAE"] == "no model is loaded yet"
     assert "address of this page" in page

@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from remote_vae.server.admission import ClientGone, Limits, Place
-from remote_vae.server.engine import Engine, NoModel
+from remote_vae.server.catalogue import NoModel, OneVae
+from remote_vae.server.engine import Engine
 from remote_vae.server.shared import create_shared_app
 from remote_vae.vae.at_work import Op, whole_diffusers
 from remote_vae.vae.families import family_of
@@ -30,11 +31,13 @@ def provider(vae: AutoencoderKL) -> Sharing:
 
 
 def engine(provider: Sharing, lock: Any = None) -> Engine:
-    return Engine(provider, turn=lock)
+    return Engine(OneVae(provider), turn=lock)
 
 
 def decode(own: Engine, latents: torch.Tensor) -> HttpResponse:
-    return own.decode(DecodeRequest(latents, Output.TENSOR), Place("decode", latents.numel(), latents.nbytes))
+    return own.decode(
+        DecodeRequest(latents, Output.TENSOR), Place("decode", latents.numel(), latents.nbytes), own.catalogue.pick()
+    )
 
 
 def tensor(answer: HttpResponse, like: torch.Tensor) -> torch.Tensor:
@@ -168,7 +171,7 @@ def test_a_client_that_left_while_the_host_generated_is_not_served(provider: Sha
     place = Place("decode", 1, 1)
     place.leave()
     with pytest.raises(ClientGone):
-        engine(provider).decode(DecodeRequest(latents, Output.TENSOR), place)
+        engine(provider).decode(DecodeRequest(latents, Output.TENSOR), place, OneVae(provider))
     assert provider.vae.calls == []
 
 
@@ -187,7 +190,7 @@ def test_a_host_that_moves_its_models_comes_to_the_end_of_it_though_the_client_l
 
     provider.changes = {"bring": bring}
     with pytest.raises(ClientGone):
-        engine(provider).decode(DecodeRequest(latents, Output.TENSOR), place)
+        engine(provider).decode(DecodeRequest(latents, Output.TENSOR), place, OneVae(provider))
     assert {weight.dtype for weight in unet.parameters()} == {torch.float64}
 
 

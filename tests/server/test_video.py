@@ -17,6 +17,7 @@ import torch
 
 from bench.live_bytes import LiveBytes
 from remote_vae.server.admission import Limits, Place
+from remote_vae.server.catalogue import OneVae
 from remote_vae.server.engine import Engine
 from remote_vae.server.models import LoadedVae
 from remote_vae.server.moving import moved
@@ -93,11 +94,11 @@ def test_beside_the_pixels_there_is_only_the_answer_and_a_frame(
 ) -> None:
     pixels = torch.rand(1, 3, 81, 64, 96) * 2 - 1
     size, frame = pixels.nbytes, pixels.nbytes / 81
-    engine, request = Engine(Made(vae, pixels)), DecodeRequest(torch.zeros(1, 16, 21, 8, 12, dtype=dtype), output)
+    engine, request = Engine(OneVae(Made(vae, pixels))), DecodeRequest(torch.zeros(1, 16, 21, 8, 12, dtype=dtype), output)
     del pixels
     # Nothing that is made before counts.
     with LiveBytes() as live:
-        answer = engine.decode(request, Place("decode", 1, 1))
+        answer = engine.decode(request, Place("decode", 1, 1), engine.catalogue.pick())
     assert len(answer.body) == pytest.approx(size * (share or 1.0))
     assert live.peak["cpu"] <= share * size + 8 * frame
 
