@@ -25,9 +25,9 @@ from typing import Any, Optional
 import torch
 
 from remote_vae.call import T, VaeCall
-from remote_vae.errors import UnsupportedLayout, VaeCallFailed
 from remote_vae.history import History, Record
 from remote_vae.hosts.generation import Generation, fallback
+from remote_vae.hosts.own_calls import OwnCalls
 from remote_vae.hosts.seam_state import SeamState, not_entered
 from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.remote import trial
@@ -52,12 +52,9 @@ class ThreadState(threading.local):
     """What a thread is doing.
 
     Attributes:
-        passing: in how many previews, or calls that are being answered already, it is: what the VAE is asked within is the UI's
-            own business.
         generation: what it is generating.
     """
 
-    passing = 0
     generation: Optional[Generation] = None
 
 
@@ -76,8 +73,7 @@ class WebUi(ABC):
         self._presses = 0
         self._thread = ThreadState()
         self._problems: tuple[str, ...] = ()
-        # Why VAEs were left to the UI; each is said once.
-        self._refused: set[str] = set()
+        self.own_calls = OwnCalls()
         # What is wrong with the seam since the last generation.
         self._not_entered = ""
         # The last fallback that was shown over the page.
@@ -157,7 +153,7 @@ class WebUi(ABC):
         """Around ``single_sample_to_image``. With an ``approximation`` named it makes a picture to keep, not a preview."""
         if approximation is not None:
             return original(sample, approximation)
-        with self.passing_on():
+        with self.own_calls.passing_on():
             return original(sample)
 
     def _around_generation(self, original: Callable[..., Any], p: Any, *args: Any, **kwargs: Any) -> Any:
@@ -229,23 +225,14 @@ class WebUi(ABC):
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Within, this thread asks the UI's VAE for another UI."""
-        with self.passing_on(), torch.no_grad():
+        with self.own_calls.passing_on(), torch.no_grad():
             yield
 
     # --- for the hooks ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def passing_on(self) -> Iterator[None]:
-        """Within, VAE calls of this thread are the UI's own."""
-        self._thread.passing += 1
-        try:
-            yield
-        finally:
-            self._thread.passing -= 1
-
     def _takes(self) -> bool:
         """Whether a VAE call of this thread is for us. Asked at every call, so it has to be quick."""
-        if not self.installed or self._thread.passing:
+        if not self.installed or self.own_calls.are_passed_on:
             return False
         generation = self._thread.generation
         if generation is not None:
@@ -275,30 +262,13 @@ class WebUi(ABC):
         Raises:
             VaeCallFailed: nothing could answer, the UI's own VAE neither.
         """
-        try:
-            call = make()
-            if call is not None:
-                return self._answer(call, remote=remote, because=because)
-        except VaeCallFailed:
-            raise
-        except UnsupportedLayout as error:
-            self._refuse(str(error))
-        except Exception:
-            log.exception("this call went wrong in Remote VAE; the UI's own VAE answers it")
-        with self.passing_on():
-            return own()
-
-    def _refuse(self, why: str) -> None:
-        """Say once that a VAE is the UI's own business, and why."""
-        if why not in self._refused:
-            self._refused.add(why)
-            log.warning("the UI's own VAE answers, and no endpoint: %s", why)
+        return self.own_calls.unless_taken(make, lambda call: self._answer(call, remote=remote, because=because), own)
 
     def _answer(self, call: VaeCall[T], *, remote: bool, because: str) -> T:
         """Answer ``call`` by the best way there is, and let the user see how it goes."""
         generation = self._thread.generation
         # Another extension may have put its hook between two of ours.
-        with self.passing_on(), self._shown(call) as shown:
+        with self.own_calls.passing_on(), self._shown(call) as shown:
             settings = self._settings()
             if generation is not None:
                 generation.names_endpoint = settings.name_endpoint

@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 from urllib.parse import urlsplit
 
 from remote_vae import rescue
 from remote_vae.call import User, VaeCall
-from remote_vae.errors import EndpointError, RouteFailed, UnsupportedLayout, VaeCallFailed
+from remote_vae.errors import EndpointError, RouteFailed, UnsupportedLayout
 from remote_vae.history import History, Record
 from remote_vae.hosts import comfy_shaped
 from remote_vae.hosts.comfyui_jobs import Job, Jobs
 from remote_vae.hosts.comfyui_settings import StoredSettings
 from remote_vae.hosts.generation import Request
+from remote_vae.hosts.own_calls import OwnCalls
 from remote_vae.hosts.seam_state import SeamState
 from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.remote.endpoints import endpoint_for
@@ -77,8 +78,7 @@ class ComfyUi:
         self.jobs = Jobs()
         self.settings = StoredSettings()
         self.installed = False
-        self._thread = threading.local()
-        self._said: set[str] = set()
+        self.own_calls = OwnCalls(is_interrupt)
         self._last_vae: Callable[[], Any] = lambda: None
         # How often an endpoint was found to have another VAE than it said when a VAE without weights was made.
         self.doubts = 0
@@ -136,28 +136,22 @@ class ComfyUi:
         Raises:
             VaeCallFailed: nothing could answer, the VAE itself neither. What ComfyUI raises at Interrupt.
         """
-        if self._is_passing():
-            return original(vae, *args, **kwargs)
-        try:
+        own = partial(original, vae, *args, **kwargs)
+        if self.own_calls.are_passed_on:
+            return own()
+
+        def make() -> tuple[VaeCall[Any], Wanted, _Node] | None:
             wanted = getattr(vae, _WANTED, _NOTHING)
             node = _Node.now(self.jobs.current)
             self.jobs.begins_call(node.job, node.name)
             self._last_vae = _reference(vae)
-            if self._takes(wanted):
-                known = comfy_shaped.Known(family=wanted.family)
-                call = comfy_shaped.vae_call(comfy_shaped.COMFYUI, method, original, vae, args, kwargs, known)
-                if call is not None:
-                    return self._answer(call, wanted, node)
-        except VaeCallFailed:
-            raise
-        except UnsupportedLayout as error:
-            self._say_once(f"a VAE is left alone: {error}")
-        except Exception as error:
-            if is_interrupt(error):
-                raise
-            log.exception("this call went wrong in Remote VAE; the VAE answers it itself")
-        with self.passing_on():
-            return original(vae, *args, **kwargs)
+            if not self._takes(wanted):
+                return None
+            known = comfy_shaped.Known(family=wanted.family)
+            call = comfy_shaped.vae_call(comfy_shaped.COMFYUI, method, original, vae, args, kwargs, known)
+            return None if call is None else (call, wanted, node)
+
+        return self.own_calls.unless_taken(make, lambda made: self._answer(*made), own)
 
     def ask(self, call: VaeCall[Any], wanted: Wanted) -> Any:
         """Have ``call``, of a VAE without weights, answered by the endpoint or not at all.
@@ -188,7 +182,7 @@ class ComfyUi:
         user = User(cancelled=model_management.processing_interrupted, tell=tell, recorded=recorded)
         call = replace(call, user=user, whole=_ending(call.whole), own_tiling=_ending(call.own_tiling))
         try:
-            with self.passing_on():
+            with self.own_calls.passing_on():
                 if here:
                     return self.router.run(call, settings)
                 return self._asked(call, settings)
@@ -210,23 +204,6 @@ class ComfyUi:
             if isinstance(error, EndpointError) and error.status in _REFUSED:
                 self.doubts += 1
             raise self.router.failed(call, settings, error) from error
-
-    def _is_passing(self) -> bool:
-        return getattr(self._thread, "passing", 0) > 0
-
-    @contextmanager
-    def passing_on(self) -> Iterator[None]:
-        """Within, VAE calls of this thread are the VAE's own."""
-        self._thread.passing = getattr(self._thread, "passing", 0) + 1
-        try:
-            yield
-        finally:
-            self._thread.passing -= 1
-
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            log.info("%s", text)
 
     # --- what the user wants to know -------------------------------------------------------------------------------------
 

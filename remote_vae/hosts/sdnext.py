@@ -174,7 +174,7 @@ class SdNext(WebUi):
 
     def _around_preview(self, original: Callable[..., Any], sample: Any, approximation: Any = None) -> Any:
         """In this UI the approximation is named for previews as well."""
-        with self.passing_on():
+        with self.own_calls.passing_on():
             return original(sample, approximation)
 
     def _around_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

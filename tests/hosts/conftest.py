@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -19,6 +19,7 @@ from tests.conftest import ServerThread
 from tests.hosts.a1111_standin import A1111Host
 from tests.hosts.forge_kin_standin import ErsatzHost, NeoHost, ReforgeHost
 from tests.hosts.forge_standin import ForgeHost
+from tests.hosts.of_families import proxies
 from tests.hosts.sdnext_standin import SdnextHost
 from tests.hosts.standin import OWN, Host, Pictures, put_in_place, source
 
@@ -97,7 +98,8 @@ def bare(name: str, loaded: LoadedVae, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert not [place for place, value in host.callables().items() if hasattr(value, "remote_vae_adapter")]
     assert host.shared.reads == 0
     thread = host.adapter._thread
-    assert (thread.generation, thread.passing, getattr(thread, "batch", None)) == (None, 0, None)
+    assert (thread.generation, getattr(thread, "batch", None)) == (None, None)
+    assert not host.adapter.own_calls.are_passed_on
 
 
 @pytest.fixture
@@ -122,3 +124,18 @@ def endpoint(proxy: Endpoint) -> Iterator[Endpoint]:
     proxy.reset("pass")
     yield proxy
     proxy.released.set()
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Callable[[str], Chaos]]:
+    with proxies() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def served(servers: Callable[[str], Chaos], family: str) -> Iterator[Chaos]:
+    """The way to the real server of that ``family``'s VAE."""
+    proxy = servers(family)
+    proxy.reset("pass")
+    yield proxy
+    proxy.reset("pass")

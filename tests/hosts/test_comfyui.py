@@ -45,7 +45,7 @@ def host(
     adapter.uninstall()
     assert not [name for name in ("decode", "encode") if hasattr(getattr(VAE, name), "remote_vae_adapter")]
     assert not hasattr(PromptExecutor.execute, "remote_vae_adapter")
-    assert not adapter._is_passing()
+    assert not adapter.own_calls.are_passed_on
     log.handlers, log.filters, log.level, log.propagate = before
 
 
@@ -73,7 +73,7 @@ def graph(seed: int = 1, *, mode: str = "auto", batch: int = 1, **more: Any) -> 
 
 def own(host: ComfyHost, seed: int = 1, batch: int = 1) -> torch.Tensor:
     """What ComfyUI alone decodes."""
-    with adapter.passing_on():
+    with adapter.own_calls.passing_on():
         latents = torch.randn(batch, 4, 4, 6, generator=torch.Generator().manual_seed(seed)) * 5
         pixels = host.vae.decode(latents)
     host.vae.first_stage_model.calls.clear()

@@ -182,7 +182,7 @@ def test_pictures_that_were_made_without_asking_us_are_spoken_of_once_until_we_a
     host.txt2img()
     assert (host.adapter.seam_state().problem, warnings()) == ("", [])
     # As where the UI decodes with something that is not hooked.
-    with host.adapter.passing_on():
+    with host.adapter.own_calls.passing_on():
         host.txt2img()
         host.txt2img(batch=3)
     assert "3 pictures were made without asking Remote VAE" in host.adapter.seam_state().problem
@@ -190,7 +190,7 @@ def test_pictures_that_were_made_without_asking_us_are_spoken_of_once_until_we_a
     host.txt2img()
     assert host.adapter.seam_state().problem == ""
     host.turn_on(endpoint.url, enabled=False)
-    with host.adapter.passing_on():
+    with host.adapter.own_calls.passing_on():
         host.txt2img()
     assert host.adapter.seam_state().problem == ""
 
@@ -198,7 +198,7 @@ def test_pictures_that_were_made_without_asking_us_are_spoken_of_once_until_we_a
 def test_pictures_of_an_approximation_that_interrupt_asked_for_are_nothing_to_speak_of(host: Host, endpoint: Endpoint) -> None:
     host.turn_on(endpoint.url)
     host.while_sampling = host.state.interrupt
-    with host.adapter.passing_on():
+    with host.adapter.own_calls.passing_on():
         host.txt2img()
     assert host.adapter.seam_state().problem == ""
 
