@@ -66,6 +66,8 @@ class VaeCall(Generic[T]):
         saved: the latents to save if all fails, where that is more than ``tensor``: those of the whole batch.
         in_parts: whether the host makes a batch in as many parts as its memory wants.
         truncates: whether the host makes 8-bit levels by rounding down; then an 8-bit transfer does so too.
+        packed: encode: whether latents are wanted as Flux.2's transformer takes them, normed and packed, which a server of ours
+            does. ``vae.family`` is then as those latents are.
         user: who waits.
     """
 
@@ -78,6 +80,7 @@ class VaeCall(Generic[T]):
     saved: torch.Tensor | None = None
     in_parts: bool = False
     truncates: bool = False
+    packed: bool = False
     user: User = NOBODY
 
     @property

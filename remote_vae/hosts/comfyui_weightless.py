@@ -65,7 +65,8 @@ def weightless_vae(adapter: ComfyUi, family: Family, wanted: Wanted) -> Any:
     vae.memory_used_encode = vae.memory_used_decode = lambda *_, **__: 0
     crossing = _crossing(family)
     vae.remote_vae_wanted = replace(wanted, family=crossing)
-    vae.remote_vae_encodes = crossing == family
+    # The numbers that norm them are among the weights: only where those are can it be done.
+    vae.remote_vae_packs = crossing != family
     _shape(vae, crossing)
     return vae
 
@@ -75,7 +76,7 @@ def _says_no_weights(record: logging.LogRecord) -> bool:
 
 
 def _crossing(family: Family) -> Family:
-    """``family`` as its latents cross a VAE of ComfyUI: those of Flux.2 are packed, and a server of it takes them so."""
+    """``family`` as its latents cross a VAE of ComfyUI: those of Flux.2 are packed, and a server takes and gives them so."""
     if family.key != "flux2":
         return family
     return replace(family, latent_channels=4 * family.latent_channels, downscale=2 * family.downscale)
@@ -109,9 +110,6 @@ def _class(adapter: ComfyUi, cls: type) -> type:
         return _on(self, Crossing(self.remote_vae_wanted.family).pixels(pixels, samples))
 
     def encode(self: Any, pixels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        if not self.remote_vae_encodes:
-            # The endpoint gives raw latents, and the numbers that norm them are among the weights.
-            raise RemoteVaeError(_NO_WEIGHTS.format("encode for Flux.2"))
         family = self.remote_vae_wanted.family
         raw = Crossing(family).raw_pixels(self.vae_encode_crop_pixels(pixels))
         if raw is None:
@@ -154,7 +152,8 @@ def _call(vae: Any, op: Op, tensor: torch.Tensor) -> VaeCall[torch.Tensor]:
             return answer.pixels(vae.output_device, torch.float32)
         return answer.latents.chunk(2, dim=1)[0] if answer.is_posterior else answer.latents
 
-    return VaeCall(op, tensor, VaeAtWork(None, vae.remote_vae_wanted.family), adopt, truncates=True)
+    packed = op == "encode" and vae.remote_vae_packs
+    return VaeCall(op, tensor, VaeAtWork(None, vae.remote_vae_wanted.family), adopt, truncates=True, packed=packed)
 
 
 def _on(vae: Any, tensor: torch.Tensor) -> torch.Tensor:

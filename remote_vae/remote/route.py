@@ -161,6 +161,7 @@ class _Asking:
         self._form = _form(call, transfer)
         self._at_once = 1 if self._is_one_by_one else _at_once(call, public=public)
         self._truncate = call.truncates
+        self._packed = call.packed
         self._deadlines = deadlines
         self._cancelled = call.user.cancelled
 
@@ -208,7 +209,7 @@ class _Asking:
 
     def _encode(self, pixels: torch.Tensor) -> Reply[Answer]:
         image = _upload_form(pixels, self._form)
-        request = EncodeRequest(image, posterior=True, family=self._key, alpha=True)
+        request = EncodeRequest(image, posterior=not self._packed, packed=self._packed, family=self._key, alpha=True)
         reply = self._client.encode(request, self._deadlines, self._cancelled)
         answer = reply.answer
         if isinstance(image, Image.Image) and pixels.ndim == VIDEOS:

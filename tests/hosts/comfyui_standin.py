@@ -78,9 +78,11 @@ class VAE:
         return torch.float32
 
     def vae_encode_crop_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        ratio = self.downscale_ratio
+        ratio = ratio[-1] if isinstance(ratio, tuple) else ratio
         for dim in (1, 2):
-            size = pixels.shape[dim] // 8 * 8
-            pixels = pixels.narrow(dim, pixels.shape[dim] % 8 // 2, size)
+            size = pixels.shape[dim] // ratio * ratio
+            pixels = pixels.narrow(dim, pixels.shape[dim] % ratio // 2, size)
         return pixels[..., : self.output_channels]
 
     def _load(self) -> None:

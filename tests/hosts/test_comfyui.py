@@ -407,7 +407,21 @@ def test_interrupt_ends_a_job_without_weights_as_well(host: ComfyHost, endpoint:
     assert not (host.folder / "output").exists()
 
 
-def test_without_weights_flux2s_packed_latents_are_decoded_and_its_encode_says_what_it_needs(host: ComfyHost) -> None:
+def test_without_weights_an_endpoint_that_does_not_pack_flux2s_latents_is_named(host: ComfyHost) -> None:
+    running = ServerThread(loaded(small_vae("flux2"), "flux2"))
+    proxy = Chaos(running.url)
+    proxy.drops = ("form",)
+    try:
+        host.settings(endpoint=proxy.url)
+        vae = host.run(weightless(), "2")[0]
+        with pytest.raises(VaeCallFailed, match=r"got \[1, 32, 4, 6\], expected \[1, 128, 2, 3\]"):
+            vae.encode(torch.rand(1, 32, 48, 3))
+    finally:
+        proxy.close()
+        running.close()
+
+
+def test_without_weights_flux2s_latents_cross_normed_and_packed_in_both_directions(host: ComfyHost) -> None:
     served = loaded(small_vae("flux2"), "flux2")
     running = ServerThread(served)
     try:
@@ -420,8 +434,13 @@ def test_without_weights_flux2s_packed_latents_are_decoded_and_its_encode_says_w
             expected = served.vae.decode(norm.raw(packed)).sample
         assert levels(vae.decode(packed), ((expected + 1.0) / 2.0).clamp(0.0, 1.0).movedim(1, -1)) < 0.01
         assert vae.spacial_compression_decode() == 16
-        with pytest.raises(RemoteVaeError, match=r"cannot encode for Flux\.2"):
-            vae.encode(torch.zeros(1, 32, 48, 3))
+        # As in ComfyUI, to multiples of 16 in the middle, and the mean of the posterior.
+        pixels = torch.rand(2, 40, 48, 3, generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            mean = served.vae.encode(pixels[:, 4:36].movedim(-1, 1) * 2.0 - 1.0).latent_dist.mode()
+        latents = vae.encode(pixels)
+        assert latents.shape == (2, 128, 2, 3)
+        torch.testing.assert_close(latents, norm.normed(mean), atol=1e-4, rtol=1e-4)
     finally:
         running.close()
 
