@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import replace
 
 from remote_vae.extension.comfyui_nodes import NAMES, NODES
 from remote_vae.extension.console import show_log
@@ -39,7 +38,6 @@ def start() -> None:
         from remote_vae.extension.comfyui_routes import add_routes
 
         add_routes(sys.modules["server"].PromptServer.instance.routes)
-        # Where it is not on for every VAE, it is so for the node.
-        log.info("%s", adapter.seam_state().opening(replace(adapter.settings.now(), enabled=True)))
+        log.info("%s", adapter.seam_state().opening(adapter.settings.now()))
     except Exception:
         log.exception("Remote VAE could not be started; ComfyUI works as without it")

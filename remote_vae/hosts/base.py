@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -97,6 +97,10 @@ class WebUi(ABC):
     @abstractmethod
     def _unhook(self, model: Any) -> None:
         """Give ``model`` its own calls back."""
+
+    def version(self) -> str:
+        """What the UI's own people call the version that runs; "" where that cannot be told."""
+        return version_at(self.version_at)
 
     @abstractmethod
     def current(self) -> VaeAtWork | None:
@@ -209,7 +213,12 @@ class WebUi(ABC):
 
     def seam_state(self) -> SeamState:
         """How it stands between the UI and us now. For any thread."""
-        return SeamState(f"{self.name} {_version(self.version_at)}".strip(), self.seams, self._not_entered)
+        return SeamState(self._name_and_version, self.seams, self._not_entered)
+
+    @cached_property
+    def _name_and_version(self) -> str:
+        # Once: some UIs ask git.
+        return f"{self.name} {self.version()}".strip()
 
     def state(self) -> str:
         """How things stand, in one line: "on: studio:7870, same VAE, last call 1.1 s". For any thread."""
@@ -379,8 +388,8 @@ class WebUi(ABC):
         return settings
 
 
-def _version(where: str) -> str:
-    """The version of the UI, by what names it, or makes the name; "" where that cannot be told."""
+def version_at(where: str) -> str:
+    """A version by ``module:attribute``, which names it or makes the name; "" where that cannot be told."""
     module, _, attribute = where.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)

@@ -243,8 +243,8 @@ class ComfyUi:
     def seam_state(self) -> SeamState:
         """Where the calls are taken, for the line at the start."""
         version = getattr(sys.modules.get("comfyui_version"), "__version__", "of unknown version")
-        whose = "for every VAE" if self.settings.now().enabled else "for VAEs behind the node Remote VAE"
-        return SeamState(f"{self.name} {version}", (f"comfy.sd.VAE {whose}",) if self.installed else ())
+        hooked = (comfy_shaped.COMFYUI.vae.replace(":", "."),) if self.installed else ()
+        return SeamState(f"{self.name} {version}", hooked, switch=("off but for the node Remote VAE", "on for every VAE"))
 
     def state(self) -> str:
         """One line for the settings page."""

@@ -99,11 +99,14 @@ class NoSeam(WebUi):
     def __init__(self, looks_like: WebUi, missing: list[str]) -> None:
         super().__init__()
         self.name = f"a UI like {looks_like.name}"
-        self.version_at = looks_like.version_at
+        self._looks_like = looks_like
         self._problem = (
             f"this UI looks like {looks_like.name}, but it has no {', no '.join(missing)}: it is too old, too new or unknown, "
             f"and its VAE is left alone. Remote VAE was made for {', '.join(each.adapter.name for each in _KNOWN)}"
         )
+
+    def version(self) -> str:
+        return self._looks_like.version()
 
     def install(self) -> None:
         log.warning("%s", self._problem)

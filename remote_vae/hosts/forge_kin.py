@@ -6,6 +6,7 @@ another object in place of the one that was there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,10 +19,14 @@ import torch
 from remote_vae.call import VaeCall
 from remote_vae.errors import UnsupportedLayout
 from remote_vae.hosts import comfy_shaped
-from remote_vae.hosts.base import WebUi
+from remote_vae.hosts.base import WebUi, version_at
 from remote_vae.hosts.comfy_shaped import Known, Seam
 from remote_vae.hosts.wrapping import wrap
 from remote_vae.vae.at_work import VaeAtWork
+
+# In "2.0.1v1.10.1" and "1.0.0v2-v1.10.1RC".
+_OF_A1111 = re.compile(r"-?v1\.\d.*")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class ForgeKin(WebUi):
@@ -36,6 +41,12 @@ class ForgeKin(WebUi):
 
     def _wrapped_functions(self) -> list[tuple[Any, str, Callable[..., Any]]]:
         return [*super()._wrapped_functions(), *comfy_shaped.class_hooks(self._seam, self._around_vae)]
+
+    def version(self) -> str:
+        """Its own number, without A1111's behind it, and the commit where it knows that: the number stays for years."""
+        number = _OF_A1111.sub("", super().version())
+        commit = version_at("modules.launch_utils:commit_hash")
+        return f"{number} ({commit[:7]})".strip() if _COMMIT.fullmatch(commit) else number
 
     def _models(self) -> list[Any]:
         from modules import sd_models

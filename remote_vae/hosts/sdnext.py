@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import MethodType
@@ -51,7 +52,6 @@ class SdNext(WebUi):
 
     name = "SD.Next"
     seams = ("decode and encode of the class of each VAE",)
-    version_at = "installer:git_commit"
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +74,15 @@ class SdNext(WebUi):
 
     def _of_class(self, kind: type) -> list[tuple[Any, str, Callable[..., Any]]]:
         return [(kind, op, partial(self._around_vae, op)) for op in _OPS]
+
+    def version(self) -> str:
+        """Its commit and the day of that: it has no numbers."""
+        with suppress(Exception):  # as its installer pleases
+            # It asks git once, where it has not when it was started.
+            known = importlib.import_module("installer").get_version()
+            if known["commit"] != "unknown":
+                return f"{known['commit']} of {known['updated']}"
+        return ""
 
     def show_in_tabs(self, title: str) -> None:
         """Have the script shown in the Control tab, the only one of its default theme, where it lists the scripts."""

@@ -17,24 +17,26 @@ class SeamState:
         host: the UI and its version: "Forge Neo 2.26".
         hooked: where its VAE calls are taken; empty: nowhere.
         problem: what is wrong, and what to do; "": nothing is known to be.
+        switch: what the settings' being off and on mean in this UI.
     """
 
     host: str
     hooked: tuple[str, ...] = ()
     problem: str = ""
+    switch: tuple[str, str] = ("off", "on")
 
     def opening(self, settings: Settings) -> str:
         """The line at the start."""
         where = f"hooked {', '.join(self.hooked)}" if self.hooked else "nothing hooked"
-        return f"{__version__} in {self.host}: {where}; {_switch(settings)}"
+        return f"{__version__} in {self.host}: {where}; {self.switch[settings.enabled]}, {_endpoints(settings)}"
 
 
-def _switch(settings: Settings) -> str:
+def _endpoints(settings: Settings) -> str:
     addresses = (settings.endpoint, settings.decode_endpoint, settings.encode_endpoint)
     named = " and ".join(dict.fromkeys(shown(address) for address in addresses if address))
     if not named and settings.public_endpoints:
         named = "the public endpoints"
-    return f"{'on' if settings.enabled else 'off'}, {f'endpoint {named}' if named else 'no endpoint set'}"
+    return f"endpoint {named}" if named else "no endpoint set"
 
 
 def not_entered(pictures: int, host: str) -> str:

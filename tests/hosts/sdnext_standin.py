@@ -87,7 +87,7 @@ class SdnextHost(Host):
         self.sd_models = make_module("modules.sd_models", move_model=self._move_model)
         self.sd_hijack_vae = make_module("modules.sd_hijack_vae", init_hijack=self._init_hijack)
         # The scripts that the Control tab shows.
-        self.installer = make_module("installer", control_extensions=["IP Adapters"], git_commit="unknown")
+        self.installer = make_module("installer", control_extensions=["IP Adapters"])
         self.processing_vae = make_module("modules.processing_vae", vae_decode=self._vae_decode)
         self.processing_diffusers = make_module("modules.processing_diffusers", process_diffusers=self._process_diffusers)
         self.load(self.made("sd1"))
