@@ -39,6 +39,12 @@ def read_toml(name: str) -> dict[str, Any]:
     return data
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """The entries of a file of the user's. Raises ValueError: it is no TOML."""
+    data: dict[str, Any] = _toml_reader().loads(text)
+    return data
+
+
 def _toml_reader() -> ModuleType:
     # tomllib came with Python 3.11. install.py adds tomli on 3.10; pip's own copy serves where it could not (no network).
     for module in ("tomllib", "tomli", "pip._vendor.tomli"):
