@@ -42,7 +42,7 @@ _MP4 = ".mp4"
 _CHECK_SIDE = 256
 _FEWEST_CELLS = 8
 # What "serve" and "decode --vae" need: one of them missing, the others are hardly there.
-_SERVER = ("accelerate", "diffusers", "starlette", "uvicorn")
+_SERVER = ("accelerate", "diffusers", "fastapi", "uvicorn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
-        packages = {**dict.fromkeys(_SERVER, " ".join(_SERVER)), "skimage": "scikit-image"}.get(missing, missing)
+        packages = {**dict.fromkeys((*_SERVER, "starlette"), " ".join(_SERVER)), "skimage": "scikit-image"}.get(
+            missing, missing
+        )
         message = f"{error}; install what the command needs: {sys.executable} -m pip install {packages}"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else f"{type(error).__name__}: {error}"

@@ -157,7 +157,7 @@ sys.exit(main(["serve", "--vae", "assets/demo_vae", "--port", "0"]))
 """
     result = run_without(BLOCKED, code)
     assert result.returncode == 1
-    assert "-m pip install accelerate diffusers starlette uvicorn" in result.stderr
+    assert "-m pip install accelerate diffusers fastapi uvicorn" in result.stderr
     assert "Traceback" not in result.stderr
 
 

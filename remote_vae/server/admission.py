@@ -183,14 +183,38 @@ class Place:
         return begun - self.arrived, (self.ended or begun) - begun
 
 
+@dataclass(frozen=True)
+class Closed:
+    """Why nobody is let in. ``status``: what ``GET /health`` calls it; ``retry_after``: seconds."""
+
+    status: str
+    why: str
+    retry_after: float = 5.0
+
+
 class Admission:
-    """The places of a server. All is called in its event loop, but ``measure``."""
+    """The places of a server. All is called in its event loop, but ``measure``.
+
+    Attributes:
+        closed: why nobody is let in, while that is so.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.closed: Closed | None = None
         self._places: set[Place] = set()
         # Seconds and pixels of the calls of late, by what they were: their quotient is what a pixel takes.
         self._measured: dict[Op, tuple[float, int]] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody is in upload, waits, is worked for or reads an answer."""
+        return not self._places
+
+    def check(self) -> None:
+        """Raises Busy: nobody is let in."""
+        if self.closed is not None:
+            raise Busy(f"{self.closed.why}; try again later", self.closed.retry_after)
 
     def enter(self, op: Op, pixels: int, nbytes: int) -> Place:
         """A place for a request whose body and answer have ``nbytes``; to be given back with ``leave``.
@@ -198,8 +222,9 @@ class Admission:
         Uploads that have stopped give up theirs for it.
 
         Raises:
-            Busy: there is none, or the call would wait for longer than ``max_wait``.
+            Busy: there is none, or the call would wait for longer than ``max_wait``; or nobody is let in.
         """
+        self.check()
         wait = self.expected_wait()
         if wait > self.limits.max_wait:
             # By then there is room for as much again.

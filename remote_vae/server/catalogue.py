@@ -15,6 +15,8 @@ from remote_vae.wire import FINGERPRINT_KEYS
 
 Fits = Callable[[Family], bool]
 
+_NOTHING = "no model is loaded in this UI yet: generate something first"
+
 
 class NoModel(RemoteVaeError):
     """There is no VAE at the moment."""
@@ -40,6 +42,11 @@ class Entry(Protocol):
     @property
     def is_loaded(self) -> bool:
         """Whether its weights are in the memory of a device."""
+        ...
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be had at the moment; "" where it can, also where it would have to be loaded first."""
         ...
 
     @property
@@ -133,6 +140,10 @@ class OneVae:
         return self.provider.current() is not None
 
     @property
+    def problem(self) -> str:
+        return "" if self.is_loaded else _NOTHING
+
+    @property
     def fingerprints(self) -> Mapping[str, str]:
         known = {key: self._about[key] for key in FINGERPRINT_KEYS.values() if key in self._about}
         if known:
@@ -147,7 +158,7 @@ class OneVae:
     def current(self) -> VaeAtWork:
         vae = self.provider.current()
         if vae is None:
-            raise NoModel("no model is loaded in this UI yet: generate something first")
+            raise NoModel(_NOTHING)
         return vae
 
     def serving(self) -> AbstractContextManager[Any]:

@@ -165,6 +165,10 @@ class Engine:
         """``GET /health``: whether a call is running, and how many wait behind it."""
         return {"status": "ok", "running": self._running, "waiting": self._queued - int(self._running)}
 
+    def problem(self) -> str:
+        """Why no VAE can be had at the moment; "" where one can."""
+        return next(iter(problems), "") if all(problems := [entry.problem for entry in self.catalogue.entries()]) else ""
+
     def status(self) -> dict[str, Any]:
         """What the page of ``GET /`` says of its work: of ``health``, since when (seconds of the epoch), and how many calls."""
         made = {f"{op}s": self._made[op] for op in ("decode", "encode")}

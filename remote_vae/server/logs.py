@@ -28,7 +28,7 @@ class CallLine:
         status: of the answer; 499: the client hung up before it.
         model: name of the VAE; "" where none was picked.
         size: what it made or took, as ``Size`` writes it; "" where that is not known.
-        batch: calls that the VAE did with it at once, itself included; 0: it did not come to that.
+        batch: pictures, or videos, that were made at once with its own; 0: it did not come to that.
         waited, took: seconds before the VAE began, and that it worked.
         received, sent: bytes of the bodies.
         error: what the client was told, where that was an error.
@@ -50,7 +50,7 @@ class CallLine:
         what = " ".join(filter(None, (self.route, self.model, self.size)))
         came = self.error or f"{self.sent / 1e6:.1f} MB"
         together = f", {self.batch} in a batch" if self.batch > 1 else ""
-        times = f"; waited {self.waited:.2f} s, took {self.took:.2f} s{together}" if self.batch else ""
+        times = f"; waited {self.waited:.2f} s, took {self.took:.2f} s{together}" if self.model else ""
         return one_line(f"{what} for {self.client}: {self.status}, {came}{times}", 2 * _SHOWN)
 
     def as_json(self) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from remote_vae.vae.at_work import Op
@@ -21,19 +20,24 @@ class Ended(Protocol):
     stages: dict[str, float]
 
 
+def metrics() -> Metrics | None:
+    """Counters that are all 0; None: prometheus-client is not installed."""
+    try:
+        return Metrics()
+    except ImportError:
+        return None
+
+
 class Metrics:
     """The counters of one server, in a registry of its own.
 
     Labels are of the server's making alone: names of its VAEs, its routes, statuses. A client cannot make new ones.
 
-    Args:
-        health: how many calls are running and waiting.
-
     Raises:
         ImportError: prometheus-client is not installed.
     """
 
-    def __init__(self, health: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
         self._registry = registry = CollectorRegistry()
@@ -66,8 +70,8 @@ class Metrics:
         )
         self._received = Counter("remote_vae_received_bytes", "Of bodies.", ("model", "route"), registry=registry)
         self._sent = Counter("remote_vae_sent_bytes", "Of bodies.", ("model", "route"), registry=registry)
-        for name, text in (("running", "Calls that are at work."), ("waiting", "Calls in the queue.")):
-            Gauge(f"remote_vae_{name}", text, registry=registry).set_function(partial(_number, health, name))
+        self._running = Gauge("remote_vae_running", "Calls that are at work.", registry=registry)
+        self._waiting = Gauge("remote_vae_waiting", "Calls in the queue.", registry=registry)
 
     # --- the engine's watcher ------------------------------------------------------------------------------------------
 
@@ -95,12 +99,10 @@ class Metrics:
         """A request was refused by its head, before it was anybody's call."""
         self._requests.labels("", route, str(status)).inc()
 
-    def text(self) -> tuple[bytes, str]:
-        """What Prometheus reads, and its content type."""
+    def text(self, health: Mapping[str, Any]) -> tuple[bytes, str]:
+        """What Prometheus reads, and its content type. ``health``: how many calls are running and waiting."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+        self._running.set(float(health["running"]))
+        self._waiting.set(float(health["waiting"]))
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
-
-
-def _number(health: Callable[[], Mapping[str, Any]], name: str) -> float:
-    return float(health()[name])

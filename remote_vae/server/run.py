@@ -13,6 +13,7 @@ from remote_vae.server.admission import Limits
 from remote_vae.server.app import create_app
 from remote_vae.server.catalogue import OneVae
 from remote_vae.server.engine import Engine
+from remote_vae.server.metrics import metrics
 from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.tokens import TOKEN_VARIABLE, is_loopback
 
@@ -92,7 +93,7 @@ def make_server(
 
     from remote_vae.server.protocol import BoundedProtocol
 
-    engine = Engine(OneVae(loaded, about=loaded.about), limits)
+    engine = Engine(OneVae(loaded, about=loaded.about), limits, watcher=metrics())
     config = uvicorn.Config(
         create_app(engine, token, endpoints=addresses),
         http=protocol or BoundedProtocol,

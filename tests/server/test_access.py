@@ -123,4 +123,5 @@ def test_a_host_header_that_no_url_can_be_made_of_costs_no_answer(open_app: Any,
 
     monkeypatch.setattr("starlette.requests.Request.url", property(url))
     assert ask(open_app, "/decode", headers={"Host": "["}, body=bytes(64), query=QUERY).status == 403
-    assert ask(open_app, "/decod", headers={"Host": "["}).status == 404
+    assert ask(open_app, "/decod", headers={"Host": "["}).status == 403
+    assert ask(open_app, "/a/b/c", headers={"Host": "["}).status == 404

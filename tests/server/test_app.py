@@ -218,7 +218,7 @@ def test_the_log_says_who_asked_for_what_and_how_long_it_took(
         decode(server, latents)
         requests.post(f"{server.url}/decode", params={**GOOD, "dtype": "float64"}, timeout=TIMEOUT)
     done, refused = (record.getMessage() for record in caplog.records)
-    assert re.fullmatch(r"decode 96x64 for 127\.0\.0\.1: 200, 0\.1 MB; waited [\d.]+ s, took [\d.]+ s", done)
+    assert re.fullmatch(r"decode custom 96x64 for 127\.0\.0\.1: 200, 0\.1 MB; waited [\d.]+ s, took [\d.]+ s", done)
     assert refused.startswith("/decode for 127.0.0.1: 400, shape and dtype")
 
 
@@ -296,7 +296,8 @@ def test_a_server_of_a_vae_of_no_family_answers_for_all(server: ServerThread) ->
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/decode", 405), ("POST", "/nowhere", 404), ("GET", "/docs", 404)]
+    ("method", "path", "status"),
+    [("GET", "/decode", 405), ("POST", "/nowhere", 404), ("GET", "/nowhere", 404), ("GET", "/a/b/c", 404), ("PUT", "/", 405)],
 )
 def test_every_error_is_json_whatever_its_status(server: ServerThread, method: str, path: str, status: int) -> None:
     answer = requests.request(method, server.url + path, timeout=TIMEOUT)

@@ -1,0 +1,317 @@
+"""A VAE call over HTTP: a place by the head of the request, then its body, then the VAE, then the answer in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Union
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from remote_vae.errors import InvalidRequest, NotFinite, OutOfMemory, RemoteVaeError, SettingsError
+from remote_vae.server import logs
+from remote_vae.server.admission import Busy, ClientGone, Place, Receive, Stalled, TooLarge, read_body
+from remote_vae.server.catalogue import Entry, NoModel, UnknownModel
+from remote_vae.server.engine import Engine
+from remote_vae.server.metrics import Metrics
+from remote_vae.vae.at_work import Op
+from remote_vae.vae.families import Family
+from remote_vae.wire import (
+    DecodeRequest,
+    EncodeRequest,
+    HttpResponse,
+    Output,
+    TensorHead,
+    decode_size,
+    encode_size,
+    error_detail,
+    error_response,
+    tensor_head,
+)
+from remote_vae.wire.errors import one_line
+from remote_vae.wire.http import BASE64_TYPE
+
+log = logging.getLogger("remote_vae")
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Read = Callable[[bytearray], Union[DecodeRequest, EncodeRequest]]
+
+# JSON and base64 around the values of a legacy body.
+_BASE64_OVERHEAD = 4 / 3
+_SLACK = 4096
+# A PNG of noise is a little larger than its values, which are 3 or 4.
+_IMAGE_BYTES_PER_PIXEL = 4
+# Of noise, at the quality that is made; a film takes a tenth of it.
+_MP4_BYTES_PER_PIXEL = 2
+# Of pixels, at the most: with alpha.
+_CHANNELS = 4
+# An answer goes out in such pieces: what a client has not read yet of it waits here once, and not in the connection again.
+_PIECE = 512 * 1024
+# A client that is refused before its body was read gets so long (seconds) to read why.
+_LINGER = 2.0
+# The server's own connections end with a stalled answer; under a host's this does it, a little later.
+_STALL_SLACK = 5.0
+# What proxies write where the client hung up before its answer.
+_CLIENT_GONE = 499
+
+_STATUS: dict[type[Exception], int] = {
+    TooLarge: 413,
+    Stalled: 408,
+    Busy: 503,
+    UnknownModel: 404,
+    NoModel: 503,
+    OutOfMemory: 507,
+    NotFinite: 422,
+}
+
+
+class Call(Response):
+    """The answer to a request for a VAE call; nothing is done before it is sent, as the body comes in its own time.
+
+    Args:
+        engine: the VAEs.
+        op: what is asked for.
+        refused: what the request is refused with without being looked at.
+        name: of the VAE in the path; None: none stands there.
+    """
+
+    def __init__(self, engine: Engine, op: Op, refused: HttpResponse | None, name: str | None) -> None:
+        super().__init__()
+        self._engine = engine
+        self._op = op
+        self._refused = refused
+        self._name = name
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        request = Request(scope)
+        refused = self._refused
+        if refused is None:
+            try:
+                self._engine.admission.check()
+                check_name(self._engine, self._name)
+                wanted = await _WANTED[self._op](self._engine, request, self._name)
+            except Exception as error:
+                refused = error_answer(error)
+        if refused is not None:
+            if isinstance(self._engine.watcher, Metrics):
+                self._engine.watcher.refused(self._op, refused.status)
+            await _refuse(request, refused, receive, send)
+            return
+        try:
+            await self._serve(request, wanted, receive, send)
+        finally:
+            self._engine.admission.leave(wanted.place)
+
+    async def _serve(self, request: Request, wanted: _Wanted, receive: Receive, send: Send) -> None:
+        place, stall, watcher = wanted.place, self._engine.limits.stall, self._engine.watcher
+        try:
+            body = await read_body(receive, place, wanted.limit, stall)
+        except ClientGone as error:
+            _note(request, place, _CLIENT_GONE, error=str(error))
+            watcher.call_ended(place, _CLIENT_GONE, 0, 0)
+            return
+        except (TooLarge, Stalled) as error:
+            refused = error_answer(error)
+            watcher.call_ended(place, refused.status, 0, 0)
+            await _refuse(request, refused, receive, send)
+            return
+        received = len(body)
+        place.stages["read"] = place.arrived - place.entered
+        try:
+            answer = await self._engine.run(place, wanted.entry, wanted.read, body, _leaving(receive))
+        except ClientGone as error:
+            _note(request, place, _CLIENT_GONE, received, error=str(error))
+            watcher.call_ended(place, _CLIENT_GONE, received, 0)
+            return
+        except Exception as error:
+            answer = error_answer(error)
+        # A slow reader need not keep what he sent in memory. What he gets, nobody knew before of a picture's file.
+        del body
+        place.nbytes = len(answer.body)
+        said = "" if answer.status == 200 else error_detail(answer.body)
+        _note(request, place, answer.status, received, len(answer.body), error=said)
+        started = time.monotonic()
+        if not await _send(answer, send, stall + _STALL_SLACK):
+            log.debug("%s does not read its answer", _client(request))
+        place.stages["send"] = time.monotonic() - started
+        watcher.call_ended(place, answer.status, received, len(answer.body))
+
+
+def check_name(engine: Engine, name: str | None) -> None:
+    """Raises UnknownModel: a path names a VAE that there is not."""
+    names = [entry.name for entry in engine.catalogue.entries()]
+    if name is not None and name not in names:
+        raise UnknownModel(f"this server has no VAE called {one_line(name, 80)}; it has {', '.join(names)}")
+
+
+# --- by the head of the request ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a request wants, by its head: what it takes, how long its body may be, and how that is read."""
+
+    place: Place
+    limit: int
+    entry: Entry
+    read: Read
+
+
+async def _decode(engine: Engine, request: Request, name: str | None) -> _Wanted:
+    query = request.query_params.multi_items()
+    head = tensor_head(query)
+    if head is None:
+        raise InvalidRequest("the query lacks shape and dtype; a picture is encoded at /encode")
+    values = dict(query)
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    accept = headers.get("accept", "").lower()
+    output = Output.from_http(values, accept)
+    size = _whole(values.get("height")), _whole(values.get("width"))
+    entry = await engine.pick(name, values.get("family"), values.get("fingerprint"), partial(_decodes, head, *size))
+    made = engine.check_decode(entry, head, *size, output)
+    answer = made.pixels * _bytes_per_pixel(output, head) * (_BASE64_OVERHEAD if BASE64_TYPE in accept else 1)
+    limit = int(head.nbytes * _BASE64_OVERHEAD) + _SLACK
+    place = engine.admission.enter("decode", made.pixels, _length(request, limit) + int(answer))
+    place.size, place.model = made, entry.name
+    return _Wanted(place, limit, entry, partial(DecodeRequest.from_http, query, headers))
+
+
+async def _encode(engine: Engine, request: Request, name: str | None) -> _Wanted:
+    query = request.query_params.multi_items()
+    head = tensor_head(query)
+    limits = engine.limits
+    values = dict(query)
+    fits = partial(_encodes, head) if head is not None else None
+    entry = await engine.pick(name, values.get("family"), values.get("fingerprint"), fits)
+    taken = engine.check_encode(entry, head)
+    limit = (head.nbytes if head is not None else limits.max_pixels * _IMAGE_BYTES_PER_PIXEL) + _SLACK
+    length = _length(request, limit)
+    # Of a picture's file nobody knows how much it holds.
+    place = engine.admission.enter("encode", taken.pixels if taken else length, length)
+    place.size, place.model = taken, entry.name
+    return _Wanted(place, limit, entry, partial(EncodeRequest.from_http, query, max_pixels=limits.max_pixels))
+
+
+_WANTED: dict[Op, Callable[[Engine, Request, str | None], Awaitable[_Wanted]]] = {"decode": _decode, "encode": _encode}
+
+
+def _decodes(head: TensorHead, height: int | None, width: int | None, family: Family) -> bool:
+    """Whether latents are for a VAE of ``family``."""
+    with suppress(InvalidRequest):
+        decode_size(head.shape, height, width, family)
+        return True
+    return False
+
+
+def _encodes(head: TensorHead, family: Family) -> bool:
+    """Whether pixels are for a VAE of ``family``."""
+    with suppress(InvalidRequest):
+        encode_size(head.shape, family)
+        return True
+    return False
+
+
+def _bytes_per_pixel(output: Output, head: TensorHead) -> int:
+    """Of a decode's answer, at the most."""
+    if output is Output.MP4:
+        return _MP4_BYTES_PER_PIXEL
+    if output in (Output.TENSOR, Output.UNIT):
+        # Whole numbers are answered in the dtype of the VAE.
+        return _CHANNELS * (head.dtype.itemsize if head.dtype.is_floating_point else 4)
+    return _CHANNELS
+
+
+def _length(request: Request, limit: int) -> int:
+    """Bytes of the body, as far as the head says them. Raises TooLarge."""
+    declared = request.headers.get("content-length", "")
+    if not declared.isdigit():
+        return limit if "transfer-encoding" in request.headers else 0
+    if len(declared) > len(str(limit)) or int(declared) > limit:
+        raise TooLarge(f"a body of {declared[:20]} bytes, and at most {limit} belong to this request")
+    return int(declared)
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= 6 else None
+
+
+# --- the answer ----------------------------------------------------------------------------------------------------------
+
+
+def error_answer(error: Exception) -> HttpResponse:
+    """The answer to a request that failed so."""
+    if isinstance(error, RecursionError):
+        return error_response(400, "the body is nested too deeply")
+    if isinstance(error, (InvalidRequest, SettingsError)):
+        return error_response(400, str(error))
+    if not isinstance(error, RemoteVaeError):
+        log.error("the call failed", exc_info=error)
+        return error_response(500, f"{type(error).__name__}: {error}")
+    answer = error_response(_STATUS.get(type(error), 500), str(error))
+    if isinstance(error, Busy):
+        return replace(answer, headers={**answer.headers, "Retry-After": str(error.retry_after)})
+    return answer
+
+
+async def _refuse(request: Request, answer: HttpResponse, receive: Receive, send: Send) -> None:
+    """Answer before the body was read. The connection ends with it, so that nobody reads on without an end."""
+    # Not the request's URL, which an older Starlette, as A1111 has, cannot make of every Host header.
+    path = request.scope["path"]
+    logs.write(logs.CallLine(path, _client(request), answer.status, error=error_detail(answer.body)))
+    answer = replace(answer, headers={**answer.headers, "Connection": "close"})
+    await _send_head(answer, send)
+    await send({"type": "http.response.body", "body": bytes(answer.body), "more_body": True})
+    with suppress(asyncio.TimeoutError):
+        # To close at once what still sends would tear the answer down with it.
+        await asyncio.wait_for(_discard(receive), _LINGER)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send(answer: HttpResponse, send: Send, stall: float) -> bool:
+    """Send it in pieces. False: a piece was not read in ``stall`` seconds, and the rest is not sent."""
+    await _send_head(answer, send)
+    body = memoryview(answer.body)
+    for start in range(0, max(len(body), 1), _PIECE):
+        piece = bytes(body[start : start + _PIECE])
+        message = {"type": "http.response.body", "body": piece, "more_body": start + _PIECE < len(body)}
+        try:
+            await asyncio.wait_for(send(message), stall)
+        except asyncio.TimeoutError:
+            return False
+    return True
+
+
+async def _send_head(answer: HttpResponse, send: Send) -> None:
+    headers = {**answer.headers, "Content-Length": str(len(answer.body))}
+    raw = [(name.lower().encode("latin1"), value.encode("latin1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": answer.status, "headers": raw})
+
+
+async def _discard(receive: Receive) -> None:
+    while (await receive()).get("more_body", False):
+        pass
+
+
+async def _leaving(receive: Receive) -> None:
+    """Ends when the client hangs up; to be awaited after the body was read.
+
+    Not ``request.is_disconnected``, which never tells behind the middleware of the web UIs (Starlette's BaseHTTPMiddleware).
+    """
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _note(request: Request, place: Place, status: int, received: int = 0, sent: int = 0, *, error: str = "") -> None:
+    """The line of a call that came to its end, but for the sending of its answer."""
+    client, size, times = _client(request), str(place.size or ""), place.times()
+    logs.write(logs.CallLine(place.op, client, status, place.model, size, place.batch, *times, received, sent, error))
+
+
+def _client(request: Request) -> str:
+    return request.client.host if request.client else "someone"
