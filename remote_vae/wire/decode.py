@@ -1,6 +1,7 @@
 """A decode: the request and its answer, each as an object that is valid or cannot be made, and as HTTP in both directions.
 
-The protocol is the one of diffusers' ``remote_utils``; keys of our own (``family``, ``truncate``) are ignored by other servers.
+The protocol is the one of diffusers' ``remote_utils``; keys of our own (``family``, ``fingerprint``, ``truncate``) are ignored
+by other servers, and what ``extras`` has is asked of none of them.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from remote_vae.wire.checks import (
 )
 from remote_vae.wire.colours import is_flat, is_flat_video
 from remote_vae.wire.errors import ERROR_LIMIT
+from remote_vae.wire.extras import NO_EXTRAS, Extras, expect_compressed
 from remote_vae.wire.http import BASE64_TYPE, TENSOR_TYPE, Buffer, Expected, HttpRequest, HttpResponse
 from remote_vae.wire.latents import PACK, PICTURES, VIDEOS, as_the_vae_takes_them, is_packed
 from remote_vae.wire.legacy import from_base64, to_base64
-from remote_vae.wire.query import UNSCALED, Output, Query, Scaling, parse_bool, parse_size, tensor_head
+from remote_vae.wire.query import UNSCALED, Output, Query, Scaling, parse_bool, parse_fingerprint, parse_size, tensor_head
+from remote_vae.wire.several import PICTURES_TYPE, joined, parted
 from remote_vae.wire.tensors import (
     MAX_SIZE,
     TensorHead,
@@ -59,6 +62,8 @@ UNIT_LIMIT = 1.01
 _IMAGE_BYTES_PER_PIXEL = 8
 _MP4_BYTES_PER_PIXEL = 4
 _SLACK = 1 << 20
+# All files of one answer together: a server of ours makes no more than 64 megapixels at once.
+_MAX_PICTURES_BYTES = 1 << 29
 
 _IMAGE_LABELS = frozenset({"", "image/png", "image/jpeg", "application/octet-stream"})
 _MP4_LABELS = frozenset({"", "text/plain", "video/mp4", "application/octet-stream"})
@@ -75,9 +80,10 @@ class DecodeRequest:
         output: the form of the answer.
         scaling: absent means that the latents are raw, as the VAE's decoder takes them.
         height, width: pixels; needed for packed latents, ignored for 4-D ones.
-        family: tells our own server which VAE the latents are for.
+        family, fingerprint: tell our own server which VAE the latents are for.
         truncate: asks our own server for 8-bit levels rounded down, for a host that does so itself; others round to nearest.
         base64_body, base64_answer: the legacy transport.
+        extras: what the client takes beyond the protocol.
 
     Raises:
         InvalidRequest: the parts do not make a request.
@@ -89,9 +95,11 @@ class DecodeRequest:
     height: int | None = None
     width: int | None = None
     family: str | None = None
+    fingerprint: str | None = None
     truncate: bool = False
     base64_body: bool = False
     base64_answer: bool = False
+    extras: Extras = NO_EXTRAS
     _bytes: memoryview = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +116,7 @@ class DecodeRequest:
 
     def _check_output(self) -> None:
         shape, output = list(self.latents.shape), self.output
-        if output.is_image and (self.batch > 1 or self.latent_frames > 1):
+        if output.is_image and (self.batch > 1 or self.latent_frames > 1) and not self.is_several:
             raise InvalidRequest(
                 f"latents {shape} make more than one picture, and a {output.value} answer holds one: "
                 "send them one by one, or ask for output_type pt"
@@ -138,6 +146,11 @@ class DecodeRequest:
         """Number of pictures (or videos)."""
         return 1 if self.latents.ndim == 3 and not self.is_packed else self.latents.shape[0]
 
+    @property
+    def is_several(self) -> bool:
+        """Whether the answer is several picture files, in a form of our own."""
+        return self.output.is_image and self.extras.pictures and self.batch > 1 and not self.is_video
+
     def unpacked(self, family: Family, batch_norm: BatchNormed | None = None) -> torch.Tensor:
         """The latents as the VAE takes them: ``[B, C, h, w]``, or ``[B, C, F, h, w]`` for a video VAE.
 
@@ -158,6 +171,8 @@ class DecodeRequest:
             query += [("height", str(self.height)), ("width", str(self.width))]
         if self.family:
             query.append(("family", self.family))
+        if self.fingerprint:
+            query.append(("fingerprint", self.fingerprint))
         if self.truncate:
             query.append(("truncate", "True"))
         body: bytes | memoryview = self._bytes
@@ -166,6 +181,7 @@ class DecodeRequest:
         headers = {
             "Content-Type": BASE64_TYPE if self.base64_body else TENSOR_TYPE,
             "Accept": BASE64_TYPE if self.base64_answer else self.output.accept,
+            **self.extras.to_headers(),
         }
         return HttpRequest(tuple(query), headers, body)
 
@@ -195,9 +211,11 @@ class DecodeRequest:
             height=parse_size(values, "height"),
             width=parse_size(values, "width"),
             family=values.get("family") or None,
+            fingerprint=parse_fingerprint(values),
             truncate=parse_bool(values.get("truncate")),
             base64_body=legacy,
             base64_answer=BASE64_TYPE in accept,
+            extras=Extras.from_headers(headers),
         )
 
 
@@ -290,7 +308,7 @@ def decode_response(request: DecodeRequest, pixels: torch.Tensor) -> HttpRespons
     if output is Output.TENSOR:
         return _tensor_response(request, pixels)
     frames = list(px.frames_of(pixels))
-    if output.is_image and len(frames) > 1:
+    if output.is_image and len(frames) > 1 and not request.is_several:
         raise InvalidRequest(f"these latents make {len(frames)} pictures, and a {output.value} answer holds one")
     if output is Output.UNIT:
         return _tensor_response(request, _of_frames(frames, px.to_unit))
@@ -301,8 +319,10 @@ def decode_response(request: DecodeRequest, pixels: torch.Tensor) -> HttpRespons
         file = io.BytesIO()
         px.write_mp4((to_levels(frame)[0] for frame in frames), file)
         return HttpResponse(200, {"Content-Type": "video/mp4"}, file.getbuffer())
-    data = px.image_to_bytes(Image.fromarray(to_levels(frames[0])[0].cpu().numpy()), output.value)
-    return HttpResponse(200, {"Content-Type": "image/jpeg" if output is Output.JPG else "image/png"}, data)
+    files = [px.image_to_bytes(Image.fromarray(to_levels(frame)[0].cpu().numpy()), output.value) for frame in frames]
+    if request.is_several:
+        return HttpResponse(200, {"Content-Type": PICTURES_TYPE}, joined(files))
+    return HttpResponse(200, {"Content-Type": "image/jpeg" if output is Output.JPG else "image/png"}, files[0])
 
 
 def _check_alpha(output: Output, channels: int) -> None:
@@ -339,6 +359,14 @@ def expect_decode(request: DecodeRequest, headers: Mapping[str, str]) -> Expecte
     Raises:
         MalformedAnswer: it is not the answer to this request.
     """
+    if request.is_several:
+        return _expect_several(request, headers)
+    if request.output.is_tensor and not request.base64_answer:
+        return expect_compressed(partial(_expect_one, request), request.extras)(headers)
+    return _expect_one(request, headers)
+
+
+def _expect_one(request: DecodeRequest, headers: Mapping[str, str]) -> Expected[DecodeAnswer]:
     finish: Callable[[np.ndarray], Payload]
     exact = None
     if request.output.is_image:
@@ -365,6 +393,27 @@ def expect_decode(request: DecodeRequest, headers: Mapping[str, str]) -> Expecte
         return answer
 
     return Expected(believed, limit, exact)
+
+
+def _expect_several(request: DecodeRequest, headers: Mapping[str, str]) -> Expected[DecodeAnswer]:
+    """Picture files, whose levels are the answer."""
+    check_label(headers, frozenset({PICTURES_TYPE}))
+
+    def believed(body: np.ndarray) -> DecodeAnswer:
+        try:
+            files = parted(body.data, request.batch)
+        except ValueError as error:
+            raise MalformedAnswer(str(error)) from None
+        pictures = [_read_image(request, np.frombuffer(file, dtype=np.uint8)) for file in files]
+        levels = [DecodeAnswer(request.output, picture).levels for picture in pictures]
+        if len({each.shape for each in levels}) > 1:
+            raise MalformedAnswer("got pictures of several sizes for one batch")
+        answer = DecodeAnswer(Output.UINT8, torch.cat(levels))
+        _check_colours(request, answer)
+        return answer
+
+    most = request.batch * (_max_pixels(request) * _IMAGE_BYTES_PER_PIXEL + _SLACK)
+    return Expected(believed, min(most, _MAX_PICTURES_BYTES))
 
 
 def _read_image(request: DecodeRequest, body: np.ndarray) -> Payload:

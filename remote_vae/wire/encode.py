@@ -1,12 +1,14 @@
 """An encode: the request and its answer, each as an object that is valid or cannot be made, and as HTTP in both directions.
 
-The protocol is that of diffusers' ``remote_utils``; other servers ignore keys of our own (``family``, ``posterior``, ``form``).
+The protocol is that of diffusers' ``remote_utils``; other servers ignore keys of our own (``family``, ``fingerprint``,
+``posterior``, ``sample``, ``form``), and what ``extras`` has is asked of none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Union
 
 import numpy as np
@@ -32,9 +34,10 @@ from remote_vae.wire.checks import (
 )
 from remote_vae.wire.colours import is_flat
 from remote_vae.wire.errors import one_line
+from remote_vae.wire.extras import NO_EXTRAS, Extras, compressed_request, request_body
 from remote_vae.wire.http import TENSOR_TYPE, Buffer, Expected, HttpRequest, HttpResponse
 from remote_vae.wire.latents import PACK, PICTURES, VIDEOS, as_packed
-from remote_vae.wire.query import UNSCALED, Query, Scaling, parse_bool, tensor_head
+from remote_vae.wire.query import UNSCALED, Query, Scaling, parse_bool, parse_fingerprint, parse_seed, tensor_head
 from remote_vae.wire.tensors import dtype_name, is_within, tensor_from_bytes, tensor_to_bytes
 
 # What a picture in a request may have where the receiver sets no limit of its own.
@@ -56,9 +59,11 @@ class EncodeRequest:
             our own server only.
         scaling: absent means that raw latents are wanted.
         posterior: ask our own server for mean and logvar ``[B, 2 C, h, w]``, unscaled; other servers return a sample.
-        family: tells our own server which VAE is wanted.
+        sample: ask our own server for a sample of the posterior by this seed; see ``chosen``.
+        family, fingerprint: tell our own server which VAE is wanted.
         packed: ask our own server for latents as transformers take them; see ``latents``.
         alpha: whether a PIL image is sent with its alpha channel, for a VAE of such pictures.
+        extras: what the client takes beyond the protocol. With a coding the tensor goes up compressed.
 
     Raises:
         InvalidRequest: the parts do not make a request.
@@ -70,6 +75,9 @@ class EncodeRequest:
     family: str | None = None
     packed: bool = False
     alpha: bool = False
+    sample: int | None = None
+    fingerprint: str | None = None
+    extras: Extras = NO_EXTRAS
     _bytes: memoryview = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +94,8 @@ class EncodeRequest:
             raise InvalidRequest(f"the image: got {type(self.image).__name__}, expected a PIL image or a tensor")
         if self.posterior and (self.scaling != UNSCALED or self.packed):
             raise InvalidRequest("a posterior is never scaled or packed: leave scaling_factor, shift_factor and form out")
+        if self.sample is not None and (self.posterior or not 0 <= self.sample < 1 << 63):
+            raise InvalidRequest("sample: expected a seed from 0 to 2^63 - 1, and not beside posterior")
 
     @property
     def is_video(self) -> bool:
@@ -125,6 +135,29 @@ class EncodeRequest:
             pixels = px.image_to_pixels(self.image, channels)
         return pixels.unsqueeze(2) if family.video and pixels.ndim == PICTURES else pixels
 
+    def chosen(self, moments: torch.Tensor, *, has_posterior: bool) -> tuple[torch.Tensor, bool]:
+        """Of what the VAE gave, what was asked for: the posterior, a sample of it, or else its mode.
+
+        A sample is mean + exp(logvar / 2) * noise in float32, with logvar from -30 to 20. The noise of picture number ``index``
+        of the request is ``torch.randn(shape of its latents, generator=g)`` of a generator of the CPU with the seed
+        ``(sample + index) % 2^63``: whatever else is made at the same time, the same picture and seed give the same noise.
+
+        Args:
+            moments: raw; mean and logvar ``[B, 2 C, ...]``, of a VAE without a posterior its latents.
+            has_posterior: which of them.
+
+        Returns:
+            Raw latents, or the posterior; and whether it is that.
+        """
+        if not has_posterior or self.posterior:
+            return moments, has_posterior
+        mean, logvar = moments.chunk(2, dim=1)
+        if self.sample is None:
+            return mean, False
+        noise = [_noise(mean.shape[1:], (self.sample + index) % (1 << 63)) for index in range(mean.shape[0])]
+        deviation = torch.exp(0.5 * logvar.float().clamp(-30.0, 20.0))
+        return (mean.float() + deviation * torch.stack(noise).to(mean.device)).to(mean.dtype), False
+
     def in_form(
         self, latents: torch.Tensor, family: Family, batch_norm: BatchNormed | None = None, *, is_posterior: bool = False
     ) -> torch.Tensor:
@@ -149,20 +182,33 @@ class EncodeRequest:
         query = self.scaling.to_query()
         if self.posterior:
             query.append(("posterior", "True"))
+        if self.sample is not None:
+            query.append(("sample", str(self.sample)))
         if self.packed:
             query.append(("form", _PACKED))
         if self.family:
             query.append(("family", self.family))
+        if self.fingerprint:
+            query.append(("fingerprint", self.fingerprint))
+        headers = {"Accept": TENSOR_TYPE, **self.extras.to_headers()}
         if not isinstance(self.image, torch.Tensor):
-            return HttpRequest(tuple(query), {"Accept": TENSOR_TYPE}, px.image_to_bytes(self.image, "png"))
+            return HttpRequest(tuple(query), headers, px.image_to_bytes(self.image, "png"))
         query += [("shape", str(size)) for size in self.image.shape]
         query.append(("dtype", dtype_name(self.image.dtype)))
-        headers = {"Content-Type": TENSOR_TYPE, "Accept": TENSOR_TYPE}
-        return HttpRequest(tuple(query), headers, self._bytes)
+        return compressed_request(HttpRequest(tuple(query), {"Content-Type": TENSOR_TYPE, **headers}, self._bytes), self.extras)
 
     @classmethod
-    def from_http(cls, query: Query, body: Buffer, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> EncodeRequest:
-        """What a client sent; its headers do not matter. A picture of more than ``max_pixels`` is not decoded.
+    def from_http(
+        cls,
+        query: Query,
+        body: Buffer,
+        *,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> EncodeRequest:
+        """What a client sent; of its ``headers`` (lower-case names) those of our own matter.
+
+        A picture of more than ``max_pixels`` is not decoded.
 
         Raises:
             InvalidRequest: not an encode request of the protocol.
@@ -171,12 +217,16 @@ class EncodeRequest:
         values = dict(pairs)
         head = tensor_head(pairs)
         image: torch.Tensor | Image.Image
+        body = request_body(body, head, headers)
         image = px.image_from_bytes(body, max_pixels=max_pixels) if head is None else read_tensor(body, head)
         return cls(
             image=image,
             scaling=Scaling.from_query(values),
             posterior=parse_bool(values.get("posterior")),
+            sample=parse_seed(values, "sample"),
             family=values.get("family") or None,
+            fingerprint=parse_fingerprint(values),
+            extras=Extras.from_headers(headers),
             packed=_is_packed_form(values.get("form")),
             alpha=True,
         )
@@ -302,3 +352,8 @@ def _is_packed_form(form: str | None) -> bool:
             f"form: got {one_line(form or '', 40)!r}, expected {_PACKED}, or no form for latents as the VAE has them"
         )
     return form == _PACKED
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)

@@ -1,11 +1,10 @@
-"""``GET /info``: what an endpoint says of the VAE it has, checked before it is believed."""
+"""``GET /info``: what an endpoint says of the VAEs it has, checked before it is believed."""
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,12 @@ from remote_vae.errors import MalformedAnswer
 from remote_vae.vae.families import CUSTOM, Family
 from remote_vae.wire.errors import one_line, read_json
 from remote_vae.wire.http import Expected
+from remote_vae.wire.query import FINGERPRINT
 
-INFO_LIMIT = 64 * 1024
+INFO_LIMIT = 256 * 1024
+# VAEs of one server, and words of what it knows beyond the protocol, that are read.
+MOST_MODELS = 64
+_MOST_EXTRAS = 32
 # By this a UI that shares its VAE knows itself behind the address that it was given as its endpoint.
 THIS_PROCESS = secrets.token_hex(8)
 
@@ -25,7 +28,6 @@ FINGERPRINT_KEYS: Mapping[str, str] = {
     "bfloat16": "fingerprint_bfloat16",
     "float16_bfloat16": "fingerprint_float16_bfloat16",
 }
-_FINGERPRINT = re.compile(r"[0-9a-f]{8,64}")
 _NAME_LIMIT = 80
 
 
@@ -33,12 +35,18 @@ _NAME_LIMIT = 80
 class Info:
     """What an endpoint says of itself; what it leaves out is empty.
 
+    Of one that has several VAEs, ``models`` says which, and all else is said of the first.
+
     Attributes:
         family: a key of families.toml, or a word of the server's own.
         model: the VAE's name in the server's words, one line.
         fingerprints: of the VAE's weights, by rounding.
         process: ``THIS_PROCESS`` of a UI that shares its VAE.
         vae: a custom family with the shape and the factors that it says its VAE has; None: it does not say them.
+        name: of the VAE among those of its server, and in the path ``/<name>/decode``.
+        is_loaded: whether the VAE is in memory; the first call of one that is not waits for that.
+        extras: what it knows beyond the protocol; see ``extras``.
+        models: its VAEs in the order in which it prefers them; none where it does not list them.
     """
 
     family: str = ""
@@ -46,6 +54,10 @@ class Info:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     process: str = ""
     vae: Family | None = None
+    name: str = ""
+    is_loaded: bool = True
+    extras: tuple[str, ...] = ()
+    models: tuple[Info, ...] = ()
 
 
 def expect_info(headers: Mapping[str, str]) -> Expected[Info]:
@@ -61,11 +73,22 @@ def _info(body: np.ndarray) -> Info:
         raise MalformedAnswer("GET /info: got something that is not JSON") from error
     if not isinstance(entries, dict):
         raise MalformedAnswer("GET /info: got JSON that is not an object")
+    models = entries.get("models", [])
+    if not isinstance(models, list) or len(models) > MOST_MODELS or not all(isinstance(each, dict) for each in models):
+        raise MalformedAnswer(f"GET /info: got models that are not a list of up to {MOST_MODELS} objects")
+    extras = entries.get("extras", [])
+    if not isinstance(extras, list):
+        raise MalformedAnswer("GET /info: got extras that are not a list")
+    words = tuple(one_line(word, _NAME_LIMIT) for word in extras[:_MOST_EXTRAS] if isinstance(word, str))
+    return replace(_of_one(entries), extras=words, models=tuple(replace(_of_one(each), extras=words) for each in models))
+
+
+def _of_one(entries: dict[str, Any]) -> Info:
     fingerprints = {rounding: _text(entries, key) for rounding, key in FINGERPRINT_KEYS.items() if key in entries}
-    if not all(map(_FINGERPRINT.fullmatch, fingerprints.values())):
+    if not all(map(FINGERPRINT.fullmatch, fingerprints.values())):
         raise MalformedAnswer("GET /info: got a fingerprint that is not 8 to 64 hexadecimal digits")
     names = _text(entries, "family"), _text(entries, "model"), fingerprints, _text(entries, "process")
-    return Info(*names, _vae(entries))
+    return Info(*names, _vae(entries), _text(entries, "name"), is_loaded=entries.get("loaded") is not False)
 
 
 def _vae(entries: dict[str, Any]) -> Family | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from remote_vae.wire.http import TENSOR_TYPE
 from remote_vae.wire.tensors import TensorHead, is_within
 
 Query = Iterable[tuple[str, str]]
+
+FINGERPRINT = re.compile(r"[0-9a-f]{8,64}")
+_SEED = re.compile(r"[0-9]{1,19}")
 
 # The models that the protocol is used with have factors from 0.13 (SDXL) to 1.53 (SD 3), and shifts up to 0.12. Far beyond no
 # latents stay finite: 1 / 1e-30 does not even fit into float16.
@@ -204,3 +208,21 @@ def parse_size(values: Mapping[str, str], key: str) -> int | None:
     if not number.is_integer():
         raise InvalidRequest(f"{key}: got {number:g}, expected a whole number of pixels")
     return int(number)
+
+
+def parse_fingerprint(values: Mapping[str, str]) -> str | None:
+    """The fingerprint of the client's VAE; None where there is none. Raises InvalidRequest."""
+    text = values.get("fingerprint", "").strip().lower()
+    if text and not FINGERPRINT.fullmatch(text):
+        raise InvalidRequest(f"fingerprint: got {one_line(text, 40)!r}, expected 8 to 64 hexadecimal digits")
+    return text or None
+
+
+def parse_seed(values: Mapping[str, str], key: str) -> int | None:
+    """A seed of torch; None where it is missing. Raises InvalidRequest."""
+    text = values.get(key, "")
+    if not text:
+        return None
+    if not _SEED.fullmatch(text) or int(text) >= 1 << 63:
+        raise InvalidRequest(f"{key}: got {one_line(text, 40)!r}, expected a whole number from 0 to 2^63 - 1")
+    return int(text)
