@@ -6,7 +6,7 @@ import http.client
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -30,6 +30,7 @@ from remote_vae.remote.waiting import POLL_SECONDS, A, Call, Cancelled, Deadline
 from remote_vae.tokens import auth_headers
 from remote_vae.version import __version__
 from remote_vae.wire import Expected, HttpRequest
+from remote_vae.wire.timing import read_timing
 
 __all__ = ["POLL_SECONDS", "Deadlines", "EndpointClient", "Health", "Reply", "beside", "client_for", "never", "shown"]
 
@@ -49,11 +50,19 @@ DEFAULT_DEADLINES = Deadlines(connect=10.0, first_byte=120.0, total=300.0, patie
 
 @dataclass(frozen=True)
 class Reply(Generic[A]):
-    """A checked answer, with the bytes of the two bodies."""
+    """A checked answer.
+
+    Attributes:
+        bytes_up, bytes_down: of the two bodies, as they went over the network.
+        seconds_down: from the first byte of the answer's body to its last.
+        stages: seconds that the server says the call took there, by stage: "queue", "predict" ...
+    """
 
     answer: A
     bytes_up: int
     bytes_down: int
+    seconds_down: float = 0.0
+    stages: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,14 +145,15 @@ class EndpointClient:
         call = Call(self._transport, sent, expect, exchange, shown(url))
         works = partial(self._works, min(_HEALTH_SECONDS, deadlines.first_byte)) if request is not None else None
         try:
-            expected, body = Wait(call, deadlines, cancelled, works).result()
+            received = Wait(call, deadlines, cancelled, works).result()
         except (HTTPError, OSError, http.client.HTTPException, ValueError) as error:
             raise _unreachable(self._transport, url, error) from error
         try:
-            answer = expected.finish(body)
+            answer = received.expected.finish(received.body)
         except MalformedAnswer as error:
             raise error.by(shown(url)) from None
-        return Reply(answer, len(sent.body or b""), body.nbytes)
+        stages = read_timing(received.named)
+        return Reply(answer, len(sent.body or b""), received.body.nbytes, received.seconds, stages)
 
     def _sent(self, url: str, request: HttpRequest | None) -> Sent:
         # The token is read anew each time: one that is set after the start of the UI counts.
