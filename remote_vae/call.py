@@ -132,6 +132,7 @@ class Outcome(Generic[T]):
         endpoint: scheme, host and path that answered; "" on this machine.
         bytes_up, bytes_down: bytes of the two bodies.
         because: why the ways before it did not answer.
+        vae_ms: milliseconds of it that the endpoint says its VAE took; 0: it does not say.
     """
 
     value: T
@@ -141,3 +142,4 @@ class Outcome(Generic[T]):
     bytes_up: int = 0
     bytes_down: int = 0
     because: str = ""
+    vae_ms: float = 0.0

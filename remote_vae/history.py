@@ -23,6 +23,7 @@ class Record:
         ms: milliseconds from the host's call to its result, all attempts together.
         fallback_reason: why earlier routes did not answer; "" where the first one did.
         when: seconds since the epoch.
+        vae_ms: milliseconds of ``ms`` that the endpoint says its VAE took; 0: it does not say.
     """
 
     op: str
@@ -37,11 +38,13 @@ class Record:
     ms: float
     fallback_reason: str
     when: float
+    vae_ms: float = 0.0
 
     def __str__(self) -> str:
         size = f"{self.images} x {self.width}x{self.height}" if self.images > 1 else f"{self.width}x{self.height}"
         how = f"{self.route} ({self.detail})" if self.detail else self.route
-        parts = [f"{self.op} {size}: {how}, {self.ms:.0f} ms"]
+        there = f" ({self.vae_ms:.0f} in the VAE)" if self.vae_ms else ""
+        parts = [f"{self.op} {size}: {how}, {self.ms:.0f} ms{there}"]
         if self.route == "remote":
             parts.append(f"{self.endpoint}, {self.bytes_up} bytes up, {self.bytes_down} down")
         if self.fallback_reason:

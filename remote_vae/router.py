@@ -117,6 +117,7 @@ class Router:
                 ms=(time.perf_counter() - started) * 1000.0,
                 fallback_reason=because,
                 when=time.time(),
+                vae_ms=outcome.vae_ms,
             )
             self.history.add(record)
             call.user.recorded(record)

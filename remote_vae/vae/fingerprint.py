@@ -7,7 +7,7 @@ import logging
 import re
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, Union
 
@@ -96,6 +96,18 @@ def matches(module: Any, theirs: Mapping[str, str]) -> bool | None:
     if any(_is_among(module, theirs.values(), other) for other in ROUNDINGS if other != rounding):
         return True
     return False if rounding in theirs else None
+
+
+def match_among(module: Any, several: Sequence[Mapping[str, str]]) -> int | None:
+    """Which of several VAEs, by their fingerprints, ``module`` is, as in ``matches``; None: none of them, or not known."""
+    own = fingerprint_of(module) if any(several) else None
+    if own is None:
+        return None
+    for rounding in (own[0], *(other for other in ROUNDINGS if other != own[0])):
+        for index, theirs in enumerate(several):
+            if theirs and _is_among(module, theirs.values(), rounding):
+                return index
+    return None
 
 
 def excerpt(module: Any) -> Excerpt | None:
