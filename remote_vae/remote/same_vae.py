@@ -256,7 +256,7 @@ def of_several(info: Info, vae: VaeAtWork) -> Info:
     family is not known; else the first.
     """
     if len(info.models) < 2:
-        return next(iter(info.models), info)
+        return info
     index = None if vae.module is None else match_among(vae.module, [each.fingerprints for each in info.models])
     if index is not None:
         return info.models[index]
