@@ -29,7 +29,7 @@ def rmse(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def out_of_memory(*_: Any, **__: Any) -> Any:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
 
 
 def no_room_for_the_whole(monkeypatch: pytest.MonkeyPatch, vae: Any) -> list[str]:

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("cuda", 0)
 LATENTS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -200,7 +200,7 @@ class Card(TorchFunctionMode):
         return self._compute(func, name, args, kwargs)
 
     def _compute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         ours = [tensor for tensor in tensors if isinstance(tensor, OnCard)]
         if not ours:
             return func(*args, **kwargs)

@@ -62,7 +62,7 @@ def host(loaded: LoadedVae, latents: torch.Tensor) -> Host:
 
 
 def oom() -> Exception:
-    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_the_endpoint_is_asked_first_and_the_record_says_what_it_cost(host: Host, chaos: Chaos) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,9 @@ _NUMPY: dict[torch.dtype, Any] = {
 # No picture has a longer side; keeps a product of sizes far from absurd before anything is allocated.
 MAX_SIZE = 65536
 MAX_DIMENSIONS = 5
+
+# Values that are looked at together where torch (before 2.2) cannot look at float16 on the CPU.
+_PART = 1 << 20
 
 _SHAPE = re.compile(r" *\[[0-9, ]{1,60}\] *")
 _SIZE = re.compile(r" *[0-9]{1,6} *")
@@ -75,9 +79,26 @@ def is_within(tensor: torch.Tensor, limit: float | None = None) -> bool:
     """
     if not tensor.is_floating_point():
         return True
-    low, high = torch.aminmax(tensor.detach())
     largest = torch.finfo(tensor.dtype).max if limit is None else limit
-    return -largest <= low.item() and high.item() <= largest
+    return all(-largest <= low.item() and high.item() <= largest for low, high in _extremes(tensor.detach()))
+
+
+def _extremes(tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    if _looks_at_half or not tensor.is_cpu or tensor.dtype != torch.float16:
+        yield torch.aminmax(tensor)
+    else:
+        yield from (torch.aminmax(part.float()) for part in torch.split(tensor.flatten(), _PART))
+
+
+def _has_aminmax_of_half() -> bool:
+    try:
+        torch.aminmax(torch.zeros(1, dtype=torch.float16))
+    except RuntimeError:
+        return False
+    return True
+
+
+_looks_at_half = _has_aminmax_of_half()
 
 
 def tensor_from_bytes(buffer: Buffer | np.ndarray, head: TensorHead) -> torch.Tensor:

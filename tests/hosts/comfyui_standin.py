@@ -93,7 +93,7 @@ class VAE:
         try:
             self._load()
             pixels = self.process_output(self.first_stage_model.decode(samples_in.to(self.vae_dtype)))
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             pixels = self.decode_tiled_(samples_in)
         return pixels.movedim(1, -1)
 

@@ -45,7 +45,7 @@ class NeoVAE(VAE):
         try:
             self._load(self.memory_used_decode(samples_in.shape, self.vae_dtype))
             return self._pixels(samples_in).movedim(1, -1)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             tile = True
         assert tile
         return self.decode_tiled(samples_in)
@@ -57,7 +57,7 @@ class NeoVAE(VAE):
         try:
             self._load(self.memory_used_encode(pixels.shape, self.vae_dtype))
             return self._latents(pixels)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             tile = True
         assert tile
         return self.encode_tiled(pixel_samples)
@@ -116,7 +116,7 @@ class ErsatzVAE(NeoVAE):
             try:
                 self._load(self.memory_used_decode(samples_in.shape, self.vae_dtype))
                 return self._pixels(samples_in).movedim(1, -1)
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:
                 pass
         return self.decode_tiled(samples_in).movedim(1, -1)
 
@@ -126,7 +126,7 @@ class ErsatzVAE(NeoVAE):
             try:
                 self._load(self.memory_used_encode(pixels.shape, self.vae_dtype))
                 return self._latents(pixels)
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:
                 pass
         return self.encode_tiled(pixels)
 
@@ -184,7 +184,7 @@ class ReforgeVAE(NeoVAE):
         try:
             self._load(self.memory_used_decode(samples_in.shape, self.vae_dtype))
             pixels = self._pixels(samples_in, **vae_options)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             pixels = self.decode_tiled_(samples_in)
         return pixels.movedim(1, -1)
 
@@ -193,7 +193,7 @@ class ReforgeVAE(NeoVAE):
         try:
             self._load(self.memory_used_encode(pixels.shape, self.vae_dtype))
             return self._latents(pixels)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             return self.encode_tiled_(pixels)
 
     def vae_encode_crop_pixels(self, pixels: torch.Tensor) -> torch.Tensor:

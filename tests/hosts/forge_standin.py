@@ -106,7 +106,7 @@ class VAE:
                 [self.patcher], memory_required=self.memory_used_decode(samples_in.shape, self.vae_dtype)
             )
             pixels = self._pixels(samples_in)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             pixels = self.decode_tiled_(samples_in)
         return pixels.movedim(1, -1)
 
@@ -117,7 +117,7 @@ class VAE:
         try:
             self.memory.load_models_gpu([self.patcher], memory_required=self.memory_used_encode(pixels.shape, self.vae_dtype))
             return self._latents(pixels)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             return self.encode_tiled_(pixels)
 
     def decode_tiled_(self, samples: torch.Tensor) -> torch.Tensor:
