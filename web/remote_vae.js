@@ -10,12 +10,15 @@ async function ask(path, init) {
   return answer.json();
 }
 
-// A line of state that is asked for whenever the page is shown, and a button that tries the endpoint out.
+// A line of state that is asked for whenever the page is shown, a button that tries the endpoint out, and what to type on the
+// other machine.
 function status() {
   const box = document.createElement("div");
   const button = document.createElement("button");
   const line = document.createElement("div");
   const verdict = document.createElement("div");
+  const other = document.createElement("details");
+  const commands = document.createElement("pre");
   box.style.cssText = "display:flex;flex-direction:column;gap:8px;align-items:flex-end;max-width:26rem;text-align:right";
   button.textContent = "Test";
   button.className = "p-button p-component p-button-sm";
@@ -31,10 +34,17 @@ function status() {
     }
     button.disabled = false;
   };
+  other.append(Object.assign(document.createElement("summary"), { textContent: "The two commands for the other machine" }), commands);
+  other.style.cssText = "max-width:100%";
+  // A click marks both, to be copied.
+  commands.style.cssText = "user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;text-align:left";
   ask("state")
-    .then((found) => (line.textContent = found.state))
+    .then((found) => {
+      line.textContent = found.state;
+      commands.textContent = found.commands;
+    })
     .catch((error) => (line.textContent = `ComfyUI does not answer: ${error.message}`));
-  box.append(line, button, verdict);
+  box.append(line, button, verdict, other);
   return box;
 }
 

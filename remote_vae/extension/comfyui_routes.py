@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from remote_vae.extension.commands import server_commands
 from remote_vae.hosts.comfyui import adapter
 from remote_vae.hosts.comfyui_settings import PREFIX
 from remote_vae.settings import Option, load_options
@@ -46,6 +47,11 @@ def _entry(option: Option) -> dict[str, Any]:
     return entry
 
 
+def commands() -> str:
+    """The two for the other machine, a line each, with the VAE that was used here last."""
+    return "\n".join(server_commands(*adapter.last_used()))
+
+
 def add_routes(routes: Any) -> None:
     """Answer under /remote_vae/ of ComfyUI's own server."""
     from aiohttp import web
@@ -56,7 +62,7 @@ def add_routes(routes: Any) -> None:
 
     @routes.get("/remote_vae/state")  # type: ignore[untyped-decorator]
     async def state(_: Any) -> Any:
-        return web.json_response({"state": adapter.state()})
+        return web.json_response({"state": adapter.state(), "commands": commands()})
 
     @routes.post("/remote_vae/test")  # type: ignore[untyped-decorator]
     async def test(_: Any) -> Any:

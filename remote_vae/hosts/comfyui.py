@@ -34,7 +34,7 @@ from remote_vae.hosts.wrapping import unwrap, wrap
 from remote_vae.remote.endpoints import endpoint_for
 from remote_vae.remote.trial import Trial, family_there, state
 from remote_vae.router import Router
-from remote_vae.vae.at_work import Op
+from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.families import Family
 
 log = logging.getLogger("remote_vae")
@@ -80,6 +80,7 @@ class ComfyUi:
         self.installed = False
         self.own_calls = OwnCalls(is_interrupt)
         self._last_vae: Callable[[], Any] = lambda: None
+        self._last_file = ""
         # How often an endpoint was found to have another VAE than it said when a VAE without weights was made.
         self.doubts = 0
 
@@ -145,6 +146,7 @@ class ComfyUi:
             node = _Node.now(self.jobs.current)
             self.jobs.begins_call(node.job, node.name)
             self._last_vae = _reference(vae)
+            self._last_file = "" if node.job is None else node.job.vae_file(node.name)
             if not self._takes(wanted):
                 return None
             known = comfy_shaped.Known(family=wanted.family)
@@ -252,11 +254,18 @@ class ComfyUi:
 
     def try_out(self) -> Trial:
         """Whether the endpoint works, and has the VAE that was used here last. Takes seconds; for any thread."""
+        return self.router.try_endpoint(self._last_at_work(), self.settings.now())
+
+    def last_used(self) -> tuple[str, str]:
+        """File and family (its key) of the VAE that was used here last; "" for what cannot be told. For any thread."""
+        at_work = self._last_at_work()
+        return self._last_file, "" if at_work is None else at_work.family.key
+
+    def _last_at_work(self) -> VaeAtWork | None:
         vae = self.last_vae()
-        at_work = None
-        with suppress(Exception):
-            at_work = None if vae is None else comfy_shaped.at_work(comfy_shaped.COMFYUI, vae)
-        return self.router.try_endpoint(at_work, self.settings.now())
+        with suppress(Exception):  # whatever a pack of nodes calls a VAE
+            return None if vae is None else comfy_shaped.at_work(comfy_shaped.COMFYUI, vae)
+        return None
 
     def last_vae(self) -> Any:
         """The VAE object that was used last, as long as it is there; else None."""

@@ -20,6 +20,7 @@ from remote_vae.hosts.generation import in_words
 # Of the entry in the picture's metadata, beside ComfyUI's own "prompt" and "workflow".
 METADATA = "remote_vae"
 _KEPT = 500
+_WEIGHTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass
@@ -47,6 +48,22 @@ class Job:
             found.add(name)
             waiting += [str(value[0]) for value in self._inputs(name).values() if isinstance(value, list) and len(value) == 2]
         return found
+
+    def vae_file(self, node: str) -> str:
+        """The file of the VAE that ``node`` calls, as its loader names it; "" where that cannot be told."""
+        seen: set[str] = set()
+        while node in self.graph and node not in seen:
+            seen.add(node)
+            inputs = self._inputs(node)
+            link = inputs.get("vae")
+            if isinstance(link, list) and len(link) == 2:
+                node = str(link[0])
+                continue
+            files = [value for value in inputs.values() if _is_weights(value)]
+            # A VAE of its own goes before the checkpoint that some loaders take beside it.
+            named = [inputs[name] for name in ("vae_name", "ckpt_name") if inputs.get(name) in files]
+            return str((named or files or [""])[0]) if named or len(files) == 1 else ""
+        return ""
 
     def key(self, node: str) -> str:
         """Of what makes the output of ``node``; "" for a node that is not in the job as it was queued."""
@@ -78,6 +95,10 @@ class Job:
         node = self.graph.get(name, {})
         title = (node.get("_meta") or {}).get("title") or node.get("class_type") or "node"
         return f"{title} (node {name})"
+
+
+def _is_weights(value: object) -> bool:
+    return isinstance(value, str) and value.lower().endswith(_WEIGHTS)
 
 
 class Jobs:

@@ -13,6 +13,7 @@ import pytest
 from remote_vae.extension.comfyui_nodes import NODES
 from remote_vae.extension.comfyui_routes import page
 from remote_vae.history import Record
+from remote_vae.hosts.comfyui_jobs import Job
 from remote_vae.remote.trial import state, try_out
 from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings, _toml_reader, load_options
@@ -107,6 +108,42 @@ def test_the_test_button_says_that_it_is_the_same_vae_and_the_line_what_came_of_
     assert re.fullmatch(
         rf"on: {name}, same VAE, last call \d+\.\d s", asyncio.run(host.routes["GET /remote_vae/state"](None))["state"]
     )
+
+
+def test_the_commands_for_the_other_machine_name_the_file_that_was_used_here_last(host: ComfyHost) -> None:  # noqa: F811
+    def serve() -> str:
+        return str(asyncio.run(host.routes["GET /remote_vae/state"](None))["commands"]).splitlines()[1]
+
+    assert serve() == "remote-vae serve --vae YOUR-CHECKPOINT.safetensors --host 0.0.0.0"
+    # Also where nothing is remote yet: it is the first that a newcomer types.
+    loader = {"1": ("VAELoader", {"name": "sd15/my vae.safetensors"})}
+    host.run(graph(**loader), "4")
+    assert serve() == "remote-vae serve --vae 'my vae.safetensors' --host 0.0.0.0"
+    host.run(graph(seed=2, mode="", **loader), "4")
+    assert serve() == "remote-vae serve --vae 'my vae.safetensors' --host 0.0.0.0"
+    host.run(graph(seed=3, mode=""), "4")
+    assert "YOUR-CHECKPOINT" in serve()
+
+
+@pytest.mark.parametrize(
+    ("loader", "file"),
+    [
+        ({"ckpt_name": "a.safetensors"}, "a.safetensors"),
+        ({"config_name": "v1.yaml", "ckpt_name": "a.ckpt"}, "a.ckpt"),
+        ({"ckpt_name": "a.safetensors", "vae_name": "b.SAFETENSORS", "lora_name": "c.safetensors"}, "b.SAFETENSORS"),
+        ({"ckpt_name": "a.safetensors", "vae_name": "Baked VAE", "lora_name": "c.safetensors"}, "a.safetensors"),
+        ({"file": "a.sft", "device": "cpu"}, "a.sft"),
+        ({"one": "a.sft", "other": "b.sft"}, ""),
+        ({"vae_name": "pixel_space"}, ""),
+        ({"vae": ["2", 0]}, ""),
+        ({"vae": ["gone", 0]}, ""),
+        ({"vae": ["1"], "x": None}, ""),
+    ],
+)
+def test_the_file_of_a_vae_is_what_its_loader_names(loader: dict[str, object], file: str) -> None:
+    nodes = {"1": loader, "2": {"vae": ["1", 0]}, "3": {"vae": ["2", 0], "pixels": ["9", 0]}}
+    job = Job({name: {"class_type": "x", "inputs": inputs} for name, inputs in nodes.items()})
+    assert job.vae_file("3") == file
 
 
 # --- the verdict, for any host -------------------------------------------------------------------------------------------
