@@ -1,4 +1,4 @@
-"""The command line: remote-vae serve | decode | encode | check | demo."""
+"""The command line: remote-vae serve | decode | encode | check | plan | demo."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from remote_vae.remote.endpoints import endpoint_for
 from remote_vae.remote.trial import family_said
 from remote_vae.router import Router
 from remote_vae.settings import Option, Settings, load_options
+from remote_vae.tools import plan
 from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
 from remote_vae.vae.families import Family, find_family, load_families
 from remote_vae.vae.packed import batch_norm_of
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_decode(commands.add_parser("decode", help="make pictures of a file of latents"))
     _add_encode(commands.add_parser("encode", help="make a file of latents of a picture"))
     _add_check(commands.add_parser("check", help="say whether an endpoint works"))
+    plan.add_arguments(commands.add_parser("plan", help="say how many cards so many UIs need"))
     demo = commands.add_parser("demo", help="show it all on one photo")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for pictures and report (demo)")
     demo.set_defaults(run=_demo)

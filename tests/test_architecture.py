@@ -38,8 +38,9 @@ ALLOWED = {
     "hosts": ROUTER,
     "extension": BASE | {"hosts", "server"},
     "server": LOCAL - {"history"},
+    "tools": ROUTER | {"server"},
     "demo": ROUTER | {"hosts"},
-    "cli": ROUTER | {"server", "demo"},
+    "cli": ROUTER | {"server", "demo", "tools"},
     "__main__": {"cli"},
     "__init__": ROUTER | {"hosts"},
 }

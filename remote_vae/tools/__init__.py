@@ -1,0 +1,1 @@
+"""Commands that look at servers from outside: check, bench, plan."""
