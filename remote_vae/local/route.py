@@ -72,6 +72,13 @@ def answer(call: VaeCall[T], settings: Settings, *, dtype: torch.dtype | None = 
     raise failure
 
 
+def whole_fits(call: VaeCall[T]) -> bool:
+    """Whether the memory that is free takes the whole VAE's call, of a batch all at once; True where that cannot be told."""
+    known = _known(call)
+    _brought(call)
+    return _whole_fits(call, known)
+
+
 def _run(way: Way[T], call: VaeCall[T]) -> T:
     try:
         return way.run()

@@ -10,7 +10,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _PROGRESS = 16 * 1024
 # Before the first call has been measured, so many may wait.
 _UNMEASURED = 8
+# A body that has been coming for longer is not about to be here (seconds).
+_MOMENT = 0.05
 
 
 class Busy(RemoteVaeError):
@@ -139,7 +141,7 @@ class Place:
         dropped: set when another request takes the place of this upload.
         model: name of the VAE that it is for.
         stages: seconds by stage: "read", "decode_request", "queue", "predict", "answer", "send".
-        batch: pictures, or videos, that were made at once with its own; 0 before.
+        batch, batch_pixels: pictures, or videos, that were made at once with its own, and their pixels; 0 before.
     """
 
     op: Op
@@ -155,6 +157,7 @@ class Place:
     model: str = ""
     stages: dict[str, float] = field(default_factory=dict)
     batch: int = 0
+    batch_pixels: int = 0
     _gone: threading.Event = field(default_factory=threading.Event)
 
     def is_gone(self) -> bool:
@@ -164,14 +167,6 @@ class Place:
     def leave(self) -> None:
         """The client hung up."""
         self._gone.set()
-
-    def begin(self) -> None:
-        """The VAE starts to work on it."""
-        self.begun = time.monotonic()
-
-    def end(self) -> None:
-        """It has done what it could."""
-        self.ended = time.monotonic()
 
     def is_stalled(self, patience: float) -> bool:
         """Whether its body has not come any further for so many seconds."""
@@ -193,18 +188,24 @@ class Closed:
 
 
 class Admission:
-    """The places of a server. All is called in its event loop, but ``measure``.
+    """The places of a server. For many threads.
+
+    Args:
+        limits: how many there are.
+        workers: how many calls, or batches of them, are made side by side.
 
     Attributes:
         closed: why nobody is let in, while that is so.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, workers: int = 1) -> None:
         self.limits = limits
         self.closed: Closed | None = None
+        self._workers = workers
+        self._lock = threading.RLock()
         self._places: set[Place] = set()
         # Seconds and pixels of the calls of late, by what they were: their quotient is what a pixel takes.
-        self._measured: dict[Op, tuple[float, int]] = {}
+        self._measured: dict[tuple[str, Op], tuple[float, float]] = {}
 
     @property
     def is_empty(self) -> bool:
@@ -216,7 +217,7 @@ class Admission:
         if self.closed is not None:
             raise Busy(f"{self.closed.why}; try again later", self.closed.retry_after)
 
-    def enter(self, op: Op, pixels: int, nbytes: int) -> Place:
+    def enter(self, op: Op, pixels: int, nbytes: int, model: str = "") -> Place:
         """A place for a request whose body and answer have ``nbytes``; to be given back with ``leave``.
 
         Uploads that have stopped give up theirs for it.
@@ -225,46 +226,70 @@ class Admission:
             Busy: there is none, or the call would wait for longer than ``max_wait``; or nobody is let in.
         """
         self.check()
-        wait = self.expected_wait()
-        if wait > self.limits.max_wait:
-            # By then there is room for as much again.
-            raise Busy(f"calls for about {wait:.0f} s are waiting here; try again later", wait / 2)
-        stalled = sorted(self._stalled(), key=lambda place: place.moved or 0.0)
-        if not self._has_room(nbytes, without=stalled):
-            raise Busy(f"{len(self._places)} requests are being worked on here; try again later", wait / 2)
-        for upload in stalled:
-            if self._has_room(nbytes):
-                break
-            upload.dropped.set()
-            self.leave(upload)
-        place = Place(op, pixels, nbytes)
-        self._places.add(place)
-        return place
+        with self._lock:
+            wait = self.expected_wait()
+            if wait > self.limits.max_wait:
+                # By then there is room for as much again.
+                raise Busy(f"calls for about {wait:.0f} s are waiting here; try again later", wait / 2)
+            stalled = sorted(self._stalled(), key=lambda place: place.moved or 0.0)
+            if not self._has_room(nbytes, without=stalled):
+                raise Busy(f"{len(self._places)} requests are being worked on here; try again later", wait / 2)
+            for upload in stalled:
+                if self._has_room(nbytes):
+                    break
+                upload.dropped.set()
+                self.leave(upload)
+            place = Place(op, pixels, nbytes, model=model)
+            self._places.add(place)
+            return place
+
+    def grow(self, place: Place, nbytes: int) -> None:
+        """It takes so many bytes more than was known. Raises Busy: there is no room for them beside the others."""
+        with self._lock:
+            others = sum(each.nbytes for each in self._places if each is not place)
+            if others and others + place.nbytes + nbytes > self.limits.max_bytes:
+                raise Busy("what this request unpacks to has no room here now; try again later", self.expected_wait() / 2)
+            place.nbytes += nbytes
 
     def leave(self, place: Place) -> None:
         """Give the place back; twice does no harm."""
-        self._places.discard(place)
+        with self._lock:
+            self._places.discard(place)
 
-    def measure(self, place: Place) -> None:
-        """What an answered call took is what the next ones are expected to take. Called in the engine's thread."""
-        if place.begun is not None and place.ended is not None:
-            seconds, pixels = self._measured.get(place.op, (0.0, 0))
-            # Each weighs half of the one after it, so that the first, which also loads the GPU's kernels, is soon forgotten.
-            self._measured[place.op] = (seconds / 2 + place.ended - place.begun, pixels // 2 + place.pixels)
+    def measure(self, places: Sequence[Place]) -> None:
+        """What calls that were made at once took is what the next ones are expected to take."""
+        first = places[0]
+        if first.begun is not None and first.ended is not None:
+            with self._lock:
+                seconds, pixels = self._measured.get((first.model, first.op), (0.0, 0))
+                # Each weighs half of the one after it: the first, which also loads the GPU's kernels, is soon forgotten.
+                taken = sum(place.pixels for place in places)
+                self._measured[first.model, first.op] = seconds / 2 + first.ended - first.begun, pixels / 2 + taken
 
     def expected_wait(self) -> float:
         """Seconds of work that lie before a call that comes now. An upload that takes its time is not before it."""
-        since = time.monotonic() - self.limits.patience
-        at_hand = (place for place in self._places if place.moved is None or place.entered > since)
-        return sum(self._remaining(place) for place in at_hand if place.ended is None)
+        with self._lock:
+            since = time.monotonic() - self.limits.patience
+            at_hand = (place for place in self._places if place.moved is None or place.entered > since)
+            return sum(self._remaining(place) for place in at_hand if place.ended is None) / self._workers
+
+    def is_uploading(self) -> bool:
+        """Whether a body is on its way that should be here at any moment."""
+        with self._lock:
+            since = time.monotonic() - _MOMENT
+            return any(place.moved is not None and place.entered > since for place in self._places)
 
     def _stalled(self) -> set[Place]:
         return {place for place in self._places if place.is_stalled(self.limits.patience)}
 
     def _remaining(self, place: Place) -> float:
-        seconds, pixels = self._measured.get(place.op, (0.0, 0))
+        seconds, pixels = self._measured.get((place.model, place.op), (0.0, 0.0))
         whole = place.pixels * seconds / pixels if pixels else self.limits.max_wait / _UNMEASURED
-        return whole if place.begun is None else max(0.0, whole - (time.monotonic() - place.begun))
+        if place.begun is None:
+            return whole
+        # Those of a batch come to their end together.
+        together = max(1.0, place.batch_pixels / max(1, place.pixels))
+        return max(0.0, whole - (time.monotonic() - place.begun) / together)
 
     def _has_room(self, nbytes: int, without: Collection[Place] = ()) -> bool:
         places = self._places.difference(without)
@@ -299,6 +324,7 @@ async def read_body(receive: Receive, place: Place, limit: int, stall: float) ->
             if not message.get("more_body", False):
                 place.moved = None
                 place.arrived = time.monotonic()
+                place.stages["read"] = place.arrived - place.entered
                 return body
             if len(body) - mark >= _PROGRESS:
                 mark, place.moved = len(body), time.monotonic()

@@ -122,7 +122,6 @@ class Call(Response):
             await _refuse(request, refused, receive, send)
             return
         received = len(body)
-        place.stages["read"] = place.arrived - place.entered
         try:
             answer = await self._engine.run(place, wanted.entry, wanted.read, body, _leaving(receive))
         except ClientGone as error:
@@ -177,8 +176,8 @@ async def _decode(engine: Engine, request: Request, name: str | None) -> _Wanted
     made = engine.check_decode(entry, head, *size, output)
     answer = made.pixels * _bytes_per_pixel(output, head) * (_BASE64_OVERHEAD if BASE64_TYPE in accept else 1)
     limit = int(head.nbytes * _BASE64_OVERHEAD) + _SLACK
-    place = engine.admission.enter("decode", made.pixels, _length(request, limit) + int(answer))
-    place.size, place.model = made, entry.name
+    place = engine.admission.enter("decode", made.pixels, _length(request, limit) + int(answer), entry.name)
+    place.size = made
     return _Wanted(place, limit, entry, partial(DecodeRequest.from_http, query, headers))
 
 
@@ -193,8 +192,8 @@ async def _encode(engine: Engine, request: Request, name: str | None) -> _Wanted
     limit = (head.nbytes if head is not None else limits.max_pixels * _IMAGE_BYTES_PER_PIXEL) + _SLACK
     length = _length(request, limit)
     # Of a picture's file nobody knows how much it holds.
-    place = engine.admission.enter("encode", taken.pixels if taken else length, length)
-    place.size, place.model = taken, entry.name
+    place = engine.admission.enter("encode", taken.pixels if taken else length, length, entry.name)
+    place.size = taken
     return _Wanted(place, limit, entry, partial(EncodeRequest.from_http, query, max_pixels=limits.max_pixels))
 
 

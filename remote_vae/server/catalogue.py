@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, Optional, Protocol
 
-from remote_vae.errors import InvalidRequest, RemoteVaeError
+import torch
+
+from remote_vae.errors import InvalidRequest, RemoteVaeError, SettingsError
 from remote_vae.vae.at_work import Provider, VaeAtWork
 from remote_vae.vae.families import CUSTOM, Family, find_family
 from remote_vae.vae.fingerprint import fingerprint_of
@@ -14,6 +17,8 @@ from remote_vae.vae.packed import batch_norm_of
 from remote_vae.wire import FINGERPRINT_KEYS
 
 Fits = Callable[[Family], bool]
+# None: wherever the provider has its VAE.
+Device = Optional[torch.device]
 
 _NOTHING = "no model is loaded in this UI yet: generate something first"
 
@@ -27,7 +32,7 @@ class UnknownModel(RemoteVaeError):
 
 
 class Entry(Protocol):
-    """One VAE of a server."""
+    """One VAE of a server. Asked from any thread."""
 
     @property
     def name(self) -> str:
@@ -36,7 +41,12 @@ class Entry(Protocol):
 
     @property
     def family(self) -> Family | None:
-        """What it is; None: it was never loaded, and its name does not say it."""
+        """What it is; None: it was never loaded, and its name does not say it, or there is none."""
+        ...
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nothing more could be found out of it by loading it."""
         ...
 
     @property
@@ -51,51 +61,62 @@ class Entry(Protocol):
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """Of its weights, as ``GET /info`` names them; empty where they are not known."""
+        """Of its weights, by the keys of ``GET /info``; empty where they are not known."""
         ...
 
     def info(self) -> dict[str, Any]:
         """What ``GET /info`` says of it. Raises NoModel."""
         ...
 
-    def current(self) -> VaeAtWork:
-        """The VAE. Raises NoModel."""
+    def require(self) -> Family:
+        """Its family. Raises NoModel: it is not known."""
+        ...
+
+    def is_at(self, device: Device) -> bool:
+        """Whether calls can be made there now."""
+        ...
+
+    def vae(self, device: Device) -> VaeAtWork:
+        """The VAE there. Raises NoModel: it is not there."""
+        ...
+
+    def held(self) -> AbstractContextManager[Any]:
+        """A context in which it is not put away: that of a call from the queue to the end of its work."""
         ...
 
     def serving(self) -> AbstractContextManager[Any]:
-        """The context of a call, held in the thread that makes it."""
+        """The context of a call's work, held in the thread that makes it."""
+        ...
+
+    def make_room(self, device: Device, wanted: int) -> int:
+        """Put others away that nobody calls, until so many bytes are free there, or none is left. Returns the bytes freed."""
         ...
 
 
 class Catalogue(Protocol):
-    """The VAEs of a server."""
+    """The VAEs of a server.
+
+    Attributes:
+        devices: on which they work, each with a thread of its own.
+    """
+
+    devices: Sequence[Device]
 
     def entries(self) -> Sequence[Entry]:
         """All, loaded or not, in the order given."""
         ...
 
-    def pick(
-        self, name: str | None = None, family: str | None = None, fingerprint: str | None = None, fits: Fits | None = None
-    ) -> Entry:
-        """The one that a request is for.
+    def load(self, entry: Entry, device: Device) -> Future[None]:
+        """Load a VAE on a device in a thread; the same future for all who ask meanwhile. It raises NoModel, with the reason."""
+        ...
 
-        By the name in its path; else by the family that the client names, of several of it the one with that fingerprint, else
-        the first; else the first that it fits; else the first.
-
-        Args:
-            name: of the path.
-            family: as ``find_family`` knows it.
-            fingerprint: of the client's own VAE.
-            fits: whether the tensor of the request is one for a VAE of that family.
-
-        Raises:
-            UnknownModel: none is called so. InvalidRequest: none is of that family. NoModel: there is none.
-        """
+    def is_loading(self, entry: Entry) -> bool:
+        """Whether it is being loaded anywhere."""
         ...
 
 
 class OneVae:
-    """A catalogue of the one VAE of a provider, which may be another one at each call: what a host shares.
+    """A catalogue of the one VAE of a provider, which may be another one at each call: what a host shares. And its entry.
 
     Args:
         provider: whose VAE it is. It is never changed.
@@ -103,41 +124,42 @@ class OneVae:
         about: what ``GET /info`` says besides; fingerprints, where those of the weights at work do not say all.
     """
 
+    devices: Sequence[Device] = (None,)
+    is_known = True
+
     def __init__(self, provider: Provider, name: str | None = None, about: Mapping[str, str] | None = None) -> None:
-        self.provider = provider
+        self._provider = provider
         self._name = name
         self._about = about or {}
-
-    # --- the catalogue -------------------------------------------------------------------------------------------------
 
     def entries(self) -> Sequence[Entry]:
         return [self]
 
-    def pick(
-        self, name: str | None = None, family: str | None = None, fingerprint: str | None = None, fits: Fits | None = None
-    ) -> Entry:
-        del fingerprint, fits
-        if name is not None and name != self.name:
-            raise UnknownModel(f"this server has no VAE called {name}; it has {self.name}")
-        if family is not None:
-            check_family(self.current().family, family)
-        return self
+    def load(self, entry: Entry, device: Device) -> Future[None]:
+        del entry, device
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def is_loading(self, entry: Entry) -> bool:
+        del entry
+        return False
 
     # --- its entry -----------------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        vae = self.provider.current()
-        return self._name or (CUSTOM if vae is None else vae.family.key)
+        family = self.family
+        return self._name or (CUSTOM if family is None else family.key)
 
     @property
     def family(self) -> Family | None:
-        vae = self.provider.current()
+        vae = self._provider.current()
         return None if vae is None else vae.family
 
     @property
     def is_loaded(self) -> bool:
-        return self.provider.current() is not None
+        return self._provider.current() is not None
 
     @property
     def problem(self) -> str:
@@ -146,23 +168,38 @@ class OneVae:
     @property
     def fingerprints(self) -> Mapping[str, str]:
         known = {key: self._about[key] for key in FINGERPRINT_KEYS.values() if key in self._about}
-        if known:
-            return known
-        found = fingerprint_of(self.current().module)
+        found = None if known else fingerprint_of(self.vae(None).module)
         # None while a host has only the shapes of the weights in memory: then nothing is said.
-        return {FINGERPRINT_KEYS[found[0]]: found[1]} if found else {}
+        return {FINGERPRINT_KEYS[found[0]]: found[1]} if found else known
 
     def info(self) -> dict[str, Any]:
-        return {**info_of(self.current()), **self.fingerprints, **self._about}
+        return {**info_of(self.vae(None)), **self.fingerprints, **self._about}
 
-    def current(self) -> VaeAtWork:
-        vae = self.provider.current()
+    def require(self) -> Family:
+        return self.vae(None).family
+
+    def is_at(self, device: Device) -> bool:
+        # Also where there is none: the call is to hear so.
+        del device
+        return True
+
+    def vae(self, device: Device) -> VaeAtWork:
+        del device
+        vae = self._provider.current()
         if vae is None:
             raise NoModel(_NOTHING)
         return vae
 
+    def held(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def serving(self) -> AbstractContextManager[Any]:
-        return self.provider.serving()
+        return self._provider.serving()
+
+    def make_room(self, device: Device, wanted: int) -> int:
+        # What else a host has in its memory is its own.
+        del device, wanted
+        return 0
 
 
 def info_of(vae: VaeAtWork) -> dict[str, Any]:
@@ -185,6 +222,76 @@ def info_of(vae: VaeAtWork) -> dict[str, Any]:
         "batch_norm": batch_norm_of(vae.module) is not None,
         "posterior": vae.has_posterior,
     }
+
+
+# --- which one ---------------------------------------------------------------------------------------------------------------
+
+
+def pick(
+    entries: Sequence[Entry],
+    name: str | None = None,
+    family: str | None = None,
+    fingerprint: str | None = None,
+    fits: Fits | None = None,
+) -> Entry:
+    """The one that a request is for.
+
+    By the name in its path; else by the family that the client names: of several of it the one with that fingerprint, else the
+    first. Without a family the first that the request fits, else the first. Where only loading it would tell, that is the one.
+
+    Args:
+        entries: in the order given.
+        name: of the path.
+        family: as ``find_family`` knows it.
+        fingerprint: of the client's own VAE.
+        fits: whether the tensor of the request is one for a VAE of that family.
+
+    Raises:
+        UnknownModel: none is called so. InvalidRequest, SettingsError: none is of that family.
+    """
+    if name is not None:
+        return _by_name(entries, name, family)
+    candidates = list(entries) if family is None or len(entries) == 1 else _of_family(entries, family, fits)
+    if len(candidates) == 1:
+        own = candidates[0].family
+        if own is not None:
+            check_family(own, family)
+        return candidates[0]
+    if fingerprint is not None:
+        alike = [entry for entry in candidates if fingerprint in entry.fingerprints.values()]
+        open_ones = [entry for entry in candidates if not entry.is_known]
+        if alike or open_ones:
+            return (alike or open_ones)[0]
+    if family is None and fits is not None:
+        taken = [entry for entry in candidates if entry.family is not None and fits(entry.family)]
+        open_ones = [entry for entry in candidates if entry.family is None]
+        return (taken or open_ones or candidates)[0]
+    return candidates[0]
+
+
+def _by_name(entries: Sequence[Entry], name: str, family: str | None) -> Entry:
+    entry = next((each for each in entries if each.name == name), None)
+    if entry is None:
+        raise UnknownModel(f"this server has no VAE called {name[:40]}; it has {', '.join(each.name for each in entries)}")
+    if entry.family is not None:
+        check_family(entry.family, family)
+    return entry
+
+
+def _of_family(entries: Sequence[Entry], name: str, fits: Fits | None) -> list[Entry]:
+    """Those of the family, then those that may turn out to be, then those of no family, which answer for all."""
+    wanted = None
+    with suppress(SettingsError):
+        wanted = find_family(name)
+    alike = [entry for entry in entries if entry.family is not None and wanted is not None and entry.family.key == wanted.key]
+    unknown = [entry for entry in entries if entry.family is None]
+    custom = [entry for entry in entries if entry.family is not None and not entry.family.is_known]
+    fitting = [entry for entry in custom if entry.family is not None and fits is not None and fits(entry.family)]
+    found = [*alike, *unknown, *(fitting or custom)]
+    if not found:
+        owned = ", ".join(dict.fromkeys(entry.family.label for entry in entries if entry.family is not None))
+        raise InvalidRequest(f"this server has the VAEs of {owned}, and the request is for {find_family(name).label}")
+    return found
 
 
 def check_family(own: Family, name: str | None) -> None:

@@ -1,63 +1,43 @@
-"""Runs the VAE for the server: one call at a time, in the order they came."""
+"""Makes the VAE calls of a server: they are read, wait, are made several at once, and answered, each in threads of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
+import math
+import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 
 from remote_vae.errors import InvalidRequest
 from remote_vae.server.admission import Admission, ClientGone, Limits, Place, Size
-from remote_vae.server.calling import made
-from remote_vae.server.catalogue import Catalogue, Entry, Fits, check_family
-from remote_vae.server.moving import moved
-from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
+from remote_vae.server.batching import Batcher, Job, Request
+from remote_vae.server.catalogue import Catalogue, Device, Entry, Fits, NoModel, pick
+from remote_vae.server.pictures import Facts, answer
+from remote_vae.server.worker import Nobody, Watcher, Worker, prepared
+from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op
 from remote_vae.vae.frames import check_cells, check_frames, check_latent_frames
-from remote_vae.vae.packed import BatchNormed, batch_norm_of
-from remote_vae.wire import (
-    DecodeRequest,
-    EncodeRequest,
-    HttpResponse,
-    Output,
-    TensorHead,
-    decode_response,
-    decode_size,
-    encode_response,
-    encode_size,
-)
+from remote_vae.wire import EncodeRequest, HttpResponse, Output, TensorHead, decode_size, encode_size
+from remote_vae.wire.whole_files import picture_size
 
-
-class Watcher(Protocol):
-    """Is told what happens; called from any thread."""
-
-    def call_ended(self, place: Place, status: int, bytes_in: int, bytes_out: int) -> None:
-        """A request has its answer, or the client is gone (status 499). Called by whoever sends it."""
-        ...
-
-    def batch_done(self, model: str, op: Op, pictures: int, seconds: float) -> None:
-        """The VAE has made so many pictures, or videos, at once."""
-        ...
-
-    def out_of_memory(self, model: str, op: Op) -> None:
-        """A call did not fit as it was."""
-        ...
-
-
-class Nobody:
-    """A watcher that does nothing."""
-
-    def call_ended(self, place: Place, status: int, bytes_in: int, bytes_out: int) -> None: ...
-
-    def batch_done(self, model: str, op: Op, pictures: int, seconds: float) -> None: ...
-
-    def out_of_memory(self, model: str, op: Op) -> None: ...
+# Four pictures of 512 px take as long as three, and those of 1024 px as long as they would one by one (H100, float16).
+BATCH_PIXELS = 1 << 20
+BATCH_WAIT = 0.005
+# Of what waits, so much is brought to a GPU beforehand.
+_AHEAD_BYTES = 128 << 20
+# Of a picture's file: four levels, and as many values of float32.
+_FILE_BYTES_A_PIXEL = 20
+# A device that had no room for a copy of a VAE is not tried again for so long (seconds).
+_NO_ROOM = 60.0
+_THREADS = max(2, min(8, os.cpu_count() or 2))
 
 
 class Engine:
@@ -69,6 +49,8 @@ class Engine:
         catalogue: the VAEs.
         limits: what requests may ask for.
         turn: held while the VAE works: what a host holds while it generates itself.
+        batch_pixels: that are made at once, where several calls wait for the same; 0: each goes alone.
+        batch_wait: seconds that a call waits at most for others that are on their way.
         watcher: is told what happens.
     """
 
@@ -78,39 +60,65 @@ class Engine:
         limits: Limits | None = None,
         *,
         turn: AbstractContextManager[Any] | None = None,
+        batch_pixels: int = BATCH_PIXELS,
+        batch_wait: float = BATCH_WAIT,
         watcher: Watcher | None = None,
     ) -> None:
         self.catalogue = catalogue
         self.limits = limits or Limits()
-        self.admission = Admission(self.limits)
+        self.admission = Admission(self.limits, len(catalogue.devices))
+        self._batcher = Batcher(batch_pixels, batch_wait, self._others_come)
+        around: AbstractContextManager[Any] = turn or nullcontext()
         self.watcher = watcher or Nobody()
-        self._turn: AbstractContextManager[Any] = turn or nullcontext()
-        self._since = time.time()
-        self._made: Counter[Op] = Counter()
-        self._queued = 0
-        self._running = False
-        # One thread: two VAE calls at once need twice the memory and finish no sooner.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="remote-vae-engine")
+        self._workers = [
+            Worker(device, around, self.watcher, self.admission.measure, self._finish) for device in catalogue.devices
+        ]
+        self._threads: list[threading.Thread] = []
+        self._readers = ThreadPoolExecutor(_THREADS, thread_name_prefix="remote-vae-read")
+        self._answerers = ThreadPoolExecutor(_THREADS, thread_name_prefix="remote-vae-answer")
         # Another, as who asks what there is does not wait for the calls.
         self._clerk = ThreadPoolExecutor(1, thread_name_prefix="remote-vae-info")
+        self._lock = threading.Lock()
+        self._since = time.time()
+        self._made: Counter[Op] = Counter()
+        # Requests within ``run``; of them those that are being read, and those that the VAE or what makes answers has.
+        self._inside = self._reading = self._at_work = self._answering = 0
+        self._no_room: dict[tuple[Entry, Device], float] = {}
 
     # --- what the app calls --------------------------------------------------------------------------------------------
 
     async def pick(
         self, name: str | None = None, family: str | None = None, fingerprint: str | None = None, fits: Fits | None = None
     ) -> Entry:
-        """The VAE that a request is for, whose family is known: see ``Catalogue.pick``. It may be loaded first.
+        """The VAE that a request is for, whose family is known: see ``catalogue.pick``. It may be loaded first.
 
         Raises:
             NoModel: there is none, or it cannot be loaded; the message says why. And as there.
         """
-        return self.catalogue.pick(name, family, fingerprint, fits)
+        entries = list(self.catalogue.entries())
+        failure: NoModel | None = None
+        while True:
+            try:
+                entry = pick(entries, name, family, fingerprint, fits)
+                if entry.is_known:
+                    return entry
+                await asyncio.wrap_future(self.catalogue.load(entry, self._emptiest()))
+            except NoModel as error:
+                # Whether it would have been the one is not known; another one may be.
+                failure = error
+                entries.remove(entry)
+                if name is not None or not entries:
+                    raise
+            except InvalidRequest:
+                if failure is None:
+                    raise
+                raise failure from None
 
     async def run(
         self,
         place: Place,
         entry: Entry,
-        request: Callable[[bytearray], DecodeRequest | EncodeRequest],
+        request: Callable[[bytearray], Request],
         body: bytearray,
         leaving: Coroutine[Any, Any, None],
     ) -> HttpResponse:
@@ -120,71 +128,66 @@ class Engine:
             place: of the request.
             entry: whose call it is.
             request: reads the body. Called in another thread.
-            body: is let go of once it is read.
+            body: of the request.
             leaving: ends when the client hangs up.
 
         Raises:
-            ClientGone: nobody wants the answer. InvalidRequest, NoModel, OutOfMemory, NotFinite. And what the VAE raises.
+            ClientGone: nobody wants the answer. InvalidRequest, Busy, NoModel, OutOfMemory, NotFinite. And what the VAE raises.
         """
-
-        def work() -> HttpResponse:
-            asked = request(body)
-            return self.decode(asked, place, entry) if isinstance(asked, DecodeRequest) else self.encode(asked, place, entry)
-
-        def in_turn() -> HttpResponse:
-            if place.is_gone():
-                raise ClientGone("the client hung up")
-            self._running = True
-            try:
-                return work()
-            finally:
-                self._running = False
-
-        self._queued += 1
+        jobs: list[Job] = []
         watch = asyncio.ensure_future(leaving)
-        job = self._executor.submit(in_turn)
+        watch.add_done_callback(lambda done: None if done.cancelled() else self._leave(place, jobs))
+        with entry.held(), self._counted("_inside"):
+            try:
+                with self._counted("_reading"):
+                    if not any(entry.is_at(device) for device in self.catalogue.devices):
+                        await asyncio.wrap_future(self.catalogue.load(entry, self._emptiest()))
+                    jobs.append(await asyncio.wrap_future(self._readers.submit(self._read, place, entry, request, body)))
+                    # A client that left meanwhile is seen when its turn comes.
+                    self._batcher.put(self._started(jobs[0]))
+                return await asyncio.wrap_future(jobs[0].answer)
+            except asyncio.CancelledError:
+                if not place.is_gone():
+                    self._leave(place, jobs)
+                    raise
+                raise ClientGone("the client hung up") from None
+            finally:
+                watch.cancel()
 
-        def left(_: object) -> None:
-            # A call that runs ends where it can; see ``calling``.
-            place.leave()
-            # Its place in the queue is free at once.
-            job.cancel()
-
-        watch.add_done_callback(left)
-        try:
-            return await asyncio.wrap_future(job)
-        except asyncio.CancelledError:
-            if not place.is_gone():
-                raise
-            raise ClientGone("the client hung up") from None
-        finally:
-            watch.cancel()
-            self._queued -= 1
+    def submit(self, place: Place, entry: Entry, request: Request) -> Future[HttpResponse]:
+        """As ``run``, for a request that has been read, from any thread. The entry must be loaded."""
+        job = self._started(self._job(place, entry, request))
+        self._batcher.put(job)
+        return job.answer
 
     def health(self) -> dict[str, Any]:
         """``GET /health``: whether a call is running, and how many wait behind it."""
-        return {"status": "ok", "running": self._running, "waiting": self._queued - int(self._running)}
+        return {"status": "ok", "running": self._at_work > 0, "waiting": max(0, self._inside - self._at_work)}
 
     def problem(self) -> str:
         """Why no VAE can be had at the moment; "" where one can."""
-        return next(iter(problems), "") if all(problems := [entry.problem for entry in self.catalogue.entries()]) else ""
+        problems = [entry.problem for entry in self.catalogue.entries()]
+        return problems[0] if problems and all(problems) else ""
 
     def status(self) -> dict[str, Any]:
         """What the page of ``GET /`` says of its work: of ``health``, since when (seconds of the epoch), and how many calls."""
         made = {f"{op}s": self._made[op] for op in ("decode", "encode")}
         return {**self.health(), "since": self._since, **made}
 
-    async def ask_info(self) -> dict[str, Any]:
+    async def ask_info(self, name: str | None = None) -> dict[str, Any]:
         """``info``, without holding up the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._clerk, self.info)
+        return await asyncio.get_running_loop().run_in_executor(self._clerk, self.info, name)
 
-    def info(self) -> dict[str, Any]:
+    def info(self, name: str | None = None) -> dict[str, Any]:
         """``GET /info``: the VAEs, what may be asked of them, and of the first one once more what older clients read.
 
+        Args:
+            name: of the only one that is asked for.
+
         Raises:
-            NoModel: the only one is not there.
+            NoModel: the only one is not there. UnknownModel.
         """
-        entries = self.catalogue.entries()
+        entries = self.catalogue.entries() if name is None else [pick(self.catalogue.entries(), name)]
         models = [{"name": entry.name, "loaded": entry.is_loaded, **entry.info()} for entry in entries]
         first = {key: value for key, value in models[0].items() if key not in ("name", "loaded")}
         return {**first, "limits": self.limits.published(), "models": models}
@@ -199,7 +202,7 @@ class Engine:
             InvalidRequest: more pixels, pictures or frames than the limits allow, latents for another VAE, or an answer that
                 this machine cannot make. NoModel.
         """
-        own = entry.current().family
+        own = entry.require()
         batch, frames, rows, columns = decode_size(head.shape, height, width, own)
         self.limits.check(batch, frames, rows, columns)
         check_latent_frames(own, own.latent_frames(frames))
@@ -211,7 +214,7 @@ class Engine:
 
     def check_encode(self, entry: Entry, head: TensorHead | None) -> Size | None:
         """Refuse pixels by their head; None for a picture's file, of which nothing is known yet. Raises as above."""
-        own = entry.current().family
+        own = entry.require()
         if head is None:
             return None
         batch, frames, rows, columns = encode_size(head.shape, own)
@@ -219,65 +222,132 @@ class Engine:
         check_frames(own, frames)
         return Size(batch, frames, rows, columns)
 
-    # --- what runs in the engine's thread ------------------------------------------------------------------------------
+    def close(self) -> None:
+        """End the threads when what is in the queue is answered. Nothing may be asked of it any more."""
+        self._batcher.close()
+        for thread in self._threads:
+            thread.join()
+        for pool in (self._readers, self._answerers, self._clerk):
+            pool.shutdown()
 
-    def decode(self, request: DecodeRequest, place: Place, entry: Entry) -> HttpResponse:
-        """Decode, and make the answer's bytes.
+    # --- read ------------------------------------------------------------------------------------------------------------
 
-        Raises:
-            InvalidRequest: these latents are not for this VAE. OutOfMemory: they do not fit, tiled neither. NotFinite, NoModel.
-        """
-        with self._at_work(place, entry) as vae:
-            family = vae.family
-            check_family(family, request.family)
-            latents = request.unpacked(family, _norm(vae))
+    def _read(self, place: Place, entry: Entry, request: Callable[[bytearray], Request], body: bytearray) -> Job:
+        """The body as a job. In a thread, as a large picture's file would hold up every other request."""
+        if place.is_gone():
+            raise ClientGone("the client hung up")
+        began = time.monotonic()
+        if place.op == "encode" and place.size is None:
+            # A file of a few bytes may hold a large picture; what it becomes is levels and floating point values.
+            self.admission.grow(place, _FILE_BYTES_A_PIXEL * min(math.prod(picture_size(body)), self.limits.max_pixels))
+        job = self._job(place, entry, request(body))
+        place.stages["decode_request"] = time.monotonic() - began
+        return job
 
-            def raw(dtype: torch.dtype) -> torch.Tensor:
-                return request.scaling.unscale(moved(latents, vae.device, dtype), family)
-
-            # The answer comes in the dtype that was asked in: a half-precision client wants half the bytes. Levels are those of
-            # what the VAE made.
-            wants_dtype = request.output in (Output.TENSOR, Output.UNIT) and request.latents.is_floating_point()
-            pixels = made(vae, "decode", raw, place)
-            pixels = moved(pixels, "cpu", request.latents.dtype if wants_dtype else pixels.dtype)
-        return decode_response(request, pixels)
-
-    def encode(self, request: EncodeRequest, place: Place, entry: Entry) -> HttpResponse:
-        """Encode, and make the answer's bytes. Without a posterior wanted, the answer is its mode. Raises as ``decode``."""
-        with self._at_work(place, entry) as vae:
-            family = vae.family
-            check_family(family, request.family)
-            pixels = request.pixels(family)
-            place.size = Size(pixels.shape[0], pixels.shape[2] if pixels.ndim == VIDEO_DIMENSIONS else 1, *pixels.shape[-2:])
+    def _job(self, place: Place, entry: Entry, request: Request) -> Job:
+        worker = self._nearest(entry)
+        vae = entry.vae(worker.device)
+        with worker.mover.leaving():
+            values = prepared(request, vae)
+        if isinstance(request, EncodeRequest):
+            frames = values.shape[2] if values.ndim == VIDEO_DIMENSIONS else 1
+            place.size = Size(values.shape[0], frames, *values.shape[-2:])
             place.pixels = place.size.pixels
-            latents = made(vae, "encode", lambda dtype: moved(pixels, vae.device, dtype), place)
-            is_posterior = request.posterior and vae.has_posterior
-            if not is_posterior and vae.has_posterior:
-                # The mode of the posterior is its mean, the first half of the moments.
-                latents = latents.chunk(2, dim=1)[0]
-            latents = request.in_form(latents, family, _norm(vae), is_posterior=is_posterior)
-            # Latents come in the dtype that was asked in; a posterior as the VAE made it, as only our own client asks for it.
-            wants_dtype = isinstance(request.image, torch.Tensor) and request.image.is_floating_point() and not is_posterior
-            latents = latents.to("cpu", pixels.dtype if wants_dtype else latents.dtype)
-        return encode_response(latents, is_posterior=is_posterior)
+        if vae.device.type == "cuda" and self._batcher.bytes_ahead() + values.nbytes <= _AHEAD_BYTES:
+            values = worker.mover.up(values.to(vae.dtype))
+        return Job(place, entry, request, vae.family, values)
+
+    def _nearest(self, entry: Entry) -> Worker:
+        """One of those that have the VAE, the idle first."""
+        having = [worker for worker in self._workers if entry.is_at(worker.device)]
+        return min(having or self._workers, key=lambda worker: worker.busy)
+
+    def _others_come(self) -> bool:
+        return self._reading > 0 or self.admission.is_uploading()
+
+    # --- wait ------------------------------------------------------------------------------------------------------------
+
+    def _started(self, job: Job) -> Job:
+        """With the first job there are threads: a host's engine may never have one."""
+        with self._lock:
+            if not self._threads:
+                self._threads = [worker.start(self._take) for worker in self._workers]
+        return job
+
+    def _take(self, worker: Worker) -> list[Job]:
+        batch = self._batcher.take(partial(self._can, worker))
+        now = time.monotonic()
+        with self._lock:
+            self._at_work += len(batch)
+        for job in batch:
+            job.place.stages["queue"] = now - job.queued
+            job.answer.add_done_callback(self._answered)
+        return batch
+
+    def _can(self, worker: Worker, job: Job) -> bool:
+        """Whether a worker takes a job now. Where all that have its VAE are at work, the worker gets a copy of its own."""
+        # What was made waits for those who make answers of it, and takes memory.
+        if self._answering >= 2 * _THREADS:
+            return False
+        entry = job.entry
+        if entry.is_at(worker.device):
+            return True
+        idle = any(not other.busy and entry.is_at(other.device) for other in self._workers)
+        failed = self._no_room.get((entry, worker.device), -_NO_ROOM)
+        if not idle and not self.catalogue.is_loading(entry) and time.monotonic() - failed >= _NO_ROOM:
+            self.catalogue.load(entry, worker.device).add_done_callback(partial(self._copied, entry, worker))
+        return False
+
+    def _copied(self, entry: Entry, worker: Worker, done: Future[None]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            self._no_room[entry, worker.device] = time.monotonic()
+        self._batcher.wake()
+
+    def _emptiest(self) -> Device:
+        """The device with the fewest VAEs."""
+        entries = self.catalogue.entries()
+        return min(self.catalogue.devices, key=lambda device: sum(entry.is_at(device) for entry in entries))
+
+    def _leave(self, place: Place, jobs: list[Job]) -> None:
+        """The client hung up. A call that runs ends where it can; the place of one that waits is free at once."""
+        place.leave()
+        for job in jobs:
+            if self._batcher.remove(job):
+                job.fail(ClientGone("the client hung up"))
+
+    # --- answer ----------------------------------------------------------------------------------------------------------
+
+    def _finish(self, worker: Worker, job: Job, made: torch.Tensor, facts: Facts) -> None:
+        with self._lock:
+            self._answering += 1
+        self._answerers.submit(self._answer, worker, job, made, facts)
+
+    def _answer(self, worker: Worker, job: Job, made: torch.Tensor, facts: Facts) -> None:
+        began = time.monotonic()
+        place = job.place
+        place.stages["predict"] = (place.ended or 0.0) - (place.begun or 0.0)
+        try:
+            response = answer(job.request, made, facts, worker.mover, place)
+            place.stages["answer"] = time.monotonic() - began
+            job.succeed(response)
+        except Exception as error:
+            job.fail(error)
+        finally:
+            with self._lock:
+                self._answering -= 1
+                self._made[place.op] += 1
+            self._batcher.wake()
+
+    def _answered(self, _: Future[HttpResponse]) -> None:
+        with self._lock:
+            self._at_work -= 1
 
     @contextmanager
-    def _at_work(self, place: Place, entry: Entry) -> Iterator[VaeAtWork]:
-        """The VAE, for as long as it is this call's alone."""
-        with self._turn:
-            # A generation of the host may have taken minutes.
-            if place.is_gone():
-                raise ClientGone("the client hung up")
-            vae = entry.current()
-            place.begin()
-            try:
-                with entry.serving():
-                    yield vae
-            finally:
-                place.end()
-        self.admission.measure(place)
-        self._made[place.op] += 1
-
-
-def _norm(vae: VaeAtWork) -> BatchNormed | None:
-    return batch_norm_of(vae.module)
+    def _counted(self, name: str) -> Iterator[None]:
+        with self._lock:
+            setattr(self, name, getattr(self, name) + 1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                setattr(self, name, getattr(self, name) - 1)

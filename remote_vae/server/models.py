@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ class LoadedVae:
             family=self.family,
             device=self.device,
             dtype=self.dtype,
-            model=_public_name(self.source),
+            model=public_name(self.source),
             has_posterior=has_posterior(self.vae),
         )
 
@@ -91,7 +91,18 @@ class LoadedVae:
         return torch.inference_mode()
 
 
-def load_vae(source: str, *, family: str | None = None, dtype: str = "auto", device: str = "auto") -> LoadedVae:
+def no_room_needed(_: int) -> None:
+    """Nothing can be put away."""
+
+
+def load_vae(
+    source: str,
+    *,
+    family: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    make_room: Callable[[int], object] = no_room_needed,
+) -> LoadedVae:
     """Load the VAE at ``source``; weights come from safetensors only, never from a pickle.
 
     Args:
@@ -102,6 +113,7 @@ def load_vae(source: str, *, family: str | None = None, dtype: str = "auto", dev
         dtype: "float32", "float16", "bfloat16", or "auto": on a GPU of Nvidia, AMD or Intel float16, or bfloat16 where the
             model is published so and is no AutoencoderKL; else float32.
         device: a torch device, or "auto": the first GPU, else the CPU.
+        make_room: called with the bytes of the weights before they go to the device.
 
     Raises:
         SettingsError: nothing there, not a VAE, not one that makes pictures, or the family is needed and missing.
@@ -114,6 +126,7 @@ def load_vae(source: str, *, family: str | None = None, dtype: str = "auto", dev
     target = _dtype(dtype, chosen, found)
     state = vae.state_dict()
     names = {rounding: fingerprint(state, rounding) for rounding in ROUNDINGS}
+    make_room(sum(tensor.numel() for tensor in state.values()) * target.itemsize)
     try:
         # Not diffusers' own to(), which warns of modules to keep in float32 that a VAE does not have. Gradients stay switched
         # on, as from_pretrained leaves them: the last bit of a matrix product depends on that, and is to be the pipeline's.
@@ -176,6 +189,23 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise SettingsError(f"--device {name} cannot be used here: {_line(error)}") from None
     return device
+
+
+def devices_of(names: str) -> tuple[torch.device, ...]:
+    """The devices that VAEs are to work on: "cuda:0,cuda:1", "cpu", or "auto": every GPU, else the CPU.
+
+    Raises:
+        SettingsError: one cannot be used here, or stands there twice.
+    """
+    if names.strip() == "auto":
+        kind = _device("auto").type
+        count = getattr(torch, kind).device_count() if kind in ("cuda", "xpu") else 1
+        return tuple(torch.device(kind, index) for index in range(count)) if count > 1 else (_device("auto"),)
+    devices = tuple(_device(name.strip()) for name in names.split(","))
+    # "cuda" is the first of them.
+    if len({(device.type, device.index or 0) for device in devices}) < len(devices):
+        raise SettingsError(f"--device {names}: each device once, please")
+    return devices
 
 
 def _is_there(kind: str) -> bool:
@@ -298,7 +328,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return config if isinstance(kind, str) and _CLASS.fullmatch(kind) and hasattr(diffusers, kind) else None
 
 
-def _public_name(source: str) -> str:
+def public_name(source: str) -> str:
     """A hub id as it is; of a path the last part only, as the rest is nobody's business."""
     path = Path(source).expanduser()
     return path.name if path.exists() else source

@@ -28,7 +28,7 @@ def create_shared_app(
         token: other machines must have it; without one, only programs on this machine are served.
         limits: what a request may ask for.
     """
-    engine = Engine(OneVae(provider, about={"process": THIS_PROCESS}), limits, turn=queue_lock)
+    engine = Engine(OneVae(provider, about={"process": THIS_PROCESS}), limits, turn=queue_lock, batch_pixels=0)
     app = create_app(engine, access=by_token_or_loopback(token))
 
     async def shared(scope: Scope, receive: Receive, send: Send) -> None:

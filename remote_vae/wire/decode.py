@@ -46,6 +46,7 @@ from remote_vae.wire.tensors import (
     TensorHead,
     dtype_name,
     is_within,
+    on_cpu,
     tensor_from_bytes,
     tensor_to_bytes,
 )
@@ -286,12 +287,19 @@ class DecodeAnswer:
 # --- the server's side -------------------------------------------------------------------------------------------------
 
 
-def decode_response(request: DecodeRequest, pixels: torch.Tensor) -> HttpResponse:
+def decode_response(
+    request: DecodeRequest, pixels: torch.Tensor, *, bring: Callable[[torch.Tensor], torch.Tensor] = on_cpu
+) -> HttpResponse:
     """The answer to ``request``, made frame by frame: beside the pixels and the answer a clip takes no memory.
+
+    Levels are those of the pixels as the VAE made them; other values come in the dtype that was asked in, where that is
+    floating point: a half-precision client wants half the bytes.
 
     Args:
         request: what was asked for.
-        pixels: ``[B, 3 or 4, H, W]`` or ``[B, 3 or 4, F, H, W]`` in [-1, 1]; one frame where the latents had no frames.
+        pixels: ``[B, 3 or 4, H, W]`` or ``[B, 3 or 4, F, H, W]`` in [-1, 1], any device, any floating point dtype; one frame
+            where the latents had no frames.
+        bring: gets a part of the answer onto the CPU, in row-major order. What it raises ends the work.
 
     Raises:
         NotFinite: NaN or infinite pixels, which would be a black picture.
@@ -305,21 +313,22 @@ def decode_response(request: DecodeRequest, pixels: torch.Tensor) -> HttpRespons
         pixels = pixels.squeeze(2)
     if pixels.ndim != (VIDEOS if request.is_video else PICTURES):
         raise InvalidRequest(f"latents {list(request.latents.shape)} make pixels {list(pixels.shape)}: send them with frames")
-    if output is Output.TENSOR:
-        return _tensor_response(request, pixels)
+    if output in (Output.TENSOR, Output.UNIT):
+        return _tensor_response(request, _as_asked(request, pixels, bring))
     frames = list(px.frames_of(pixels))
     if output.is_image and len(frames) > 1 and not request.is_several:
         raise InvalidRequest(f"these latents make {len(frames)} pictures, and a {output.value} answer holds one")
-    if output is Output.UNIT:
-        return _tensor_response(request, _of_frames(frames, px.to_unit))
-    to_levels = partial(px.to_uint8, truncate=request.truncate)
+
+    def to_levels(frame: torch.Tensor) -> torch.Tensor:
+        return bring(px.to_uint8(frame, truncate=request.truncate))
+
     if output is Output.UINT8:
         return _tensor_response(request, _of_frames(frames, to_levels))
     if output is Output.MP4:
         file = io.BytesIO()
         px.write_mp4((to_levels(frame)[0] for frame in frames), file)
         return HttpResponse(200, {"Content-Type": "video/mp4"}, file.getbuffer())
-    files = [px.image_to_bytes(Image.fromarray(to_levels(frame)[0].cpu().numpy()), output.value) for frame in frames]
+    files = [px.image_to_bytes(Image.fromarray(to_levels(frame)[0].numpy()), output.value) for frame in frames]
     if request.is_several:
         return HttpResponse(200, {"Content-Type": PICTURES_TYPE}, joined(files))
     return HttpResponse(200, {"Content-Type": "image/jpeg" if output is Output.JPG else "image/png"}, files[0])
@@ -339,6 +348,20 @@ def _of_frames(frames: list[torch.Tensor], make: Callable[[torch.Tensor], torch.
     made[:1] = first
     for index, frame in enumerate(frames[1:], start=1):
         made[index : index + 1] = make(frame)
+    return made
+
+
+def _as_asked(request: DecodeRequest, pixels: torch.Tensor, bring: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Floating point values on the CPU, frame by frame: a second copy of a long video would not fit."""
+    dtype = request.latents.dtype if request.latents.is_floating_point() else pixels.dtype
+    if request.output is Output.UNIT:
+        return _of_frames(list(px.frames_of(pixels)), lambda frame: bring(px.to_unit(frame.to(dtype))))
+    if pixels.dtype == dtype:
+        return bring(pixels)
+    made = torch.empty(pixels.shape, dtype=dtype)
+    axis = 2 if pixels.ndim == VIDEOS else 0
+    for target, source in zip(made.unbind(axis), pixels.unbind(axis), strict=True):
+        target.copy_(bring(source.to(dtype)))
     return made
 
 

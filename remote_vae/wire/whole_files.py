@@ -15,6 +15,8 @@ from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from remote_vae.wire.http import Buffer
+
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 
@@ -53,6 +55,17 @@ def decoded_picture(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if kind is PngImageFile:
         _check_png_rows(data, image)
     return image
+
+
+def picture_size(data: Buffer) -> tuple[int, int]:
+    """Width and height that a PNG or JPEG file says it has, before any of it is decoded; zeros: it is none."""
+    try:
+        if bytes(data[: len(PNG)]) == PNG:
+            width, height = struct.unpack_from(">II", data, 16)
+            return width, height
+        return JpegImageFile(io.BytesIO(data)).size if bytes(data[: len(JPEG)]) == JPEG else (0, 0)
+    except Exception:  # whatever Pillow raises for a damaged one, which says so when it is decoded
+        return 0, 0
 
 
 def _load(image: ImageFile.ImageFile) -> None:

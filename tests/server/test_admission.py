@@ -273,7 +273,7 @@ def work(admission: Admission, seconds: float, pixels: int = MEGAPIXEL) -> None:
     """A call that took so long."""
     done = place(admission, pixels)
     done.begun, done.ended = 0.0, seconds
-    admission.measure(done)
+    admission.measure([done])
     admission.leave(done)
 
 

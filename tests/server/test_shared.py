@@ -35,9 +35,11 @@ def engine(provider: Sharing, lock: Any = None) -> Engine:
 
 
 def decode(own: Engine, latents: torch.Tensor) -> HttpResponse:
-    return own.decode(
-        DecodeRequest(latents, Output.TENSOR), Place("decode", latents.numel(), latents.nbytes), own.catalogue.pick()
-    )
+    return answered(own, latents, Place("decode", latents.numel(), latents.nbytes))
+
+
+def answered(own: Engine, latents: torch.Tensor, place: Place) -> HttpResponse:
+    return own.submit(place, own.catalogue.entries()[0], DecodeRequest(latents, Output.TENSOR)).result(30)
 
 
 def tensor(answer: HttpResponse, like: torch.Tensor) -> torch.Tensor:
@@ -171,7 +173,7 @@ def test_a_client_that_left_while_the_host_generated_is_not_served(provider: Sha
     place = Place("decode", 1, 1)
     place.leave()
     with pytest.raises(ClientGone):
-        engine(provider).decode(DecodeRequest(latents, Output.TENSOR), place, OneVae(provider))
+        answered(engine(provider), latents, place)
     assert provider.vae.calls == []
 
 
@@ -190,7 +192,7 @@ def test_a_host_that_moves_its_models_comes_to_the_end_of_it_though_the_client_l
 
     provider.changes = {"bring": bring}
     with pytest.raises(ClientGone):
-        engine(provider).decode(DecodeRequest(latents, Output.TENSOR), place, OneVae(provider))
+        answered(engine(provider), latents, place)
     assert {weight.dtype for weight in unet.parameters()} == {torch.float64}
 
 

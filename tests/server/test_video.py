@@ -16,19 +16,19 @@ import requests
 import torch
 
 from bench.live_bytes import LiveBytes
-from remote_vae.server.admission import Limits, Place
+from remote_vae.server.admission import Limits
 from remote_vae.server.catalogue import OneVae
-from remote_vae.server.engine import Engine
 from remote_vae.server.models import LoadedVae
 from remote_vae.server.moving import moved
 from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.families import family_of
-from remote_vae.wire import FINGERPRINT_KEYS, DecodeRequest, Output
+from remote_vae.wire import FINGERPRINT_KEYS, DecodeRequest, HttpResponse, Output
 from remote_vae.wire.pixels import to_uint8
 from tests.conftest import ServerThread
 from tests.nearness import out_of_memory, psnr, psnr_of_moments
 from tests.pretend_gpu import DEVICE, Card
 from tests.server.asking import TIMEOUT, Raw, body, decode, head, tensor_of, wait_until
+from tests.server.at_once import answers
 from tests.sharing import Sharing
 from tests.vaes import small_vae
 
@@ -94,11 +94,12 @@ def test_beside_the_pixels_there_is_only_the_answer_and_a_frame(
 ) -> None:
     pixels = torch.rand(1, 3, 81, 64, 96) * 2 - 1
     size, frame = pixels.nbytes, pixels.nbytes / 81
-    engine, request = Engine(OneVae(Made(vae, pixels))), DecodeRequest(torch.zeros(1, 16, 21, 8, 12, dtype=dtype), output)
+    entry, request = OneVae(Made(vae, pixels)), DecodeRequest(torch.zeros(1, 16, 21, 8, 12, dtype=dtype), output)
     del pixels
     # Nothing that is made before counts.
     with LiveBytes() as live:
-        answer = engine.decode(request, Place("decode", 1, 1), engine.catalogue.pick())
+        answer = answers(entry, [request])[0]
+    assert isinstance(answer, HttpResponse)
     assert len(answer.body) == pytest.approx(size * (share or 1.0))
     assert live.peak["cpu"] <= share * size + 8 * frame
 
