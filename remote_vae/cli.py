@@ -105,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_encode(commands.add_parser("encode", help="make a file of latents of a picture"))
     _add_check(commands.add_parser("check", help="say whether an endpoint works"))
     plan.add_arguments(commands.add_parser("plan", help="say how many cards so many UIs need"))
+    report = commands.add_parser("diagnosis", help="print what a report of a problem should have in it")
+    report.set_defaults(run=_diagnosis)
     demo = commands.add_parser("demo", help="show it all on one photo")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for pictures and report (demo)")
     demo.set_defaults(run=_demo)
@@ -212,6 +214,14 @@ def _serve(options: argparse.Namespace) -> int:
         port=options.port,
         limits=Limits(max_pixels=options.max_pixels, max_video_pixels=options.max_video_pixels),
     )
+    return 0
+
+
+def _diagnosis(options: argparse.Namespace) -> int:
+    from remote_vae.diagnosis import diagnosis
+
+    del options
+    print(diagnosis(), end="")
     return 0
 
 
