@@ -6,7 +6,7 @@ import http.client
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -24,12 +24,13 @@ from remote_vae.errors import (
     MalformedAnswer,
 )
 from remote_vae.remote.addresses import beside, shown, without_user
-from remote_vae.remote.reasons import CONNECTION_LOST, reason_of
+from remote_vae.remote.reasons import reason_of
 from remote_vae.remote.transport import Exchange, Sent, Transport, Urllib3Transport
 from remote_vae.remote.waiting import POLL_SECONDS, A, Call, Cancelled, Deadlines, Expect, Redirected, Wait, by_proxy, sleep
 from remote_vae.tokens import auth_headers
 from remote_vae.version import __version__
 from remote_vae.wire import Expected, HttpRequest
+from remote_vae.wire.timing import read_timing
 
 __all__ = ["POLL_SECONDS", "Deadlines", "EndpointClient", "Health", "Reply", "beside", "client_for", "never", "shown"]
 
@@ -37,8 +38,6 @@ __all__ = ["POLL_SECONDS", "Deadlines", "EndpointClient", "Health", "Reply", "be
 _HEALTH_SECONDS = 2.0
 _HEALTH_LIMIT = 4096
 _MAX_REDIRECTS = 3
-_SERVER_ERROR = 500
-_BAD_GATEWAY = 502
 
 
 def never() -> bool:
@@ -51,11 +50,19 @@ DEFAULT_DEADLINES = Deadlines(connect=10.0, first_byte=120.0, total=300.0, patie
 
 @dataclass(frozen=True)
 class Reply(Generic[A]):
-    """A checked answer, with the bytes of the two bodies."""
+    """A checked answer.
+
+    Attributes:
+        bytes_up, bytes_down: of the two bodies, as they went over the network.
+        seconds_down: from the first byte of the answer's body to its last.
+        stages: seconds that the server says the call took there, by stage: "queue", "predict" ...
+    """
 
     answer: A
     bytes_up: int
     bytes_down: int
+    seconds_down: float = 0.0
+    stages: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,8 @@ class EndpointClient:
         started = time.monotonic()
         try:
             return self._follow(self.url, request, expect, deadlines, cancelled)
-        except (EndpointError, EndpointUnreachable) as error:
-            pause = _pause(error)
+        except EndpointError as error:
+            pause = error.retry_after
             # The user was ready to wait so long for the answer's first byte.
             if pause is None or pause > deadlines.first_byte:
                 raise
@@ -138,14 +145,15 @@ class EndpointClient:
         call = Call(self._transport, sent, expect, exchange, shown(url))
         works = partial(self._works, min(_HEALTH_SECONDS, deadlines.first_byte)) if request is not None else None
         try:
-            expected, body = Wait(call, deadlines, cancelled, works).result()
+            received = Wait(call, deadlines, cancelled, works).result()
         except (HTTPError, OSError, http.client.HTTPException, ValueError) as error:
             raise _unreachable(self._transport, url, error) from error
         try:
-            answer = expected.finish(body)
+            answer = received.expected.finish(received.body)
         except MalformedAnswer as error:
             raise error.by(shown(url)) from None
-        return Reply(answer, len(sent.body or b""), body.nbytes)
+        stages = read_timing(received.named)
+        return Reply(answer, len(sent.body or b""), received.body.nbytes, received.seconds, stages)
 
     def _sent(self, url: str, request: HttpRequest | None) -> Sent:
         # The token is read anew each time: one that is set after the start of the UI counts.
@@ -174,18 +182,6 @@ _transport = Urllib3Transport()
 def client_for(url: str, *, public: bool = False) -> EndpointClient:
     """A client for the exact ``url``, over the process's connections."""
     return EndpointClient(url, _transport, public=public)
-
-
-def _pause(error: EndpointError | EndpointUnreachable) -> float | None:
-    """Seconds after which the same call is worth another try; None: it would bring nothing else.
-
-    Where a server died under the call, another at the same address may do it, or the same one when it is back. A call changes
-    nothing, so that it is made anew at once. What stands before a cluster then answers itself, and not as a VAE server does.
-    """
-    if isinstance(error, EndpointError):
-        died = error.status == _BAD_GATEWAY or (error.status == _SERVER_ERROR and not error.is_of_the_server)
-        return 0.0 if died else error.retry_after
-    return 0.0 if error.reason == CONNECTION_LOST else None
 
 
 def _without(url: str, request: HttpRequest | None) -> str:

@@ -24,6 +24,8 @@ DEFAULT_PORT = 7870
 LONGEST_PAUSE = 600.0
 # A smaller picture takes no less time: what it takes is the way there, or the start of the server.
 _SMALLEST = 1024 * 1024
+# Bytes of an answer by which the network is measured.
+_MEASURED = 128 * 1024
 
 
 class InPause(NotOffered):
@@ -182,6 +184,8 @@ class Endpoints:
         self._lock = threading.Lock()
         self._breakers: dict[str, Breaker] = {}
         self._pace: dict[str, float] = {}
+        # Bytes and seconds of the answers of late, by machine.
+        self._came: dict[str, tuple[int, float]] = {}
         self._found: dict[str, str] = {}
 
     def turn(self, url: str, settings: Settings) -> Turn:
@@ -201,6 +205,20 @@ class Endpoints:
         with self._lock:
             # One quick answer is no promise that the next one will be.
             self._pace[url] = max(seconds / max(_SMALLEST, pixels), 0.5 * self._pace.get(url, 0.0))
+
+    def came(self, url: str, nbytes: int, seconds: float) -> None:
+        """The body of an answer came in so long. Small ones come in one piece, and say nothing."""
+        if nbytes >= _MEASURED:
+            with self._lock:
+                before, took = self._came.get(_machine(url), (0, 0.0))
+                # Each weighs half of the one after it.
+                self._came[_machine(url)] = before // 2 + nbytes, took / 2 + max(seconds, 1e-6)
+
+    def pace(self, url: str) -> float | None:
+        """Bytes a second that came from the machine of ``url`` of late; None: nothing was measured."""
+        with self._lock:
+            nbytes, seconds = self._came.get(_machine(url), (0, 0.0))
+        return nbytes / seconds if nbytes else None
 
     def expected(self, url: str, pixels: int) -> float:
         """Seconds that an answer of ``pixels`` takes by what was seen before; 0 where nothing was."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
-from typing import Union
+from typing import Any, Union
 from urllib.parse import urlsplit
 
 import torch
@@ -29,14 +29,18 @@ from remote_vae.errors import (
     VaeNotConfirmed,
 )
 from remote_vae.remote.client import Deadlines, EndpointClient, Reply, client_for, shown
+from remote_vae.remote.compressing import wanted
 from remote_vae.remote.endpoints import DEFAULT_PORT, Endpoints, InPause, Turn, endpoint_for, in_pause
 from remote_vae.remote.functions import in_parallel
 from remote_vae.remote.same_vae import SameVae
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import free_memory, is_out_of_memory
+from remote_vae.vae.at_work import VaeAtWork
 from remote_vae.vae.families import Family, public_max_pixels
-from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeAnswer, EncodeRequest, Output
+from remote_vae.vae.fingerprint import fingerprint_of
+from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeAnswer, EncodeRequest, Info, Output
 from remote_vae.wire.encode import latent_sides
+from remote_vae.wire.extras import Extras
 from remote_vae.wire.latents import VIDEOS
 from remote_vae.wire.pixels import frames_of, to_uint8
 from remote_vae.wire.tensors import DTYPES
@@ -45,6 +49,7 @@ log = logging.getLogger("remote_vae")
 
 _OUTPUTS = {"raw": Output.TENSOR, "u8": Output.UINT8, "png": Output.PNG, "jpg": Output.JPG}
 _RGB = 3
+_SIXTEENTH = 1 / 16
 # What a server of ours takes in one request unless it was told otherwise: larger batches, as of AnimateDiff, go in parts.
 _MOST_PICTURES = 32
 _MOST_PIXELS = 4 * 4096 * 4096
@@ -115,10 +120,13 @@ class RemoteRoute:
         try:
             # In here: where the user has given up, a host's own exception ends the call, and the turn has to end with it.
             call.user.tell(f"{call.doing} on {urlsplit(url).netloc}")
-            ask = partial(_ask_test_picture, client, call, settings)
+            said = partial(self._same_vae.there, call, url, settings, public=public)
+            ask = partial(_ask_test_picture, client, call, settings, said)
             note = self._same_vae.admit(call, url, settings, ask, public=public)
+            there = said()
             started = time.monotonic()
-            reply = _Asking(client, call, settings.transfer, deadlines, public=public).ask()
+            asking = _Asking(client, call, settings.transfer, deadlines, there, self._endpoints.pace(url), public=public)
+            reply = asking.ask()
         except (CallCancelled, InvalidRequest) as error:
             if isinstance(error, CallCancelled) and call.user.gave_up():
                 # The user waits no longer, neither now nor with the next picture.
@@ -138,6 +146,7 @@ class RemoteRoute:
             raise
         turn.succeeded()
         self._endpoints.took(url, pixels, time.monotonic() - started)
+        self._endpoints.came(url, reply.bytes_down, reply.seconds_down)
         return Outcome(
             _adopted(call, reply.answer),
             self.name,
@@ -145,6 +154,7 @@ class RemoteRoute:
             endpoint=shown(url),
             bytes_up=reply.bytes_up,
             bytes_down=reply.bytes_down,
+            vae_ms=1000.0 * reply.stages.get("predict", 0.0),
         )
 
 
@@ -152,13 +162,26 @@ class _Asking:
     """One call on its way to one endpoint, as one request or in parts, such as one for each picture."""
 
     def __init__(
-        self, client: EndpointClient, call: VaeCall[T], transfer: str, deadlines: Deadlines, *, public: bool = False
+        self,
+        client: EndpointClient,
+        call: VaeCall[T],
+        transfer: str,
+        deadlines: Deadlines,
+        there: Info,
+        pace: float | None = None,
+        *,
+        public: bool = False,
     ) -> None:
         self._client = client
         self._tensor = call.tensor
-        self._ask: Callable[[torch.Tensor], Reply[Answer]] = self._decode if call.op == "decode" else self._encode
+        self._decodes = call.op == "decode"
+        self._ask: Callable[[torch.Tensor], Reply[Answer]] = self._decode if self._decodes else self._encode
         self._family = call.vae.family
         self._form = _form(call, transfer)
+        # What a server says that it knows.
+        self._extras = wanted(Extras.of(there.extras), _bytes(call, self._form), pace, client.url)
+        # Of a server with one VAE nobody has to say which.
+        self._fingerprint = _fingerprint(there, call.vae) if there.name else None
         self._at_once = 1 if self._is_one_by_one else _at_once(call, public=public)
         self._truncate = call.truncates
         self._packed = call.packed
@@ -180,16 +203,22 @@ class _Asking:
         for each in asked:
             if not isinstance(each, Reply):
                 raise each
+        stages = [reply.stages for reply in replies]
         return Reply(
             _joined([reply.answer for reply in replies]),
             sum(reply.bytes_up for reply in replies),
             sum(reply.bytes_down for reply in replies),
+            # They share the network: none of them says how quick it is.
+            0.0,
+            {name: sum(each.get(name, 0.0) for each in stages) for name in {name for each in stages for name in each}},
         )
 
     @property
     def _is_one_by_one(self) -> bool:
-        """Whether the protocol has one picture, or one video's levels, in an answer."""
-        return self._form in ("png", "jpg") or (self._tensor.ndim == VIDEOS and self._form == "u8")
+        """Whether one picture, or one video's levels, is all that an answer or a request holds."""
+        if self._tensor.ndim == VIDEOS:
+            return self._form != "raw"
+        return self._form in ("png", "jpg") and not (self._decodes and self._extras.pictures)
 
     def _ask_one(self, tensor: torch.Tensor) -> Reply[Answer] | RouteFailed | InvalidRequest:
         """The reply, or why there is none: the other pictures of the batch are wanted all the same."""
@@ -203,26 +232,41 @@ class _Asking:
         return self._family.key if self._family.is_known else None
 
     def _decode(self, latents: torch.Tensor) -> Reply[Answer]:
-        request = DecodeRequest(latents, _OUTPUTS[self._form], family=self._key, truncate=self._truncate)
+        request = DecodeRequest(
+            latents,
+            _OUTPUTS[self._form],
+            family=self._key,
+            fingerprint=self._fingerprint,
+            truncate=self._truncate,
+            extras=self._extras,
+        )
         reply = self._client.decode(request, self._deadlines, self._cancelled)
-        return self._checked(latents, Reply(reply.answer, reply.bytes_up, reply.bytes_down))
+        return self._checked(latents, reply, reply.answer)
 
     def _encode(self, pixels: torch.Tensor) -> Reply[Answer]:
-        image = _upload_form(pixels, self._form)
-        request = EncodeRequest(image, posterior=not self._packed, packed=self._packed, family=self._key, alpha=True)
+        image = _upload_form(pixels, self._form, compressed=bool(self._extras.codings))
+        request = EncodeRequest(
+            image,
+            posterior=not self._packed,
+            packed=self._packed,
+            family=self._key,
+            fingerprint=self._fingerprint,
+            alpha=True,
+            extras=self._extras,
+        )
         reply = self._client.encode(request, self._deadlines, self._cancelled)
         answer = reply.answer
         if isinstance(image, Image.Image) and pixels.ndim == VIDEOS:
             # A picture's file has no axis of frames, and neither have its latents.
             answer = replace(answer, latents=answer.latents.unsqueeze(2))
-        return self._checked(pixels, Reply(answer, reply.bytes_up, reply.bytes_down))
+        return self._checked(pixels, reply, answer)
 
-    def _checked(self, tensor: torch.Tensor, reply: Reply[Answer]) -> Reply[Answer]:
+    def _checked(self, tensor: torch.Tensor, reply: Reply[Any], answer: Answer) -> Reply[Answer]:
         try:
-            _check_answer(self._family, tensor, reply.answer)
+            _check_answer(self._family, tensor, answer)
         except MalformedAnswer as error:
             raise error.by(shown(self._client.url)) from None
-        return reply
+        return replace(reply, answer=answer)
 
 
 def _at_once(call: VaeCall[T], *, public: bool) -> int:
@@ -248,12 +292,14 @@ def _form(call: VaeCall[T], transfer: str) -> str:
     return "png" if call.vae.family.pixel_channels > _RGB else transfer
 
 
-def _ask_test_picture(client: EndpointClient, call: VaeCall[T], settings: Settings, tensor: torch.Tensor) -> Answer:
+def _ask_test_picture(
+    client: EndpointClient, call: VaeCall[T], settings: Settings, there: Callable[[], Info], tensor: torch.Tensor
+) -> Answer:
     """What the endpoint makes of ``tensor``, which stands for the one of ``call``."""
     sample = replace(call, tensor=tensor.to(call.tensor.dtype))
     # In the form that the endpoint is known to take, which must not lose more than VAEs differ by.
     transfer = "png" if settings.transfer == "jpg" else settings.transfer
-    return _Asking(client, sample, transfer, Deadlines.of(settings).quick).ask().answer
+    return _Asking(client, sample, transfer, Deadlines.of(settings).quick, there()).ask().answer
 
 
 def _check_answer(family: Family, tensor: torch.Tensor, answer: Answer) -> None:
@@ -302,10 +348,36 @@ def _adopted(call: VaeCall[T], answer: Answer) -> T:
         raise OutOfMemory(f"the answer does not fit in memory: {error}", reason="out of memory") from error
 
 
-def _upload_form(pixels: torch.Tensor, form: str) -> Union[torch.Tensor, Image.Image]:
-    """Pixels in [-1, 1] as they go up: raw as they are, u8 in at most float16 (a sixteenth of a level), png in 8 bits."""
+def _bytes(call: VaeCall[T], form: str) -> int:
+    """Of what may be compressed of a call: the pixels, where they do not go in a picture's file."""
+    if form in ("png", "jpg"):
+        return 0
+    pictures, height, width = call.size
+    each = 1 if form == "u8" else call.tensor.element_size()
+    return pictures * height * width * call.vae.family.pixel_channels * each
+
+
+def _fingerprint(there: Info, vae: VaeAtWork) -> str | None:
+    """By which a server of several VAEs knows the one that is meant: as it names it, or as it will when it has loaded it."""
+    said = next(iter(there.fingerprints.values()), None)
+    if said is not None or vae.module is None:
+        return said
+    own = fingerprint_of(vae.module)
+    return own[1] if own else None
+
+
+def _upload_form(pixels: torch.Tensor, form: str, *, compressed: bool) -> Union[torch.Tensor, Image.Image]:
+    """Pixels in [-1, 1] as they go up: raw as they are, u8 in at most float16 (a sixteenth of a level), png in 8 bits.
+
+    Compressed, u8 are 8-bit levels where the pixels are within a sixteenth of one, as those of every picture file are.
+    """
     if form == "raw":
         return pixels
+    if form == "u8" and compressed:
+        levels = pixels.detach().float().add(1.0).mul_(127.5)
+        nearest = levels.round().clamp_(0, 255)
+        if bool((levels - nearest).abs().amax() <= _SIXTEENTH):
+            return nearest.to(torch.uint8)
     if form == "u8":
         return pixels.to(torch.float16) if pixels.dtype == torch.float32 else pixels
     return Image.fromarray(to_uint8(next(frames_of(pixels)))[0].cpu().numpy())

@@ -32,7 +32,7 @@ from remote_vae.remote.comparison import Cancelled, Comparison, made_here
 from remote_vae.settings import Settings, load_options
 from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.families import load_families
-from remote_vae.vae.fingerprint import ByWeights, fingerprint_of, matches
+from remote_vae.vae.fingerprint import ByWeights, fingerprint_of, match_among, matches
 from remote_vae.wire import THIS_PROCESS, Info
 
 log = logging.getLogger("remote_vae")
@@ -129,7 +129,7 @@ class SameVae:
         if info is not None and info.process == THIS_PROCESS:
             # It would wait for the end of the generation that waits for it.
             raise NotOffered(f"{endpoint} is this UI itself: enter another machine's address", reason="the endpoint is this UI")
-        said = _by_what_it_says(endpoint, info or Info(), call.vae)
+        said = _by_what_it_says(endpoint, of_several(info or Info(), call.vae), call.vae)
         if said is not None:
             return said
         found = self._by_test_picture(call, url, endpoint, ask, is_silent=info is not None)
@@ -160,6 +160,28 @@ class SameVae:
         with self._lock:
             self._infos[where] = info, self._clock() + INFO_SECONDS
         return info
+
+    def there(self, call: VaeCall[T], url: str, settings: Settings, *, public: bool = False) -> Info:
+        """What the endpoint at ``url`` says of the VAE that ``call`` is for; nothing at all where it says nothing.
+
+        Raises:
+            CallCancelled: the user would not wait for that.
+        """
+        if public:
+            return Info()
+        if call.vae.module is None:
+            # Who has none at hand asks nothing more than the call.
+            with self._lock:
+                known = self._infos.get(beside(url, "info"), (Info(), 0.0))[0]
+            return of_several(known, call.vae)
+        try:
+            info = self.info(url, Deadlines.of(settings).quick, call.user.cancelled)
+        except CallCancelled:
+            raise
+        except RouteFailed:
+            # The call itself will be answered so.
+            info = None
+        return of_several(info or Info(), call.vae)
 
     def forget(self, url: str) -> None:
         """The endpoint at ``url`` failed; it may come back as another one."""
@@ -225,6 +247,22 @@ class SameVae:
         with self._lock:
             before, self._said[about] = self._said.get(about, ""), text
             return before != text
+
+
+def of_several(info: Info, vae: VaeAtWork) -> Info:
+    """What is said of that one of the endpoint's VAEs which calls of ``vae`` are for.
+
+    The same one; else of its family, one of which it is not known yet whether it is the same, or the first; else one whose
+    family is not known; else the first.
+    """
+    if len(info.models) < 2:
+        return info
+    index = None if vae.module is None else match_among(vae.module, [each.fingerprints for each in info.models])
+    if index is not None:
+        return info.models[index]
+    family = [each for each in info.models if each.family == vae.family.key]
+    unsaid = [each for each in family if not each.fingerprints] + family
+    return next(iter(unsaid or [each for each in info.models if not each.family]), info.models[0])
 
 
 def _by_what_it_says(endpoint: str, info: Info, vae: VaeAtWork) -> Verdict | None:

@@ -54,6 +54,7 @@ class Exchange:
     Attributes:
         connect_seconds, total_seconds: after which the socket gives up by itself, should nobody break it off before.
         is_connected, is_answering: how far it has come.
+        is_late: whether the answer has begun before it is made; ``moved`` is then its last sign of life.
         is_sent: whether the whole request was.
         moved: when it was connected, or last sent a piece (``time.monotonic``).
     """
@@ -63,6 +64,7 @@ class Exchange:
         self.total_seconds = total_seconds
         self.is_connected = False
         self.is_answering = False
+        self.is_late = False
         self.is_sent = False
         self.moved = time.monotonic()
         self._lock = threading.Lock()
@@ -71,7 +73,7 @@ class Exchange:
 
     def begin(self) -> None:
         """It starts, or starts anew."""
-        self.is_connected = self.is_answering = self.is_sent = False
+        self.is_connected = self.is_answering = self.is_late = self.is_sent = False
         self.moved = time.monotonic()
 
     def use(self, sock: Any) -> None:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from remote_vae.call import Answer, VaeCall
+from remote_vae.call import Answer, Outcome, VaeCall, never
 from remote_vae.errors import (
     DeadlineExceeded,
     EndpointError,
@@ -22,6 +22,7 @@ from remote_vae.history import Record
 from remote_vae.remote.client import Deadlines, beside, client_for, shown
 from remote_vae.remote.endpoints import endpoint_for
 from remote_vae.remote.route import RemoteRoute
+from remote_vae.remote.same_vae import SameVae, of_several
 from remote_vae.settings import Settings
 from remote_vae.vae.at_work import VaeAtWork
 from remote_vae.vae.families import Family, find_family, load_families
@@ -61,9 +62,13 @@ def family_there(settings: Settings) -> Family:
     if not url:
         raise SettingsError("no endpoint is set: Settings, Remote VAE, Endpoint")
     try:
-        found = family_said(client_for(beside(url, "info")).info(Deadlines.of(settings).quick))
+        info = client_for(beside(url, "info")).info(Deadlines.of(settings).quick)
     except (EndpointError, MalformedAnswer):
-        found = None
+        info = Info()
+    if len({each.family for each in info.models}) > 1:
+        names = ", ".join(each.name for each in info.models)
+        raise SettingsError(f"{shown(url)} has several VAEs ({names}); choose the family, or put a name behind the address")
+    found = family_said(info)
     if found is None:
         raise SettingsError(f"{shown(url)} does not say which VAE it has; choose the family")
     return found
@@ -109,29 +114,31 @@ def try_out(settings: Settings, vae: VaeAtWork | None) -> Trial:
         why = settings.no_endpoint("decode") or "no endpoint is set for a decode"
         return Trial(False, f"{why}: enter the address of your server as Endpoint.")
     name = urlsplit(url).netloc
+    same_vae = SameVae()
     try:
-        info = Info() if public else _info(url, settings)
+        info = Info() if public else _info(url, settings, same_vae)
+        if vae is not None:
+            info = of_several(info, vae)
         there = family_said(info) or family
-        milliseconds = _measured(settings, there)
+        outcome, milliseconds = _measured(settings, there, same_vae)
     except RouteFailed as error:
         return Trial(False, f"{name} does not work: {error.reason}. {_advice(error, name)}")
     took = f"{milliseconds:.0f} ms there and back for {_CELLS * there.downscale} px"
+    if outcome.vae_ms:
+        took = f"{took}, {outcome.vae_ms:.0f} of them in the VAE"
     return _compared(f"{name} answers: {info.model or there.label}, {took}.", info, vae, settings)
 
 
-def _info(url: str, settings: Settings) -> Info:
-    try:
-        info = client_for(beside(url, "info")).info(Deadlines.of(settings).quick)
-    except (EndpointError, MalformedAnswer):
-        # A plain endpoint; what else may be wrong, the picture will tell.
-        return Info()
+def _info(url: str, settings: Settings, same_vae: SameVae) -> Info:
+    """Nothing at all of a plain endpoint; what else may be wrong, the picture will tell."""
+    info = same_vae.info(url, Deadlines.of(settings).quick, never) or Info()
     if info.process == THIS_PROCESS:
         raise NotOffered("the endpoint is this UI itself", reason="it is this UI itself")
     return info
 
 
-def _measured(settings: Settings, family: Family) -> float:
-    """Milliseconds for a picture that nobody wants."""
+def _measured(settings: Settings, family: Family, same_vae: SameVae) -> tuple[Outcome[Answer], float]:
+    """A picture that nobody wants, and milliseconds for it."""
     frames = (1,) if family.video else ()
     shape = (1, family.latent_channels, *frames, _CELLS, _CELLS)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -140,8 +147,8 @@ def _measured(settings: Settings, family: Family) -> float:
         return answer
 
     started = time.perf_counter()
-    RemoteRoute().run(VaeCall("decode", latents, VaeAtWork(None, family), adopt), settings)
-    return (time.perf_counter() - started) * 1000.0
+    outcome = RemoteRoute(same_vae=same_vae).run(VaeCall("decode", latents, VaeAtWork(None, family), adopt), settings)
+    return outcome, (time.perf_counter() - started) * 1000.0
 
 
 def _compared(reached: str, info: Info, vae: VaeAtWork | None, settings: Settings) -> Trial:

@@ -24,6 +24,8 @@ from remote_vae.remote.addresses import is_same_place, shown
 from remote_vae.remote.transport import Answer, Exchange, Sent, Transport
 from remote_vae.settings import Settings
 from remote_vae.wire import ERROR_LIMIT, Expected, error_detail
+from remote_vae.wire.extras import ACCEPT, LATE
+from remote_vae.wire.late import DOT, LATE_HEAD_LIMIT, LATE_TYPE, LateHead, read_late_head
 
 A = TypeVar("A")
 Expect = Callable[[Mapping[str, str]], Expected[A]]
@@ -37,6 +39,8 @@ _WORKER_SECONDS = 10.0
 _ERROR_SECONDS = 2.0
 # While a server says that it works it is asked again after so many seconds.
 _HEALTH_EVERY = 5.0
+# Dots before a late answer, which comes within hours or not at all.
+_MOST_DOTS = 1 << 16
 # What proxies answer by themselves.
 _BY_PROXIES = (403, 407, 502, 503, 504)
 # The settings are for a picture of so many pixels.
@@ -76,6 +80,23 @@ class Deadlines:
     def quick(self) -> Deadlines:
         """For what is small: who has not sent it by the time that its first byte is due does not answer."""
         return replace(self, total=min(self.total, self.connect + self.first_byte), patience=0.0)
+
+
+@dataclass(frozen=True)
+class Received(Generic[A]):
+    """A body that has come whole.
+
+    Attributes:
+        expected: what it is to be.
+        body: uint8 ``[N]``.
+        named: the head's headers by lower-case name.
+        seconds: from its first byte to its last.
+    """
+
+    expected: Expected[A]
+    body: np.ndarray
+    named: Mapping[str, str]
+    seconds: float
 
 
 class Redirected(Exception):
@@ -126,6 +147,15 @@ class _Workers:
 _workers = _Workers()
 
 
+@dataclass(frozen=True)
+class _Head:
+    """Status, headers by lower-case name, and length of the body; None: nobody knows."""
+
+    status: int
+    named: Mapping[str, str]
+    length: int | None
+
+
 class Call(Generic[A]):
     """A request that a thread of its own carries."""
 
@@ -135,7 +165,7 @@ class Call(Generic[A]):
         self.done = threading.Event()
         self.refusal: EndpointError | None = None
         self.error: Exception | None = None
-        self.value: tuple[Expected[A], np.ndarray] | None = None
+        self.value: Received[A] | None = None
         self._transport = transport
         self._sent = sent
         self._expect = expect
@@ -150,24 +180,50 @@ class Call(Generic[A]):
         finally:
             self.done.set()
 
-    def _read(self, answer: Answer) -> tuple[Expected[A], np.ndarray]:
-        if answer.status != 200:
-            self._refuse(answer)
+    def _read(self, answer: Answer) -> Received[A]:
+        length = answer.length if not answer.chunked else None
+        head = _Head(answer.status, answer.named, length)
+        if head.status != 200:
+            self._refuse(answer, head)
         if not self.exchange.is_sent:
             raise MalformedAnswer("an answer that came before the whole request was sent").by(self.where)
         try:
-            expected = self._expect(answer.named)
-            return expected, _read_body(answer, expected)
+            if LATE in self._sent.headers.get(ACCEPT, "") and answer.named.get("content-type", "").strip() == LATE_TYPE:
+                late = self._late_head(answer)
+                head = _Head(late.status, late.headers, late.length)
+                if head.status != 200:
+                    self._refuse(answer, head)
+            expected = self._expect(head.named)
+            started = time.monotonic()
+            body = _read_body(answer, expected, head.length)
+            return Received(expected, body, head.named, time.monotonic() - started)
         except MalformedAnswer as error:
             raise error.by(self.where) from None
 
-    def _refuse(self, answer: Answer) -> None:
+    def _late_head(self, answer: Answer) -> LateHead:
+        """Hear the dots of an answer that is still being made, until its head comes."""
+        self.exchange.moved = time.monotonic()
+        self.exchange.is_late = True
+        for _ in range(_MOST_DOTS):
+            sign = answer.read(1)
+            self.exchange.moved = time.monotonic()
+            if sign == b"\n":
+                line = _read_line(answer, LATE_HEAD_LIMIT)
+                self.exchange.is_late = False
+                return read_late_head(line)
+            if not sign:
+                raise http.client.IncompleteRead(b"")
+            if sign != DOT:
+                raise MalformedAnswer("a late answer without dots")
+        raise MalformedAnswer("a late answer that does not come to its head")
+
+    def _refuse(self, answer: Answer, head: _Head) -> None:
         url = f"{self._sent.url}?{self._sent.query}" if self._sent.query else self._sent.url
-        location = answer.named.get("location", "")
+        location = head.named.get("location", "")
         to = urljoin(url, location) if location else ""
-        if answer.status in (307, 308) and to and is_same_place(url, to):
+        if head.status in (307, 308) and to and is_same_place(url, to):
             raise Redirected(to)
-        status, pause = answer.status, _retry_after(answer)
+        status, pause = head.status, _retry_after(head)
         # Who waits need not wait for words that never come.
         self.refusal = EndpointError(status, "no message", self.where, retry_after=pause)
         detail = _read_error(answer)
@@ -178,8 +234,7 @@ class Call(Generic[A]):
             detail = f"{detail}; it came through{by}"
         if status in (404, 405):
             detail = f"{detail}; is that the address of a Remote VAE server?"
-        is_json = answer.named.get("content-type", "").startswith("application/json")
-        raise EndpointError(status, detail, self.where, retry_after=pause, is_of_the_server=is_json)
+        raise EndpointError(status, detail, self.where, retry_after=pause)
 
 
 class Wait(Generic[A]):
@@ -197,8 +252,8 @@ class Wait(Generic[A]):
         self._longer_until = 0.0
         self._refused_at: float | None = None
 
-    def result(self) -> tuple[Expected[A], np.ndarray]:
-        """What the answer is to be, and its body. Raises what stopped it."""
+    def result(self) -> Received[A]:
+        """The answer, still to be checked. Raises what stopped it."""
         call = self._call
         try:
             while not call.done.wait(self._pause()):
@@ -232,7 +287,7 @@ class Wait(Generic[A]):
         if self._call.refusal is not None:
             self._refused_at = self._refused_at or time.monotonic()
             return min(total, (self._refused_at + _ERROR_SECONDS, "no message"))
-        if exchange.is_answering:
+        if exchange.is_answering and not exchange.is_late:
             return total
         if not exchange.is_connected:
             return min(total, (exchange.moved + limits.connect, f"no connection in {limits.connect:g} s"))
@@ -269,8 +324,7 @@ def sleep(seconds: float, url: str, cancelled: Cancelled) -> None:
         time.sleep(min(POLL_SECONDS, rest))
 
 
-def _read_body(answer: Answer, expected: Expected[Any]) -> np.ndarray:
-    length = answer.length if not answer.chunked else None
+def _read_body(answer: Answer, expected: Expected[Any], length: int | None) -> np.ndarray:
     if expected.exact is not None and length is not None and length != expected.exact:
         raise MalformedAnswer(f"{length} bytes, expected {expected.exact} by shape and dtype")
     if length is not None and length > expected.limit:
@@ -282,7 +336,7 @@ def _read_body(answer: Answer, expected: Expected[Any]) -> np.ndarray:
     filled = answer.fill(body.data) if size else 0
     if length is not None and filled < size:
         raise http.client.IncompleteRead(b"", size - filled)
-    if filled < size or (length is None and answer.read(1)):
+    if filled < size or (not answer.isclosed() and answer.read(1)):
         raise MalformedAnswer(f"{'more than ' if filled == size else ''}{filled} bytes, expected {size} by shape and dtype")
     return body
 
@@ -297,6 +351,17 @@ def _read_unknown(answer: Answer, limit: int) -> np.ndarray:
     return np.frombuffer(data, dtype=np.uint8)
 
 
+def _read_line(answer: Answer, limit: int) -> bytes:
+    """The next line, or ``limit`` bytes of it. Raises http.client.IncompleteRead: it is cut off."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < limit:
+        byte = answer.read(1)
+        if not byte:
+            raise http.client.IncompleteRead(line)
+        line += byte
+    return line
+
+
 def _read_error(answer: Answer) -> str:
     data = b""
     try:
@@ -306,10 +371,10 @@ def _read_error(answer: Answer) -> str:
     return error_detail(data)
 
 
-def _retry_after(answer: Answer) -> float | None:
+def _retry_after(head: _Head) -> float | None:
     """Seconds after which a busy server wants to be asked again."""
-    text = answer.named.get("retry-after", "").strip()
-    if answer.status not in (429, 503) or not text:
+    text = head.named.get("retry-after", "").strip()
+    if head.status not in (429, 503) or not text:
         return None
     if text.isascii() and text.isdigit():
         return float(text[:9])
