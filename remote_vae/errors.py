@@ -71,13 +71,17 @@ class EndpointError(RouteFailed):
         status: the code.
         detail: what the endpoint said.
         retry_after: seconds after which it wants to be asked again; None: it did not say.
+        is_of_the_server: whether it came in JSON, as a VAE server's errors do, and not from what stands before it.
     """
 
-    def __init__(self, status: int, detail: str, url: str, *, retry_after: float | None = None) -> None:
+    def __init__(
+        self, status: int, detail: str, url: str, *, retry_after: float | None = None, is_of_the_server: bool = False
+    ) -> None:
         super().__init__(f"{url} answered {status}: {detail}", reason=f"{status}")
         self.status = status
         self.detail = detail
         self.retry_after = retry_after
+        self.is_of_the_server = is_of_the_server
 
 
 class MalformedAnswer(RouteFailed):

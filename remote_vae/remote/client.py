@@ -24,7 +24,7 @@ from remote_vae.errors import (
     MalformedAnswer,
 )
 from remote_vae.remote.addresses import beside, shown, without_user
-from remote_vae.remote.reasons import reason_of
+from remote_vae.remote.reasons import CONNECTION_LOST, reason_of
 from remote_vae.remote.transport import Exchange, Sent, Transport, Urllib3Transport
 from remote_vae.remote.waiting import POLL_SECONDS, A, Call, Cancelled, Deadlines, Expect, Redirected, Wait, by_proxy, sleep
 from remote_vae.tokens import auth_headers
@@ -38,6 +38,8 @@ __all__ = ["POLL_SECONDS", "Deadlines", "EndpointClient", "Health", "Reply", "be
 _HEALTH_SECONDS = 2.0
 _HEALTH_LIMIT = 4096
 _MAX_REDIRECTS = 3
+_SERVER_ERROR = 500
+_BAD_GATEWAY = 502
 
 
 def never() -> bool:
@@ -115,8 +117,8 @@ class EndpointClient:
         started = time.monotonic()
         try:
             return self._follow(self.url, request, expect, deadlines, cancelled)
-        except EndpointError as error:
-            pause = error.retry_after
+        except (EndpointError, EndpointUnreachable) as error:
+            pause = _pause(error)
             # The user was ready to wait so long for the answer's first byte.
             if pause is None or pause > deadlines.first_byte:
                 raise
@@ -182,6 +184,18 @@ _transport = Urllib3Transport()
 def client_for(url: str, *, public: bool = False) -> EndpointClient:
     """A client for the exact ``url``, over the process's connections."""
     return EndpointClient(url, _transport, public=public)
+
+
+def _pause(error: EndpointError | EndpointUnreachable) -> float | None:
+    """Seconds after which the same call is worth another try; None: it would bring nothing else.
+
+    Where a server died under the call, another at the same address may do it, or the same one when it is back. A call changes
+    nothing, so that it is made anew at once. What stands before a cluster then answers itself, and not as a VAE server does.
+    """
+    if isinstance(error, EndpointError):
+        died = error.status == _BAD_GATEWAY or (error.status == _SERVER_ERROR and not error.is_of_the_server)
+        return 0.0 if died else error.retry_after
+    return 0.0 if error.reason == CONNECTION_LOST else None
 
 
 def _without(url: str, request: HttpRequest | None) -> str:

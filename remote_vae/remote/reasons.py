@@ -13,6 +13,8 @@ from urllib3.exceptions import ConnectTimeoutError, LocationValueError, NewConne
 from remote_vae.remote.environment import CertificatesUnreadable, ProxyUnusable
 from remote_vae.wire import one_line
 
+# There was one, and it ended before the answer had.
+CONNECTION_LOST = "connection lost"
 _PLAIN_HTTP = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
 
 
@@ -87,7 +89,7 @@ def _of_socket(error: BaseException, url: str) -> tuple[str, str] | None:
     if isinstance(error, http.client.HTTPException) and type(error) is http.client.HTTPException:
         return f"bad answer: {one_line(str(error), 80)}", ""
     if isinstance(error, (ConnectionError, http.client.HTTPException, ssl.SSLEOFError)):
-        return "connection lost", ""
+        return CONNECTION_LOST, ""
     if isinstance(error, OSError) and error.strerror:
         return one_line(error.strerror).lower(), ""
     return None

@@ -234,7 +234,8 @@ class Call(Generic[A]):
             detail = f"{detail}; it came through{by}"
         if status in (404, 405):
             detail = f"{detail}; is that the address of a Remote VAE server?"
-        raise EndpointError(status, detail, self.where, retry_after=pause)
+        is_json = head.named.get("content-type", "").startswith("application/json")
+        raise EndpointError(status, detail, self.where, retry_after=pause, is_of_the_server=is_json)
 
 
 class Wait(Generic[A]):

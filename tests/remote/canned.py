@@ -27,7 +27,7 @@ class _Wire(io.BytesIO):
 
 
 class Canned:
-    """Gives these answers, one after the other, and notes what was sent."""
+    """Gives these answers, one after the other, the last one for ever, and notes what was sent."""
 
     def __init__(self, *answers: bytes) -> None:
         self._answers = list(answers)
@@ -37,7 +37,7 @@ class Canned:
     @contextmanager
     def open(self, sent: Sent, exchange: Exchange) -> Iterator[Answer]:
         self.sent.append(sent)
-        answer = Answer(_Wire(self._answers.pop(0)), method=sent.method)
+        answer = Answer(_Wire(self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]), method=sent.method)
         answer.begin()
         exchange.is_sent = True
         yield answer

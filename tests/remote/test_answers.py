@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from remote_vae.errors import EndpointError, EndpointUnreachable, InvalidRequest, MalformedAnswer
+from remote_vae.errors import EndpointError, EndpointUnreachable, InvalidRequest, MalformedAnswer, RouteFailed
 from remote_vae.remote.client import EndpointClient
 from tests.remote.canned import BODY, HEAD, REQUEST, Canned, ask, failure
 
@@ -51,6 +51,38 @@ def test_a_whole_answer_comes_whole_however_its_end_is_told(answer: bytes) -> No
 )
 def test_an_answer_that_is_torn_is_not_taken(answer: bytes) -> None:
     assert isinstance(failure(answer), EndpointUnreachable)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"",
+        with_length(192, BODY[:100]),
+        b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: text/plain\r\nContent-Length: 21\r\n\r\nInternal Server Error",
+        b"HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\n<h1>",
+    ],
+    ids=["nothing", "torn", "cluster", "gateway"],
+)
+def test_where_a_server_died_under_the_call_it_is_made_once_more(first: bytes) -> None:
+    transport = Canned(first, with_length(192, BODY))
+    assert EndpointClient("http://studio:7870/decode", transport).decode(REQUEST).bytes_down == len(BODY)
+    assert len(transport.sent) == 2
+    dying = Canned(first)
+    with pytest.raises(RouteFailed):
+        EndpointClient("http://studio:7870/decode", dying).decode(REQUEST)
+    assert len(dying.sent) == 2
+
+
+def test_what_a_vae_server_itself_could_not_do_is_not_asked_of_it_again() -> None:
+    body = b'{"error": "TypeError"}'
+    own = b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(body),
+        body,
+    )
+    transport = Canned(own, with_length(192, BODY))
+    with pytest.raises(EndpointError, match="TypeError"):
+        EndpointClient("http://studio:7870/decode", transport).decode(REQUEST)
+    assert len(transport.sent) == 1
 
 
 @pytest.mark.parametrize("length", range(1, len(HEAD), 13))
