@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import socket
 import threading
 import time
@@ -22,6 +23,9 @@ class Chaos:
             and then, for ever), "redirect".
         fail_at: number of the request, from 0, that ``mode`` is for; the others pass. None: for all.
         drops: keys of the query that do not reach the target, which makes a plain endpoint of our own server.
+        strips: names of headers of a request that do not reach the target.
+        extras: what GET /info says that the target knows beyond the protocol; None: as it says itself.
+        headers: of every VAE call that came.
         info: "mode" (GET /info is treated as a VAE call is), or a mode of its own: "pass", "hang", "503", "404 html" ...
         requests, queries: path and query of every VAE call that came.
         infos: path of every GET that came.
@@ -33,6 +37,9 @@ class Chaos:
         self.fail_at: int | None = None
         self.drops: tuple[str, ...] = ()
         self.info = "mode"
+        self.strips: tuple[str, ...] = ()
+        self.extras: list[str] | None = None
+        self.headers: list[dict[str, str]] = []
         self.infos: list[str] = []
         self.requests: list[str] = []
         self.queries: list[str] = []
@@ -80,6 +87,7 @@ class Chaos:
         self.infos.clear()
         self.requests.clear()
         self.queries.clear()
+        self.headers.clear()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         mode = self._note(handler)
@@ -118,6 +126,7 @@ class Chaos:
         number = len(self.requests)
         self.requests.append(parts.path)
         self.queries.append(parts.query)
+        self.headers.append({name.lower(): value for name, value in handler.headers.items()})
         return self.mode if self.fail_at in (None, number) else "pass"
 
     def _forward(self, handler: BaseHTTPRequestHandler, mode: str, body: bytes) -> None:
@@ -125,13 +134,16 @@ class Chaos:
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
         path = urlsplit(handler.path)
         kept = [(key, value) for key, value in parse_qsl(path.query) if key not in self.drops]
-        connection.request(handler.command, f"{path.path}?{urlencode(kept)}", body, dict(handler.headers.items()))
+        passed = {name: value for name, value in handler.headers.items() if name.lower() not in self.strips}
+        connection.request(handler.command, f"{path.path}?{urlencode(kept)}", body, passed)
         answer = connection.getresponse()
         data = answer.read()
         headers = {
             name: value for name, value in answer.getheaders() if name.lower() not in ("server", "date", "content-length")
         }
         connection.close()
+        if path.path.endswith("/info") and self.extras is not None:
+            data = json.dumps({**json.loads(data), "extras": self.extras}).encode()
         if mode == "nan":
             data = b"\xff" * len(data)
         if mode == "short":

@@ -23,6 +23,7 @@ from remote_vae.server.page import HEADERS, closed_page, status_page
 from remote_vae.vae.at_work import Op
 from remote_vae.version import __version__
 from remote_vae.wire import HttpResponse, error_detail, error_response
+from remote_vae.wire.extras import own_extras
 
 Answer = Callable[[Request], Awaitable[Response]]
 
@@ -98,7 +99,8 @@ class _Paths:
         return JSONResponse({**said, "error": why}, 503, _RETRY_AFTER)
 
     async def info(self, request: Request) -> Response:
-        return JSONResponse({"server": "remote-vae", "version": __version__, **await self._info(_name(request))})
+        about = {"server": "remote-vae", "version": __version__, "extras": own_extras()}
+        return JSONResponse({**about, **await self._info(_name(request))})
 
     async def metrics(self, _: Request) -> Response:
         watcher = self._engine.watcher

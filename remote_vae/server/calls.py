@@ -19,6 +19,7 @@ from remote_vae.server import logs
 from remote_vae.server.admission import Busy, ClientGone, Place, Receive, Stalled, TooLarge, read_body
 from remote_vae.server.catalogue import Entry, NoModel, UnknownModel
 from remote_vae.server.engine import Engine
+from remote_vae.server.late import Late
 from remote_vae.server.metrics import Metrics
 from remote_vae.vae.at_work import Op
 from remote_vae.vae.families import Family
@@ -35,7 +36,10 @@ from remote_vae.wire import (
     tensor_head,
 )
 from remote_vae.wire.errors import one_line
+from remote_vae.wire.extras import ENCODING, Extras
 from remote_vae.wire.http import BASE64_TYPE
+from remote_vae.wire.late import late_head
+from remote_vae.wire.timing import timing_header
 
 log = logging.getLogger("remote_vae")
 
@@ -122,8 +126,9 @@ class Call(Response):
             await _refuse(request, refused, receive, send)
             return
         received = len(body)
+        late = Late(send, is_wanted=wanted.extras.late)
         try:
-            answer = await self._engine.run(place, wanted.entry, wanted.read, body, _leaving(receive))
+            answer = await late.until(self._engine.run(place, wanted.entry, wanted.read, body, _leaving(receive)))
         except ClientGone as error:
             _note(request, place, _CLIENT_GONE, received, error=str(error))
             watcher.call_ended(place, _CLIENT_GONE, received, 0)
@@ -133,10 +138,11 @@ class Call(Response):
         # A slow reader need not keep what he sent in memory. What he gets, nobody knew before of a picture's file.
         del body
         place.nbytes = len(answer.body)
+        answer = replace(answer, headers={**answer.headers, **timing_header(place.stages)})
         said = "" if answer.status == 200 else error_detail(answer.body)
         _note(request, place, answer.status, received, len(answer.body), error=said)
         started = time.monotonic()
-        if not await _send(answer, send, stall + _STALL_SLACK):
+        if not await _send(answer, send, stall + _STALL_SLACK, late):
             log.debug("%s does not read its answer", _client(request))
         place.stages["send"] = time.monotonic() - started
         watcher.call_ended(place, answer.status, received, len(answer.body))
@@ -160,6 +166,7 @@ class _Wanted:
     limit: int
     entry: Entry
     read: Read
+    extras: Extras
 
 
 async def _decode(engine: Engine, request: Request, name: str | None) -> _Wanted:
@@ -178,7 +185,7 @@ async def _decode(engine: Engine, request: Request, name: str | None) -> _Wanted
     limit = int(head.nbytes * _BASE64_OVERHEAD) + _SLACK
     place = engine.admission.enter("decode", made.pixels, _length(request, limit) + int(answer), entry.name)
     place.size = made
-    return _Wanted(place, limit, entry, partial(DecodeRequest.from_http, query, headers))
+    return _Wanted(place, limit, entry, partial(DecodeRequest.from_http, query, headers), Extras.from_headers(headers))
 
 
 async def _encode(engine: Engine, request: Request, name: str | None) -> _Wanted:
@@ -190,11 +197,16 @@ async def _encode(engine: Engine, request: Request, name: str | None) -> _Wanted
     entry = await engine.pick(name, values.get("family"), values.get("fingerprint"), fits)
     taken = engine.check_encode(entry, head)
     limit = (head.nbytes if head is not None else limits.max_pixels * _IMAGE_BYTES_PER_PIXEL) + _SLACK
+    headers = {name.lower(): value for name, value in request.headers.items()}
     length = _length(request, limit)
+    if ENCODING.lower() in headers:
+        # It will be as long as it was before it was compressed.
+        length = limit
     # Of a picture's file nobody knows how much it holds.
     place = engine.admission.enter("encode", taken.pixels if taken else length, length, entry.name)
     place.size = taken
-    return _Wanted(place, limit, entry, partial(EncodeRequest.from_http, query, max_pixels=limits.max_pixels))
+    read = partial(EncodeRequest.from_http, query, max_pixels=limits.max_pixels, headers=headers)
+    return _Wanted(place, limit, entry, read, Extras.from_headers(headers))
 
 
 _WANTED: dict[Op, Callable[[Engine, Request, str | None], Awaitable[_Wanted]]] = {"decode": _decode, "encode": _encode}
@@ -272,9 +284,12 @@ async def _refuse(request: Request, answer: HttpResponse, receive: Receive, send
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _send(answer: HttpResponse, send: Send, stall: float) -> bool:
+async def _send(answer: HttpResponse, send: Send, stall: float, late: Late) -> bool:
     """Send it in pieces. False: a piece was not read in ``stall`` seconds, and the rest is not sent."""
-    await _send_head(answer, send)
+    if late.has_begun:
+        await send({"type": "http.response.body", "body": late_head(answer), "more_body": True})
+    else:
+        await _send_head(answer, send)
     body = memoryview(answer.body)
     for start in range(0, max(len(body), 1), _PIECE):
         piece = bytes(body[start : start + _PIECE])

@@ -50,6 +50,10 @@ _MAX_WINDOW = 23
 _LONG_MATCH = 7
 _SMALL_HASH = 6
 
+# Blocks of a frame, which have 128 KB of values: a frame of more is made to take long.
+_FEWEST_BLOCKS = 4096
+_SMALLEST_BLOCK = 1024
+
 _WORDS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 # torch sums along rows three times as fast as numpy, and wraps around like it.
 _SUMS: dict[int, tuple[Any, torch.dtype]] = {
@@ -214,9 +218,26 @@ def _of_package() -> Coding | None:
     parameters = zstandard.ZstdCompressionParameters.from_level(
         1, window_log=_WINDOW, min_match=_LONG_MATCH, hash_log=_SMALL_HASH, write_checksum=True
     )
-    return Coding(
-        _ZSTD,
-        _ZSTD_SECONDS,
-        lambda: zstandard.ZstdCompressor(compression_params=parameters).compressobj(),
-        lambda body: zstandard.ZstdDecompressor(max_window_size=1 << _MAX_WINDOW).stream_reader(body),
-    )
+
+    def opened(body: Buffer) -> io.BufferedIOBase:
+        # Its reader takes a frame without its end for a whole one.
+        checksum = 4 if zstandard.get_frame_parameters(body).has_checksum else 0
+        if _end_of_blocks(body, zstandard.frame_header_size(body)) + checksum != len(body):
+            raise ValueError("it is not one frame")
+        reader: io.BufferedIOBase = zstandard.ZstdDecompressor(max_window_size=1 << _MAX_WINDOW).stream_reader(body)
+        return reader
+
+    return Coding(_ZSTD, _ZSTD_SECONDS, lambda: zstandard.ZstdCompressor(compression_params=parameters).compressobj(), opened)
+
+
+def _end_of_blocks(body: Buffer, start: int) -> int:
+    """Where the last block of a zstd frame ends whose first one begins at ``start``; -1: nowhere. See RFC 8878, 3.1.1.2."""
+    for _ in range(_FEWEST_BLOCKS + len(body) // _SMALLEST_BLOCK):
+        head = int.from_bytes(body[start : start + 3], "little")
+        is_last, is_run, size = head & 1, head >> 1 & 3 == 1, head >> 3
+        start += 3 + (1 if is_run else size)
+        if start > len(body):
+            break
+        if is_last:
+            return start
+    return -1

@@ -25,14 +25,14 @@ def test_pictures_of_a_batch_that_have_arrived_are_kept_and_the_rest_asked_for_o
     caller: Caller, chaos: Chaos, transfer: str
 ) -> None:
     chaos.reset("503", fail_at=1)
-    chaos.info = "pass"
+    chaos.info, chaos.extras = "pass", []
     assert caller.ask(Settings(endpoint=chaos.url, transfer=transfer), tensor=BATCH) == "remote"
     assert len(chaos.requests) == 4
 
 
 def test_a_batch_that_is_refused_is_not_asked_for_again(caller: Caller, chaos: Chaos) -> None:
     chaos.reset("400", fail_at=1)
-    chaos.info = "pass"
+    chaos.info, chaos.extras = "pass", []
     with pytest.raises(RouteFailed, match="too small"):
         caller.ask(Settings(endpoint=chaos.url, transfer="png"), tensor=BATCH)
     assert len(chaos.requests) == 3
@@ -40,7 +40,7 @@ def test_a_batch_that_is_refused_is_not_asked_for_again(caller: Caller, chaos: C
 
 def test_after_an_interrupt_no_more_pictures_of_a_batch_are_asked_for(caller: Caller, chaos: Chaos) -> None:
     chaos.reset("hang")
-    chaos.info = "pass"
+    chaos.info, chaos.extras = "pass", []
     pressed = User(cancelled=lambda: len(chaos.requests) >= PARALLEL)
     with pytest.raises(CallCancelled):
         caller.ask(Settings(endpoint=chaos.url, transfer="png"), tensor=BATCH.repeat(PARALLEL, 1, 1, 1), user=pressed)

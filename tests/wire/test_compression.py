@@ -120,8 +120,7 @@ def test_a_damaged_body_is_refused_or_whole(coding: Coding, data: st.DataObject)
 @CODINGS
 def test_every_cut_body_is_refused(coding: Coding) -> None:
     body = compressed(VALUES, HEAD, -1, coding)
-    # What comes last is the checksum.
-    for length in itertools.chain(range(40), range(40, len(body) - 8, 97)):
+    for length in itertools.chain(range(40), range(40, len(body) - 8, 97), range(len(body) - 8, len(body))):
         with pytest.raises(ValueError, match="got a body that is not uint8"):
             decompressed(body[:length], HEAD, -1, coding)
 
@@ -139,6 +138,24 @@ def test_values_of_another_number_are_refused(coding: Coding, rows: int) -> None
 def test_anything_else_is_refused(coding: Coding, body: bytes) -> None:
     with pytest.raises(ValueError, match="got a body that is not"):
         decompressed(body, HEAD, -1, coding)
+
+
+@CODINGS
+@pytest.mark.parametrize("more", [b"x", b"\x00\x01", bytes(40)])
+def test_a_body_with_more_behind_it_is_refused(coding: Coding, more: bytes) -> None:
+    with suppress(ValueError):  # gzip files may be padded with zeros
+        assert decompressed(compressed(VALUES, HEAD, -1, coding) + more, HEAD, -1, coding).tobytes() == bytes(VALUES)
+        assert coding is GZIP
+        assert not more.strip(b"\x00")
+
+
+def test_a_frame_of_a_million_blocks_is_refused_at_once() -> None:
+    zstandard = pytest.importorskip("zstandard")
+    body = compressed(VALUES, HEAD, -1, codings()["delta-zstd"])
+    start = zstandard.frame_header_size(body)
+    blocks = body[:start] + b"\x00\x00\x00" * 1_000_000 + body[start:]
+    with pytest.raises(ValueError, match="not one frame"):
+        decompressed(blocks, HEAD, -1, codings()["delta-zstd"])
 
 
 def bomb(coding: Coding) -> bytes:

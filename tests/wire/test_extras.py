@@ -94,7 +94,7 @@ def test_a_video_is_compressed_as_well() -> None:
         request = DecodeRequest(latents, output, extras=ALL)
         answer = answered(request, pixels)
         assert ENCODING in answer.headers
-        plain = decode_response(replace(request, extras=NO_EXTRAS), pixels)
+        plain = answered(replace(request, extras=NO_EXTRAS), pixels)
         assert believed(request, answer).tensor.equal(believed(request, plain).tensor)
 
 
