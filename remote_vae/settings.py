@@ -7,7 +7,7 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -82,6 +82,9 @@ class Option:
     max: float | None = None
     unit: str = ""
     restricted: bool = False
+    label_zh: str = ""
+    help_zh: str = ""
+    group_zh: str = ""
 
     def parse(self, value: object) -> Value:
         """Check ``value`` and bring it to the option's type.
@@ -205,15 +208,21 @@ def _shown(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else value or "nothing"
 
 
-@lru_cache(maxsize=1)
-def load_options() -> dict[str, Option]:
-    """Every option of options.toml by its key, in the file's order."""
+@lru_cache(maxsize=2)
+def load_options(language: str = "en") -> dict[str, Option]:
+    """Every option of options.toml by its key, in the file's order; label, help and group in ``language``, "en" or "zh"."""
     options = {}
     for key, entry in read_toml("options.toml").items():
         entry = dict(entry)
         entry["choices"] = tuple(entry.get("choices", ()))
         options[key] = Option(key=key, **entry)
-    return options
+    if language != "zh":
+        return options
+    groups = {option.group: option.group_zh for option in options.values() if option.group_zh}
+    return {
+        key: replace(option, label=option.label_zh, help=option.help_zh, group=groups[option.group])
+        for key, option in options.items()
+    }
 
 
 def _option(key: str) -> Any:

@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from remote_vae.errors import SettingsError
-from remote_vae.settings import Settings, load_options
+from remote_vae.settings import Settings, load_options, read_toml
 
 
 def test_settings_and_options_toml_name_the_same_options_with_the_same_types() -> None:
@@ -204,3 +204,14 @@ def test_switched_on_without_an_endpoint_the_user_is_told_so() -> None:
 def test_what_says_where_pictures_and_tokens_go_is_not_for_the_hosts_api() -> None:
     restricted = {key for key, option in load_options().items() if option.restricted}
     assert restricted == {"endpoint", "decode_endpoint", "encode_endpoint", "public_endpoints", "rescue_folder", "share"}
+
+
+def test_every_option_and_every_word_of_the_panel_is_there_in_chinese() -> None:
+    english, chinese = load_options(), load_options("zh")
+    assert list(english) == list(chinese)
+    for key, option in chinese.items():
+        for text in (option.label, option.help, option.group):
+            assert any("\u4e00" <= letter <= "\u9fff" for letter in text), key
+        assert (option.default, option.choices) == (english[key].default, english[key].choices)
+    for word, entry in read_toml("words.toml").items():
+        assert set(entry) == {"en", "zh"}, word

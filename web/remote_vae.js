@@ -10,6 +10,16 @@ async function ask(path, init) {
   return answer.json();
 }
 
+// A text that is shown by a click on its title, and marked as a whole by another.
+function toCopy(title) {
+  const box = document.createElement("details");
+  const text = document.createElement("pre");
+  box.append(Object.assign(document.createElement("summary"), { textContent: title }), text);
+  box.style.cssText = "max-width:100%";
+  text.style.cssText = "user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;text-align:left";
+  return [box, text];
+}
+
 // A line of state that is asked for whenever the page is shown, a button that tries the endpoint out, and what to type on the
 // other machine.
 function status() {
@@ -17,8 +27,8 @@ function status() {
   const button = document.createElement("button");
   const line = document.createElement("div");
   const verdict = document.createElement("div");
-  const other = document.createElement("details");
-  const commands = document.createElement("pre");
+  const [other, commands] = toCopy("The two commands for the other machine");
+  const [report, diagnosis] = toCopy("Diagnosis, to copy into a report of a problem");
   box.style.cssText = "display:flex;flex-direction:column;gap:8px;align-items:flex-end;max-width:26rem;text-align:right";
   button.textContent = "Test";
   button.className = "p-button p-component p-button-sm";
@@ -34,17 +44,14 @@ function status() {
     }
     button.disabled = false;
   };
-  other.append(Object.assign(document.createElement("summary"), { textContent: "The two commands for the other machine" }), commands);
-  other.style.cssText = "max-width:100%";
-  // A click marks both, to be copied.
-  commands.style.cssText = "user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;text-align:left";
   ask("state")
     .then((found) => {
       line.textContent = found.state;
       commands.textContent = found.commands;
+      diagnosis.textContent = found.diagnosis;
     })
     .catch((error) => (line.textContent = `ComfyUI does not answer: ${error.message}`));
-  box.append(line, button, verdict, other);
+  box.append(line, button, verdict, other, report);
   return box;
 }
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from remote_vae.extension.language import language, say
 from remote_vae.extension.state_line import state_line
 from remote_vae.hosts.base import WebUi
 from remote_vae.hosts.generation import FOLLOW, INFOTEXT, MODE_TEXT, MODES, REQUEST, TRANSFER_TEXT, Request
@@ -28,10 +29,6 @@ TITLE = "Remote VAE"
 # Which calls go to the endpoint: the choices of the accordion, by the mode that each asks for.
 AS_SET, EVERY = "as the settings say", "every call, even to another VAE"
 _SCOPES = {AS_SET: "auto", EVERY: "remote"}
-_SCOPE_HELP = (
-    "every call: encodes and decodes that the settings keep on this machine as well, and also where the endpoint has another "
-    "VAE, whose pictures are different. Whatever fails is done on this machine."
-)
 
 
 def transfers() -> tuple[str, ...]:
@@ -79,11 +76,12 @@ def script_class(adapter: WebUi) -> type:
                 seen = gr.Checkbox(value=on, visible=False, elem_id=self.elem_id("remote_vae_seen"))
                 seen.do_not_save_to_config = True
                 scope = gr.Radio(
-                    choices=list(_SCOPES), value=AS_SET, label="What is done there", info=_SCOPE_HELP,
+                    choices=list(_SCOPES), value=AS_SET, label=say("scope"), info=say("scope_help"),
                     elem_id=self.elem_id("remote_vae_scope"),
                 )  # fmt: skip
                 transfer = gr.Radio(
-                    choices=list(transfers()), value=FOLLOW, label="Transfer", info=load_options()["transfer"].help,
+                    choices=list(transfers()), value=FOLLOW, label=load_options(language())["transfer"].label,
+                    info=load_options(language())["transfer"].help,
                     elem_id=self.elem_id("remote_vae_transfer"),
                 )  # fmt: skip
             # An update and not the bare value: that SD.Next takes for a field with a name. What a picture's text says moves
@@ -120,7 +118,7 @@ def _titled(on: bool, elem_id: str) -> Iterator[Any]:
             yield titled
         return
     with gr.Accordion(TITLE, open=False, elem_id=elem_id):
-        yield gr.Checkbox(value=on, label="Use the remote VAE", elem_id=f"{elem_id}-checkbox")
+        yield gr.Checkbox(value=on, label=load_options(language())["enabled"].label, elem_id=f"{elem_id}-checkbox")
 
 
 def _state(adapter: WebUi) -> str:

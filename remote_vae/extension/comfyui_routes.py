@@ -5,36 +5,32 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from remote_vae.diagnosis import diagnosis
 from remote_vae.extension.commands import server_commands
+from remote_vae.extension.language import language_of, say
 from remote_vae.hosts.comfyui import adapter
 from remote_vae.hosts.comfyui_settings import PREFIX
 from remote_vae.settings import Option, load_options
 
-# In ComfyUI a node can switch it on as well.
-_LABELS = {"enabled": "Use the remote VAE for every VAE"}
-_HELPS = {
-    "enabled": "Every node that decodes or encodes asks the endpoint first, and this machine on any error. Off: only those "
-    "with a VAE behind the node Remote VAE do.",
-    "rescue_folder": "If nothing can decode, latents are saved here; empty: in remote-vae-rescue in ComfyUI's output folder.",
-    "name_endpoint": "Writes the endpoint's host name into the metadata of the pictures that it made: "
-    '"decode remote studio (u8)". Off: "decode remote (u8)", as pictures that you post tell the name to everybody.',
-}
+# Of these something else is true in ComfyUI, where a node can switch it on as well; see words.toml.
+_LABELS = frozenset({"enabled"})
+_HELPS = frozenset({"enabled", "rescue_folder", "name_endpoint"})
 # ComfyUI does not share its VAE.
 _LEFT_OUT = frozenset({"share"})
 
 
-def page() -> list[dict[str, Any]]:
-    """The options as the page's script takes them, in their order."""
-    return [_entry(option) for key, option in load_options().items() if key not in _LEFT_OUT]
+def page(language: str = "en") -> list[dict[str, Any]]:
+    """The options as the page's script takes them, in their order, in ``language``."""
+    return [_entry(option, language) for key, option in load_options(language).items() if key not in _LEFT_OUT]
 
 
-def _entry(option: Option) -> dict[str, Any]:
-    label = _LABELS.get(option.key, option.label)
+def _entry(option: Option, language: str) -> dict[str, Any]:
+    label = say(f"comfyui_{option.key}", language) if option.key in _LABELS else option.label
     entry: dict[str, Any] = {
         "id": PREFIX + option.key,
         "name": f"{label} ({option.unit})" if option.unit else label,
         "group": option.group,
-        "tooltip": _HELPS.get(option.key, option.help),
+        "tooltip": say(f"comfyui_{option.key}_help", language) if option.key in _HELPS else option.help,
         "defaultValue": option.default,
         "type": "text",
     }
@@ -52,17 +48,26 @@ def commands() -> str:
     return "\n".join(server_commands(*adapter.last_used()))
 
 
+def report() -> str:
+    """What a report of a problem should have in it."""
+    settings = adapter.settings.now()
+    lines = [adapter.seam_state().opening(settings), f"state: {adapter.state()}"]
+    return diagnosis(settings, lines, adapter.router.history.records())
+
+
 def add_routes(routes: Any) -> None:
     """Answer under /remote_vae/ of ComfyUI's own server."""
     from aiohttp import web
 
     @routes.get("/remote_vae/options")  # type: ignore[untyped-decorator]
-    async def options(_: Any) -> Any:
-        return web.json_response(page())
+    async def options(request: Any) -> Any:
+        # What the user has chosen for ComfyUI, else the browser's.
+        chosen = adapter.settings.locale() or request.headers.get("Accept-Language")
+        return web.json_response(page(language_of(chosen)))
 
     @routes.get("/remote_vae/state")  # type: ignore[untyped-decorator]
     async def state(_: Any) -> Any:
-        return web.json_response({"state": adapter.state(), "commands": commands()})
+        return web.json_response({"state": adapter.state(), "commands": commands(), "diagnosis": report()})
 
     @routes.post("/remote_vae/test")  # type: ignore[untyped-decorator]
     async def test(_: Any) -> Any:

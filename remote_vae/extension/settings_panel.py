@@ -12,8 +12,10 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+from remote_vae.diagnosis import diagnosis
 from remote_vae.errors import SettingsError
 from remote_vae.extension.commands import server_commands
+from remote_vae.extension.language import language, say
 from remote_vae.extension.state_line import state_line
 from remote_vae.hosts.base import PREFIX, WebUi, warn
 from remote_vae.settings import Option, Settings, load_options
@@ -24,17 +26,13 @@ log = logging.getLogger("remote_vae")
 SECTION = ("remote_vae", "Remote VAE")
 # Options of ours that are none: places for text and a button. SD.Next stores no option with this value.
 _PLACE = "dummy"
-_PURPOSE = (
-    "Remote VAE has the last step of every picture, the VAE, done by another machine, so that it needs no memory here. "
-    "Whatever goes wrong with that, this machine does it, and no picture is lost."
-)
 
 
 def add_options(adapter: WebUi) -> None:
     """Add every option to the host's settings. Called by the host in on_ui_settings, again after Reload UI."""
-    _add_place("purpose", partial(_text, f"<p>{html.escape(_PURPOSE)}</p>"))
+    _add_place("purpose", partial(_text, f"<p>{html.escape(say('purpose'))}</p>"))
     first = True
-    for name, options in groupby(load_options().values(), lambda option: option.group):
+    for name, options in groupby(load_options(language()).values(), lambda option: option.group):
         if not first:
             _add_place(name, partial(_text, f"<h4>{html.escape(name)}</h4>"))
         for option in options:
@@ -42,7 +40,7 @@ def add_options(adapter: WebUi) -> None:
             _mend(option)
         if first:
             _add_place("test", partial(_test, adapter))
-            _add_place("advanced", partial(_text, "<h3>Advanced</h3><p>Nothing below needs to be touched.</p>"))
+            _add_place("advanced", partial(_text, f"<h3>{say('advanced')}</h3><p>{say('untouched')}</p>"))
         first = False
     _explain()
 
@@ -97,7 +95,7 @@ def _test(adapter: WebUi, **arguments: Any) -> Any:
     import gradio as gr
 
     state = state_line(adapter, partial(_state, adapter), "remote_vae_state")
-    button = gr.Button("Test", elem_id="remote_vae_test")
+    button = gr.Button(say("test"), elem_id="remote_vae_test")
     verdict = gr.HTML("", elem_id="remote_vae_verdict")
     typed = _on_the_page("setting_" + PREFIX + "endpoint")
     button.click(partial(try_typed, adapter), inputs=[] if typed is None else [typed], outputs=[verdict, state])
@@ -113,7 +111,7 @@ def try_typed(adapter: WebUi, typed: object = None) -> tuple[str, str]:
         trial = adapter.router.try_endpoint(_current(adapter), settings)
         mark, text = ("&#10003;" if trial.is_good else "&#10007;"), trial.verdict
         if trial.is_good and not settings.enabled:
-            text += f" Tick {load_options()['enabled'].label!r} and apply, and pictures are made there."
+            text += f" Tick {load_options(language())['enabled'].label!r} and apply, and pictures are made there."
     except SettingsError as error:
         mark, text = "&#10007;", str(error)
     except Exception as error:
@@ -133,11 +131,23 @@ def _state(adapter: WebUi) -> str:
     line = html.escape(adapter.state())
     vae = _current(adapter)
     install, serve = server_commands("" if vae is None else vae.model, "" if vae is None else vae.family.key)
-    commands = html.escape(f"{install}\n{serve}")
-    return (
-        f"<p><b>State</b> {line}</p><details><summary>The two commands for the other machine</summary>"
-        f"<pre>{commands}</pre></details>"
-    )
+    commands = _to_copy("commands", f"{install}\n{serve}")
+    return f"<p><b>{say('state')}</b> {line}</p>{commands}{_to_copy('diagnosis', _report(adapter))}"
+
+
+def _to_copy(word: str, text: str) -> str:
+    """A text that a click marks as a whole."""
+    return f"<details><summary>{say(word)}</summary><pre style='user-select: all'>{html.escape(text)}</pre></details>"
+
+
+def _report(adapter: WebUi) -> str:
+    try:
+        settings = adapter.own_settings()
+        lines = [adapter.seam_state().opening(settings), f"state: {adapter.state()}"]
+        return diagnosis(settings, lines, adapter.router.history.records())
+    except Exception as error:  # it is there for when something goes wrong
+        log.debug("no diagnosis", exc_info=True)
+        return f"no diagnosis: {type(error).__name__}: {error}"
 
 
 def _current(adapter: WebUi) -> VaeAtWork | None:
@@ -213,7 +223,7 @@ def _explain() -> None:
 
     values = {key: shared.opts.data.get(PREFIX + key, option.default) for key, option in load_options().items()}
     problems = Settings.forgiving(values)[0].problems
-    for key, option in load_options().items():
+    for key, option in load_options(language()).items():
         info = shared.opts.data_labels.get(PREFIX + key)
         if info is None:
             continue

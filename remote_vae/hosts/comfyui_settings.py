@@ -39,6 +39,10 @@ class StoredSettings:
                     log.warning("Settings: %s", problem)
         return self._settings
 
+    def locale(self) -> str:
+        """The language that the user has chosen for ComfyUI, such as "zh"; "": none."""
+        return str((self._stored() or {}).get("Comfy.Locale") or "")
+
     def _stamped(self) -> object:
         try:
             found = self._path.stat() if self._path else None
@@ -47,12 +51,15 @@ class StoredSettings:
         return None if found is None else (found.st_mtime_ns, found.st_size)
 
     def _read(self) -> dict[str, object] | None:
+        stored = self._stored()
+        return None if stored is None else {key: stored[PREFIX + key] for key in load_options() if PREFIX + key in stored}
+
+    def _stored(self) -> dict[str, object] | None:
+        """What is in the file; None: half of it, or something else."""
         if self._path is None or not self._path.exists():
             return {}
         try:
             stored = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if not isinstance(stored, dict):
-            return None
-        return {key: stored[PREFIX + key] for key in load_options() if PREFIX + key in stored}
+        return stored if isinstance(stored, dict) else None

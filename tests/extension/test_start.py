@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import logging
 import sys
@@ -225,6 +226,31 @@ def test_the_commands_for_the_other_machine_name_the_users_checkpoint(ui: A1111H
     shown = opened(ui)["remote_vae_state"].value()
     assert "remote-vae serve --vae" in shown
     assert "--family sd1 --host 0.0.0.0" in shown
+
+
+def test_a_report_of_a_problem_has_the_host_the_settings_and_the_last_calls(ui: A1111Host, server: ServerThread) -> None:
+    ui.turn_on(server.url)
+    ui.txt2img()
+    text = opened(ui)["remote_vae_state"].value()
+    report = html.unescape(text.partition("Diagnosis")[2])
+    assert "AUTOMATIC1111" in report
+    assert f"endpoint = {server.url}" in report
+    assert "decode 48x32: remote (raw)" in report
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "label"),
+    [
+        ("localization", "zh-Hans (Stable)", "端点地址"),
+        ("ui_locale", "zh: 简体中文", "端点地址"),
+        ("localization", "None", "Endpoint"),
+    ],
+)
+def test_a_host_in_chinese_has_a_panel_in_chinese(ui: A1111Host, option: str, name: str, label: str) -> None:
+    ui.opts.data[option] = name
+    ui.reload_ui()
+    assert ui.opts.data_labels["remotevae_endpoint"].label == label
+    assert opened(ui)["remote_vae_test"].value == ("Test" if label == "Endpoint" else "测试")
 
 
 def test_a_fallback_is_a_warning_once_a_cause_and_a_line_under_the_picture(ui: A1111Host) -> None:
