@@ -17,7 +17,7 @@ from torch import nn
 from remote_vae.errors import SettingsError, UnsupportedLayout
 from remote_vae.server.weights import INDEX_SUFFIX, SUFFIXES, build, other_than, read_shards, read_weights, shard_names
 from remote_vae.tiled.memory import is_out_of_memory
-from remote_vae.vae.at_work import VaeAtWork, has_posterior, is_of, whole_diffusers
+from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior, is_of, whole_diffusers
 from remote_vae.vae.families import Family, family_of, find_family
 from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
 from remote_vae.wire import FINGERPRINT_KEYS
@@ -44,13 +44,14 @@ _TRIAL = 8
 class LoadedVae:
     """A VAE of the server's own, ready to run: in eval mode, on its device. It is the engine's ``Provider``.
 
-    ``fingerprints`` are of its weights as they were stored, by rounding.
+    ``fingerprints`` are of its weights as they were stored, by rounding; ``whole`` is how it is called.
     """
 
     vae: Any
     family: Family
     source: str
     fingerprints: Mapping[str, str]
+    whole: Callable[[Any, Op, torch.Tensor], torch.Tensor] = whole_diffusers
 
     @property
     def fingerprint(self) -> str:
@@ -82,6 +83,7 @@ class LoadedVae:
             family=self.family,
             device=self.device,
             dtype=self.dtype,
+            whole=self.whole,
             model=public_name(self.source),
             has_posterior=has_posterior(self.vae),
         )
