@@ -23,10 +23,12 @@ from remote_vae.remote.client import Deadlines, beside, client_for, shown
 from remote_vae.remote.endpoints import endpoint_for
 from remote_vae.remote.trial import family_said
 from remote_vae.router import Router
+from remote_vae.server.config import add_flags, config_of
+from remote_vae.server.logs import set_format
 from remote_vae.settings import Option, Settings, load_options
 from remote_vae.tools import plan
 from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
-from remote_vae.vae.families import Family, find_family, load_families
+from remote_vae.vae.families import Family, find_family
 from remote_vae.vae.packed import batch_norm_of
 from remote_vae.version import __version__
 from remote_vae.wire import DecodeAnswer, EncodeAnswer, Info
@@ -121,16 +123,7 @@ def _add_verbose(parser: argparse.ArgumentParser, default: object) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vae", required=True, help="diffusers folder, .safetensors file or Hugging Face id")
-    parser.add_argument("--family", help=f"where a single file does not say it: {', '.join(load_families())}")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (auto: float16 on a GPU)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
-    parser.add_argument("--port", type=int, default=7870, help="7870; 0 for any free one")
-    parser.add_argument("--max-pixels", type=int, default=4096 * 4096, help="largest picture or frame, width x height")
-    parser.add_argument(
-        "--max-video-pixels", type=int, default=1 << 27, help="all frames of a video together (129 frames of 1280 x 720 fit)"
-    )
+    add_flags(parser)
     parser.set_defaults(run=_serve)
 
 
@@ -188,32 +181,13 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    if not 0 <= options.port <= 65535:
-        raise SettingsError(f"--port must be from 0 to 65535, not {options.port}")
-    for name, usual in (("max_pixels", 4096 * 4096), ("max_video_pixels", 1 << 27)):
-        if getattr(options, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise SettingsError(f"{flag} must be 1 or more, such as {usual}, not {getattr(options, name)}")
-    try:
-        _ = options.device == "auto" or torch.device(options.device)
-    except RuntimeError:
-        raise SettingsError(
-            f"--device must be auto, cpu, cuda, cuda:1, mps or another of torch's, not {options.device}"
-        ) from None
-    from remote_vae.server.admission import Limits
+    config = config_of(vars(options))
+    set_format(config.log_format, verbose=options.verbose)
     from remote_vae.server.run import serve
 
     # Of those, also without -v.
     logging.getLogger("remote_vae.calls").setLevel(logging.INFO)
-    serve(
-        options.vae,
-        family=options.family,
-        dtype=options.dtype,
-        device=options.device,
-        host=options.host,
-        port=options.port,
-        limits=Limits(max_pixels=options.max_pixels, max_video_pixels=options.max_video_pixels),
-    )
+    serve(config)
     return 0
 
 

@@ -18,9 +18,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from remote_vae.server.admission import Limits
+from remote_vae.server.catalogue import Catalogue, OneVae
+from remote_vae.server.engine import Engine
+from remote_vae.server.metrics import metrics
 from remote_vae.server.models import LoadedVae, load_vae
+from remote_vae.server.process import Tls, make_server
 from remote_vae.server.protocol import BoundedProtocol
-from remote_vae.server.run import listen, make_server
+from remote_vae.server.run import listen
 from remote_vae.settings import settings_folder
 from tests.chaos import Chaos
 from tests.pretend_gpu import Card, pretended
@@ -65,20 +69,31 @@ class ServerThread:
     """The real server on a free loopback port, in a thread. ``protocol``: other bounds of its connections."""
 
     def __init__(
-        self, loaded: LoadedVae, token: str = "", limits: Limits | None = None, protocol: type[BoundedProtocol] | None = None
+        self,
+        loaded: LoadedVae,
+        token: str = "",
+        limits: Limits | None = None,
+        protocol: type[BoundedProtocol] | None = None,
+        *,
+        catalogue: Catalogue | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self.loaded = loaded
+        self.engine = Engine(catalogue or OneVae(loaded, about=loaded.about), limits, watcher=metrics())
         listener = listen("127.0.0.1", 0)
         self.port: int = listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._server = make_server(loaded, token, limits, protocol)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([listener])), daemon=True)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        self.process = make_server(self.engine, token, protocol=protocol, tls=tls)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self.process.serve([listener])), daemon=True)
         self._thread.start()
-        while not self._server.started:
+        while not self.process.started:
             time.sleep(0.01)
 
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
     def close(self) -> None:
-        self._server.should_exit = True
+        self.process.should_exit = True
         self._thread.join(10)
 
 

@@ -278,12 +278,12 @@ def test_check_says_what_is_wrong_with_an_endpoint(chaos: Chaos, capsys: pytest.
         (["encode", "missing.png", "--family", "sd1"], "cannot be read"),
         (["serve", "--vae", "missing", "--port", "0"], "missing"),
         (["serve", "--vae", "missing", "--host", "203.0.113.7", "--port", "0"], "cannot listen"),
-        (["serve", "--vae", "missing", "--port", "99999"], "--port must be from 0 to 65535, not 99999"),
-        (["serve", "--vae", "missing", "--port", "-1"], "--port must be"),
-        (["serve", "--vae", "missing", "--max-pixels", "0"], "--max-pixels must be 1 or more"),
-        (["serve", "--vae", "missing", "--max-video-pixels", "-1"], "--max-video-pixels must be 1 or more"),
+        (["serve", "--vae", "missing", "--port", "99999"], "--port: got 99999, expected a whole number from 0 to 65535"),
+        (["serve", "--vae", "missing", "--port", "-1"], "--port: got -1"),
+        (["serve", "--vae", "missing", "--max-pixels", "0"], "--max-pixels: got 0, expected a whole number from 1 on"),
+        (["serve", "--vae", "missing", "--max-video-pixels", "-1"], "--max-video-pixels: got -1"),
         (["serve", "--vae", "missing", "--device", "banana"], "not banana"),
-        (["serve", "--vae", "missing", "--device", ""], "--device must be"),
+        (["serve", "--vae", "missing", "--device", ""], "--device: got"),
         (["decode", "missing.safetensors", "--out", "nowhere/x.png"], "there is no folder nowhere"),
         (["decode", "missing.safetensors", "--out", "x.doc"], "x.doc: name a picture file, such as picture.png"),
         (["decode", "missing.safetensors", "--out", "x"], "name a picture file"),
@@ -409,12 +409,12 @@ def test_serve_prints_what_to_enter_and_a_line_a_call_until_interrupted(tmp_path
         assert "--host 0.0.0.0" in lines[3]
         assert main(["check", "--endpoint", lines[2].split()[-1]]) == 0
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) in (0, 130, -signal.SIGINT)
+        assert process.wait(20) == 0
         assert process.stderr is not None
         error = process.stderr.read()
         assert "Traceback" not in error
-        assert [line.split(":")[0] for line in error.splitlines()] == [
-            f"{op} 256x256 for 127.0.0.1" for op in ("decode", "encode")
+        assert [re.sub(r"^[\d-]+ [\d:]+ |: .*", "", line) for line in error.splitlines()] == [
+            f"{op} custom 256x256 for 127.0.0.1" for op in ("decode", "encode")
         ]
     finally:
         process.kill()

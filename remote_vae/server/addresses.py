@@ -10,17 +10,18 @@ from collections.abc import Iterator
 _INSIDE = ("docker", "br-", "veth", "virbr", "vmnet", "vboxnet")
 
 
-def endpoints(listener: socket.socket, host: str) -> list[str]:
+def endpoints(listener: socket.socket, host: str, scheme: str = "http") -> list[str]:
     """URLs that lead to ``listener``, the one that most machines can use first.
 
     Args:
         listener: listens on ``host``.
         host: a name or an address. For 0.0.0.0 and ::, those of all networks that this machine is in, and then its name.
+        scheme: what it speaks there.
     """
     port = listener.getsockname()[1]
     wildcard = host in ("0.0.0.0", "::")  # noqa: S104  # compared, not listened on
     names = [*_of_this_machine(_versions(listener)), *_own_name()] if wildcard else [host]
-    return [f"http://{f'[{name}]' if ':' in name else name}:{port}" for name in names or ["127.0.0.1"]]
+    return [f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}" for name in names or ["127.0.0.1"]]
 
 
 def _versions(listener: socket.socket) -> tuple[int, ...]:

@@ -133,6 +133,13 @@ class Call(Response):
             _note(request, place, _CLIENT_GONE, received, error=str(error))
             watcher.call_ended(place, _CLIENT_GONE, received, 0)
             return
+        except asyncio.CancelledError:
+            # The server goes, and has waited long enough for what had begun.
+            stopped = error_answer(Busy("this server was stopped before the call was done; try again"))
+            # Without a wait, in which it would be ended a second time.
+            await _send_head(stopped, send)
+            await send({"type": "http.response.body", "body": bytes(stopped.body)})
+            raise
         except Exception as error:
             answer = error_answer(error)
         # A slow reader need not keep what he sent in memory. What he gets, nobody knew before of a picture's file.

@@ -18,6 +18,8 @@ import torch
 
 from remote_vae.errors import SettingsError
 from remote_vae.server.admission import Limits
+from remote_vae.server.engine import BATCH_PIXELS, BATCH_WAIT
+from remote_vae.server.own import Source
 from remote_vae.settings import parse_toml
 from remote_vae.tokens import TOKEN_VARIABLE
 from remote_vae.vae.families import find_family, load_families
@@ -45,23 +47,6 @@ _TOKEN_LIMIT = 4096
 def _key(name: str) -> str:
     """As an attribute: max-pixels is max_pixels."""
     return name.replace("-", "_")
-
-
-@dataclass(frozen=True)
-class VaeSource:
-    """One ``--vae``.
-
-    Attributes:
-        source: a diffusers folder, a .safetensors file or a Hugging Face id.
-        name: of its paths, /<name>/decode; "": that of its family.
-        family: a key of families.toml; None: by its config or its weights.
-        dtype: as ``load_vae`` takes it.
-    """
-
-    source: str
-    name: str = ""
-    family: str | None = None
-    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -129,7 +114,7 @@ _LIMITS = Limits()
 FLAGS: tuple[Flag, ...] = (
     Flag("family", "text", None, f"where the file of a single --vae does not say it: {', '.join(load_families())}"),
     Flag("dtype", "text", "auto", "auto, float32, float16 or bfloat16 (auto: float16 on a GPU)", choices=DTYPES),
-    Flag("device", "list", ("auto",), "auto, cpu, cuda, cuda:1, mps, xpu; several, one worker each: cuda:0,cuda:1"),
+    Flag("device", "list", ("auto",), "auto (every GPU), cpu, cuda:1, mps, xpu; several: cuda:0,cuda:1"),
     Flag("preload", "switch", False, "load every VAE at the start; else the first one, and the others when they are asked for"),
     Flag("host", "text", "127.0.0.1", "address to listen on; 0.0.0.0 for other machines"),
     Flag("port", "whole", 7870, "7870; 0 for any free one", most=65535),
@@ -145,8 +130,8 @@ FLAGS: tuple[Flag, ...] = (
         choices=("off", "exact", "compile"),
     ),
     Flag("fast-sizes", "list", ("512", "1024"), "sizes in pixels that --fast prepares: 512,1024x1536 (WIDTHxHEIGHT)"),
-    Flag("batch-pixels", "whole", 1 << 20, "pixels of one batch at the most; 0: no batches"),
-    Flag("batch-wait", "number", 0.005, "seconds that a call may wait for others of its size", most=1),
+    Flag("batch-pixels", "whole", BATCH_PIXELS, "pixels of one batch at the most; 0: no batches"),
+    Flag("batch-wait", "number", BATCH_WAIT, "seconds that a call may wait for others of its size", most=1),
     Flag("max-pixels", "whole", _LIMITS.max_pixels, "largest picture or frame, width x height", least=1),
     Flag("max-batch", "whole", _LIMITS.max_batch, "pictures, or videos, in a request", least=1),
     Flag("max-frames", "whole", _LIMITS.max_frames, "frames of a video", least=1),
@@ -171,7 +156,7 @@ _OF_LIMITS = frozenset(each.name for each in fields(Limits))
 class ServerConfig:
     """All that a server is told. ``vaes`` are the sources in the order given; the rest as in ``FLAGS``."""
 
-    vaes: tuple[VaeSource, ...]
+    vaes: tuple[Source, ...]
     device: tuple[str, ...] = ("auto",)
     preload: bool = False
     host: str = "127.0.0.1"
@@ -182,8 +167,8 @@ class ServerConfig:
     log_format: str = "text"
     fast: str = "exact"
     fast_sizes: tuple[str, ...] = ("512", "1024")
-    batch_pixels: int = 1 << 20
-    batch_wait: float = 0.005
+    batch_pixels: int = BATCH_PIXELS
+    batch_wait: float = BATCH_WAIT
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -275,7 +260,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _made(said: dict[str, Any]) -> ServerConfig:
-    vaes: Sequence[VaeSource] = said.pop("vae", ())
+    vaes: Sequence[Source] = said.pop("vae", ())
     family, dtype = said.pop("family", None), said.pop("dtype", "auto")
     if not vaes:
         raise SettingsError("no VAE is named: add --vae with a diffusers folder, a .safetensors file or a Hugging Face id")
@@ -294,7 +279,7 @@ def _made(said: dict[str, Any]) -> ServerConfig:
     return config
 
 
-def _check_names(vaes: Sequence[VaeSource]) -> None:
+def _check_names(vaes: Sequence[Source]) -> None:
     names = [each.name for each in vaes if each.name]
     for name in names:
         if not _NAME.fullmatch(name) or name in RESERVED:
@@ -321,15 +306,15 @@ def _check_devices(names: Sequence[str]) -> None:
         raise SettingsError(f"--device {','.join(names)}: of several each is named once, and none is auto")
 
 
-def _of_argument(text: str) -> VaeSource:
+def _of_argument(text: str) -> Source:
     """``NAME=SOURCE``, or a bare source. What exists as it stands is a source, whatever is in its name."""
     named = _NAMED.fullmatch(text)
     if named is None or Path(text).expanduser().exists():
-        return VaeSource(text)
-    return VaeSource(named[2], named[1])
+        return Source(text)
+    return Source(named[2], named[1])
 
 
-def _vaes(value: Any, path: Path) -> list[VaeSource]:
+def _vaes(value: Any, path: Path) -> list[Source]:
     """``vae`` of a file: a source, a list of them as on the command line, or a table of name and source or table."""
     expected = 'a source, a list of them, or a table of names: [vae] sdxl = "PATH"'
     if isinstance(value, str):
@@ -343,13 +328,13 @@ def _vaes(value: Any, path: Path) -> list[VaeSource]:
     return [replace(each, source=_source_beside(path, each.source)) for each in sources]
 
 
-def _of_table(name: str, entry: Any, path: Path) -> VaeSource:
+def _of_table(name: str, entry: Any, path: Path) -> Source:
     where = f"{path}: vae.{one_line(name, 60)}"
     if isinstance(entry, str):
         entry = {"source": entry}
     if not isinstance(entry, dict):
         raise SettingsError(f"{where}: got {one_line(repr(entry), 60)}, expected a source, or a table with one")
-    names = [each.name for each in fields(VaeSource) if each.name != "name"]
+    names = [each.name for each in fields(Source) if each.name != "name"]
     for key, value in entry.items():
         if key not in names:
             raise SettingsError(f"{where}: {_unknown(key, names)}")
@@ -357,7 +342,7 @@ def _of_table(name: str, entry: Any, path: Path) -> VaeSource:
         flag.checked(value, f"{where}.{key}")
     if "source" not in entry:
         raise SettingsError(f'{where}: it lacks its source: source = "PATH or Hugging Face id"')
-    return VaeSource(name=name, **entry)
+    return Source(name=name, **entry)
 
 
 def _source_beside(path: Path, source: str) -> str:

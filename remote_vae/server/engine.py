@@ -102,7 +102,9 @@ class Engine:
                 entry = pick(entries, name, family, fingerprint, fits)
                 if entry.is_known:
                     return entry
-                await asyncio.wrap_future(self.catalogue.load(entry, self._emptiest()))
+                # Who waits for it hears at /health that his call is not forgotten.
+                with self._counted("_inside"):
+                    await asyncio.wrap_future(self.catalogue.load(entry, self._emptiest()))
             except NoModel as error:
                 # Whether it would have been the one is not known; another one may be.
                 failure = error

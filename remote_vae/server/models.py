@@ -333,7 +333,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 def public_name(source: str) -> str:
     """A hub id as it is; of a path the last part only, as the rest is nobody's business."""
     path = Path(source).expanduser()
-    return path.name if path.exists() else source
+    return source if _HUB_ID.fullmatch(source) and not path.exists() else path.name
 
 
 def _line(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +22,6 @@ from remote_vae.vae.families import Family, find_family
 
 log = logging.getLogger("remote_vae")
 
-_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,39})=(.+)")
-_RESERVED = frozenset({"decode", "encode", "info", "health", "metrics", "docs", "redoc", "openapi.json"})
 # Beside the weights there is to be room for a call: what a decode at 1024 px takes in bytes an element's byte.
 _CALL_BYTES = 2200 * 1024 * 1024
 
@@ -33,21 +30,19 @@ Load = Callable[..., LoadedVae]
 
 @dataclass(frozen=True)
 class Source:
-    """A VAE that the server is to have: where from, and its name; None: that of its family."""
+    """A VAE that the server is to have.
+
+    Attributes:
+        source: a diffusers folder, a .safetensors file or a Hugging Face id.
+        name: of its paths, /<name>/decode; None: that of its family.
+        family: a key of families.toml; None: by its config, its weights or its name.
+        dtype: as ``load_vae`` takes it.
+    """
 
     source: str
     name: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Source:
-        """``NAME=SOURCE`` or a bare ``SOURCE``, as on the command line. Raises SettingsError: a name that cannot be one."""
-        found = _NAMED.fullmatch(text)
-        if found is None:
-            return cls(text)
-        name, source = found.groups()
-        if name.lower() in _RESERVED:
-            raise SettingsError(f"--vae {text}: {name} is a path of the server's own; choose another name")
-        return cls(source, name)
+    family: str | None = None
+    dtype: str = "auto"
 
 
 class OwnVae:
@@ -60,11 +55,11 @@ class OwnVae:
         used: when a call last used it, of ``time.monotonic``.
     """
 
-    def __init__(self, owner: OwnVaes, source: Source, family: str | None) -> None:
+    def __init__(self, owner: OwnVaes, source: Source) -> None:
         self._owner = owner
         self.source = source
         self.called = source.name
-        self.wanted_family = family or _family_named(source.name)
+        self.wanted_family = source.family or _family_named(source.name)
         self.users = 0
         self.copies: dict[torch.device, LoadedVae] = {}
         self.used = 0.0
@@ -141,8 +136,6 @@ class OwnVaes:
 
     Args:
         sources: the VAEs in their order.
-        family: of all of them, where files do not say it; see ``load_vae``.
-        dtype: see ``load_vae``.
         devices: one or more; each gets a copy of a VAE that is wanted there.
         load: as ``load_vae``.
         available: bytes that are free on a device; None where that is not known.
@@ -155,8 +148,6 @@ class OwnVaes:
         self,
         sources: Sequence[Source],
         *,
-        family: str | None = None,
-        dtype: str = "auto",
         devices: Sequence[torch.device] = (torch.device("cpu"),),
         load: Load = load_vae,
         available: Callable[[torch.device], int | None] = available_memory,
@@ -166,14 +157,13 @@ class OwnVaes:
         if twice:
             raise SettingsError(f"--vae: two VAEs are called {sorted(twice)[0]}; give each a name of its own")
         self.devices: Sequence[Device] = tuple(devices)
-        self._dtype = dtype
         self._load = load
         self._available = available
         self._lock = threading.RLock()
         self._loading: dict[tuple[OwnVae, torch.device], Future[None]] = {}
         # One VAE at a time: two would take twice the memory of the host on their way, and come from one disk.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="remote-vae-load")
-        self._vaes = [OwnVae(self, source, family) for source in sources]
+        self._vaes = [OwnVae(self, source) for source in sources]
 
     def entries(self) -> Sequence[Entry]:
         return self._vaes
@@ -246,7 +236,7 @@ class OwnVaes:
         loaded = self._load(
             vae.source.source,
             family=vae.wanted_family,
-            dtype=self._dtype,
+            dtype=vae.source.dtype,
             device=str(device),
             make_room=lambda wanted: self.make_room(device, wanted + _room_for_calls(device), beside=vae),
         )

@@ -23,11 +23,13 @@ class BoundedProtocol(H11Protocol):  # type: ignore[misc]  # of a module whose t
         max_connections: at once.
         head_seconds: until the head of a request is here, from the connection or from its first byte on.
         stall_seconds: until a client has read on.
+        goodbye_seconds: until an idle one has closed at the server's end.
     """
 
     max_connections = 512
     head_seconds = 10.0
     stall_seconds = 20.0
+    goodbye_seconds = 0.5
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -86,6 +88,12 @@ class BoundedProtocol(H11Protocol):  # type: ignore[misc]  # of a module whose t
             self.drop()
         else:
             super().timeout_keep_alive_handler()
+
+    def shutdown(self) -> None:
+        """The server goes. Who speaks https is not waited for long to say goodbye as well."""
+        super().shutdown()
+        if not self.is_at_work:
+            self.loop.call_later(self.goodbye_seconds, self.transport.abort)
 
     @property
     def is_at_work(self) -> bool:

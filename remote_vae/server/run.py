@@ -1,116 +1,134 @@
-"""Starts the server: uvicorn around the app, on a socket that is bound before the first line is printed."""
+"""``remote-vae serve``: a socket that is bound before the first line is printed, the VAEs, and the process around them."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from remote_vae.errors import SettingsError
 from remote_vae.server.addresses import endpoints
-from remote_vae.server.admission import Limits
-from remote_vae.server.app import create_app
-from remote_vae.server.catalogue import OneVae
+from remote_vae.server.admission import Closed
+from remote_vae.server.config import ServerConfig
 from remote_vae.server.engine import Engine
+from remote_vae.server.fast import Fast
 from remote_vae.server.metrics import metrics
-from remote_vae.server.models import LoadedVae, load_vae
+from remote_vae.server.models import devices_of
+from remote_vae.server.own import OwnVaes
+from remote_vae.server.page import lines_to_enter
+from remote_vae.server.process import Server, Tls, make_server
 from remote_vae.tokens import TOKEN_VARIABLE, is_loopback
+from remote_vae.vae.families import load_families
 
-# A connection is kept for the next call: a generation may take minutes (seconds).
-_KEEP_ALIVE = 600
-# A request's head has a shape and a few headers.
-_HEAD_BYTES = 32 * 1024
-# Calls that run when the server is stopped may end (seconds).
-_GOODBYE = 10
+log = logging.getLogger("remote_vae")
 
 
-def serve(
-    vae: str,
-    *,
-    family: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    host: str = "127.0.0.1",
-    port: int = 7870,
-    limits: Limits | None = None,
-) -> None:
-    """Load the VAE and answer requests until interrupted.
+def serve(config: ServerConfig) -> None:
+    """Load the VAEs and answer requests until interrupted.
 
-    Prints that it loads, and when it is ready a line for each address, as it is typed into the UI.
-
-    Args:
-        vae, family, dtype, device: see ``load_vae``.
-        host: address to listen on; 0.0.0.0 for every network of this machine.
-        port: 0 for any free port.
-        limits: what requests may ask for.
+    While they are loaded it already answers, that it is not ready yet. Prints that it loads, and when it is ready a line for
+    each address, as it is typed into the UI.
 
     Raises:
-        SettingsError: the VAE cannot be loaded, or the address cannot be listened on.
+        SettingsError: a VAE cannot be loaded, the address cannot be listened on, or what was said makes no sense.
     """
-    listener = listen(host, port)
+    token, tls = config.token(), _tls(config)
+    listener = listen(config.host, config.port)
     try:
-        print(f"loading {vae} ...", flush=True)
-        loaded = load_vae(vae, family=family, dtype=dtype, device=device)
-        token = os.environ.get(TOKEN_VARIABLE, "").strip()
-        addresses = endpoints(listener, host)
-        server = make_server(loaded, token, limits, addresses=addresses)
-        print("\n".join(_ready(loaded, addresses, token)), flush=True)
+        devices = devices_of(",".join(config.device))
+        fast = Fast(config.fast, config.sizes)
+        vaes = OwnVaes(config.vaes, devices=devices, load=fast.load)
+        engine = Engine(vaes, config.limits, batch_pixels=config.batch_pixels, batch_wait=config.batch_wait, watcher=metrics())
+        engine.admission.closed = Closed("loading", "this server is loading its VAE")
+        addresses = endpoints(listener, config.host, "https" if tls else "http")
+        server = make_server(engine, token, addresses=addresses, tls=tls)
+        start = _Start(config, vaes, engine, server, fast)
+        start.after(lambda: print("\n".join(_ready(engine, config, addresses, token)), flush=True))
         server.run(sockets=[listener])
+        start.check()
     finally:
         listener.close()
 
 
-def _ready(loaded: LoadedVae, addresses: Sequence[str], token: str) -> Iterator[str]:
+class _Start:
+    """Loads what is to be loaded at the start, beside the server, which answers that it is not ready yet."""
+
+    def __init__(self, config: ServerConfig, vaes: OwnVaes, engine: Engine, server: Server, fast: Fast) -> None:
+        self._config, self._vaes, self._engine, self._server, self._fast = config, vaes, engine, server, fast
+        self._error: Exception | None = None
+
+    def after(self, ready: Any) -> None:
+        """Begin, and call ``ready`` when it is done."""
+        sources = ", ".join(each.source for each in self._config.vaes)
+        print(f"loading {sources} ...", flush=True)
+        # No thread that the process waits for: who interrupts it means it.
+        threading.Thread(target=self._run, args=(ready,), name="remote-vae-start", daemon=True).start()
+
+    def _run(self, ready: Any) -> None:
+        try:
+            # Nobody is to wait for a compiler.
+            self._vaes.start(preload=self._config.preload or self._config.fast == "compile")
+        except Exception as error:
+            self._error = error
+            self._server.should_exit = True
+            return
+        self._fast.is_starting = False
+        if not self._server.is_stopping:
+            ready()
+            self._engine.admission.closed = None
+
+    def check(self) -> None:
+        """Raises what has kept it from being ready."""
+        if self._error is not None:
+            raise self._error
+
+
+def _tls(config: ServerConfig) -> Tls | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    tls = Tls(config.tls_cert, config.tls_key)
+    tls.check()
+    return tls
+
+
+def _ready(engine: Engine, config: ServerConfig, addresses: Sequence[str], token: str) -> Iterator[str]:
     """What is printed when clients can call."""
-    name = f"{loaded.family.label}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device.type}"
-    yield f"Remote VAE serves {name}. Enter in your UI, under Settings, Remote VAE{', one of these' if addresses[1:] else ''}:"
-    for address in addresses:
-        yield f"Endpoint: {address}"
+    models = engine.info()["models"]
+    names = ", ".join(map(_named, models)) if models[1:] else _described(models[0])
+    yield f"Remote VAE serves {names}. Enter in your UI, under Settings, Remote VAE{', one of these' if addresses[1:] else ''}:"
+    yield from lines_to_enter(addresses)
+    if models[1:]:
+        yield "It picks the VAE of your model. For one of them alone, whatever a client names:"
+        for model in models:
+            yield from lines_to_enter(addresses, model["name"])
+    yield from _who_may(config, addresses, token)
+
+
+def _who_may(config: ServerConfig, addresses: Sequence[str], token: str) -> Iterator[str]:
+    if config.tls_cert:
+        yield "It speaks https: enter a name or an address that its certificate is made for"
     if all(map(is_loopback, addresses)):
         yield "Only programs on this machine reach it; for other machines add --host 0.0.0.0"
     elif not token:
         yield f"Whoever reaches this machine can use it; to ask for a token, set {TOKEN_VARIABLE} here and where your UI runs"
-    if token:
+    if token and config.token_file:
+        yield f"It asks for the token in {config.token_file}: set {TOKEN_VARIABLE} to it where your UI runs"
+    elif token:
         yield f"It asks for the token in {TOKEN_VARIABLE}: set the same where your UI runs"
 
 
-def make_server(
-    loaded: LoadedVae,
-    token: str = "",
-    limits: Limits | None = None,
-    protocol: type | None = None,
-    addresses: Sequence[str] = (),
-) -> Any:
-    """The uvicorn around the app, bounded in all that a client may ask of it.
+def _named(model: dict[str, Any]) -> str:
+    return f"{model['name']} ({_described(model)})"
 
-    Args:
-        loaded, token, limits: as in ``serve``.
-        protocol: other bounds of connections.
-        addresses: under which it is reached.
-    """
-    import uvicorn
 
-    from remote_vae.server.protocol import BoundedProtocol
-
-    engine = Engine(OneVae(loaded, about=loaded.about), limits, watcher=metrics())
-    config = uvicorn.Config(
-        create_app(engine, token, endpoints=addresses),
-        http=protocol or BoundedProtocol,
-        log_config=None,
-        ws="none",
-        lifespan="off",
-        # What it has to say is an answer of 400 for the client, or a client that hung up.
-        log_level="error",
-        access_log=False,
-        # Who calls is in the log, and a client must not be able to choose what stands there.
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=_GOODBYE,
-        h11_max_incomplete_event_size=_HEAD_BYTES,
-    )
-    return uvicorn.Server(config)
+def _described(model: dict[str, Any]) -> str:
+    """Of one that was never loaded no more than a few things are known."""
+    known = load_families().get(model.get("family", ""))
+    label = known.label if known else "custom VAE" if "family" in model else "of a family that loading it will show"
+    return f"{label}, {model['dtype']} on {model['device']}" if "dtype" in model else f"{label}, loaded when it is asked for"
 
 
 def listen(host: str, port: int) -> socket.socket:

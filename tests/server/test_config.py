@@ -11,7 +11,8 @@ import pytest
 
 from remote_vae.errors import SettingsError
 from remote_vae.server.admission import Limits
-from remote_vae.server.config import FLAGS, ServerConfig, VaeSource, add_flags, config_of
+from remote_vae.server.config import FLAGS, ServerConfig, add_flags, config_of
+from remote_vae.server.own import Source
 from tests.conftest import DEMO_VAE
 
 FILE = """
@@ -61,9 +62,9 @@ def test_a_file_says_all_that_flags_say(tmp_path: Path) -> None:
     config = said("--config", file(tmp_path, FILE))
     assert config == ServerConfig(
         vaes=(
-            VaeSource(str(tmp_path / "models" / "sdxl.safetensors"), "sdxl", dtype="float32"),
-            VaeSource("black-forest-labs/FLUX.2-dev", "flux2", "flux2", "bfloat16"),
-            VaeSource("demo", "wan", dtype="float32"),
+            Source(str(tmp_path / "models" / "sdxl.safetensors"), "sdxl", dtype="float32"),
+            Source("black-forest-labs/FLUX.2-dev", "flux2", "flux2", "bfloat16"),
+            Source("demo", "wan", dtype="float32"),
         ),
         device=("cuda:0", "cuda:1"),
         preload=True,
@@ -104,7 +105,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 
 def test_without_a_file_the_values_are_the_ones_that_the_help_says() -> None:
     config = said("--vae", "x")
-    assert config == ServerConfig((VaeSource("x"),))
+    assert config == ServerConfig((Source("x"),))
     for flag in FLAGS:
         if flag.key in Limits.__dataclass_fields__:
             assert getattr(config.limits, flag.key) == flag.default
@@ -115,21 +116,21 @@ def test_without_a_file_the_values_are_the_ones_that_the_help_says() -> None:
 @pytest.mark.parametrize(
     ("argument", "source"),
     [
-        ("sdxl=/models/x.safetensors", VaeSource("/models/x.safetensors", "sdxl")),
-        ("sd-1.5=stabilityai/sd-vae-ft-mse", VaeSource("stabilityai/sd-vae-ft-mse", "sd-1.5")),
-        ("stabilityai/sd-vae-ft-mse", VaeSource("stabilityai/sd-vae-ft-mse")),
-        ("/models/a=b.safetensors", VaeSource("/models/a=b.safetensors")),
-        ("a=b=c", VaeSource("b=c", "a")),
+        ("sdxl=/models/x.safetensors", Source("/models/x.safetensors", "sdxl")),
+        ("sd-1.5=stabilityai/sd-vae-ft-mse", Source("stabilityai/sd-vae-ft-mse", "sd-1.5")),
+        ("stabilityai/sd-vae-ft-mse", Source("stabilityai/sd-vae-ft-mse")),
+        ("/models/a=b.safetensors", Source("/models/a=b.safetensors")),
+        ("a=b=c", Source("b=c", "a")),
     ],
 )
-def test_a_vae_is_a_source_or_a_name_and_a_source(argument: str, source: VaeSource) -> None:
+def test_a_vae_is_a_source_or_a_name_and_a_source(argument: str, source: Source) -> None:
     assert said("--vae", argument).vaes == (source,)
 
 
 def test_a_file_whose_name_has_an_equals_sign_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a=b.safetensors").touch()
-    assert said("--vae", "a=b.safetensors").vaes == (VaeSource("a=b.safetensors"),)
+    assert said("--vae", "a=b.safetensors").vaes == (Source("a=b.safetensors"),)
 
 
 def test_a_family_and_a_dtype_are_those_of_the_vae() -> None:
