@@ -24,6 +24,11 @@ def nothing(_: Any) -> None:
     """Nobody wants to know."""
 
 
+def no_room(_wanted: int, _least: int) -> int:
+    """Nothing can be put away."""
+    return 0
+
+
 def never() -> bool:
     """Nobody presses anything."""
     return False
@@ -64,6 +69,9 @@ class VaeCall(Generic[T]):
         whole: the host's own call, its result untouched. None: only an endpoint is asked.
         own_tiling: the host's own call in the VAE's own overlapping tiles; None: it has none.
         saved: the latents to save if all fails, where that is more than ``tensor``: those of the whole batch.
+        make_room: ``make_room(wanted, least)`` has the host put other models away until ``wanted`` bytes more are free on the
+            VAE's device; where not even ``least`` would come of it, nothing is moved. It gives the bytes that were freed and
+            never raises. After the call the host brings them back.
         in_parts: whether the host makes a batch in as many parts as its memory wants.
         truncates: whether the host makes 8-bit levels by rounding down; then an 8-bit transfer does so too.
         packed: encode: whether latents are wanted as Flux.2's transformer takes them, normed and packed, which a server of ours
@@ -78,6 +86,7 @@ class VaeCall(Generic[T]):
     whole: Callable[[], T] | None = None
     own_tiling: Callable[[], T] | None = None
     saved: torch.Tensor | None = None
+    make_room: Callable[[int, int], int] = no_room
     in_parts: bool = False
     truncates: bool = False
     packed: bool = False

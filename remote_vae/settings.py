@@ -163,7 +163,17 @@ class Option:
         if self.key == "endpoint":
             # What a browser or another client was pointed at; the path for each kind of call is added.
             text = _OWN_PATHS.sub("", text)
+        if self.key == "local_device" and text:
+            text = self._parse_device(text)
         return text
+
+    def _parse_device(self, text: str) -> str:
+        there = devices()
+        # A first card is meant by the name of its kind alone.
+        name = text.lower() if ":" in text or text.lower() in there else f"{text.lower()}:0"
+        if name not in there:
+            raise self._error(text, f"must be one of {', '.join(there)}, which are there, or nothing")
+        return name
 
     def _error(self, value: object, what: str) -> SettingsError:
         try:
@@ -171,6 +181,19 @@ class Option:
         except Exception:  # a number of more digits than Python prints
             shown = f"this {type(value).__name__}"
         return SettingsError(f"{self.key}: {what}, not {shown}")
+
+
+def devices() -> list[str]:
+    """The devices of this machine, in torch's names."""
+    # Most settings name none, and torch takes its time.
+    import torch
+
+    there = ["cpu"]
+    for kind in ("cuda", "xpu"):
+        api = getattr(torch, kind, None)
+        if api is not None and api.is_available():
+            there += [f"{kind}:{index}" for index in range(api.device_count())]
+    return [*there, "mps"] if torch.backends.mps.is_available() else there
 
 
 def _address(text: str) -> str:
@@ -254,6 +277,8 @@ class Settings:
     total_timeout: float = _option("total_timeout")
     cooldown: float = _option("cooldown")
     cpu_bfloat16: bool = _option("cpu_bfloat16")
+    make_room: str = _option("make_room")
+    local_device: str = _option("local_device")
     rescue_folder: str = _option("rescue_folder")
     share: bool = _option("share")
     name_endpoint: bool = _option("name_endpoint")

@@ -186,6 +186,8 @@ class Card(TorchFunctionMode):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "").partition(".")[0]
+        if func == torch.Tensor.data.__set__:
+            return self._replace(*args)
         if name in _OF_THE_OBJECT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -302,6 +304,12 @@ class Card(TorchFunctionMode):
             stream.pending.append(lambda: values.copy_(source))
         self._write(target)
 
+    def _replace(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
+        """``tensor.data = values``: the same object may be on the other device afterwards."""
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.Tensor.data.__set__(tensor, _values(values))
+        tensor.__class__ = OnCard if isinstance(values, OnCard) else nn.Parameter
+
     def _is_pinned(self, tensor: torch.Tensor) -> bool:
         return not isinstance(tensor, OnCard) and _key(tensor) in self._pinned
 
@@ -318,7 +326,8 @@ class Card(TorchFunctionMode):
             self.live += size
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._free, key).atexit = False
-        return tensor.as_subclass(OnCard)
+        # Not as_subclass, whose result keeps the tensor that it was made of.
+        return torch.Tensor._make_subclass(OnCard, tensor)
 
     def _free(self, key: int) -> None:
         block = self._blocks.pop(key)
@@ -385,6 +394,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     card = Card()
     faces: dict[str, Any] = {
         "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "synchronize": lambda device=None: None,
         "mem_get_info": card.mem_get_info,
         "memory_allocated": card.memory_allocated,
         "memory_reserved": card.memory_allocated,

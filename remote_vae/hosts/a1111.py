@@ -7,17 +7,19 @@ model, so they are replaced on the instance. ``decode_latent_batch`` is wrapped 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
-from remote_vae.call import Answer, User, VaeCall
+from remote_vae.call import Answer, T, User, VaeCall
 from remote_vae.errors import RouteFailed
 from remote_vae.hosts.a1111_kinds import Kind, kind_of
 from remote_vae.hosts.base import ThreadState, WebUi, is_picture
+from remote_vae.hosts.room import Room, with_room
 from remote_vae.hosts.wrapping import is_wrapped, place, unwrap
 from remote_vae.router import wants_remote
 from remote_vae.vae.at_work import Op, VaeAtWork
@@ -31,6 +33,8 @@ _METHODS: dict[Op, str] = {"decode": "decode_first_stage", "encode": "encode_fir
 
 class _ThreadState(ThreadState):
     batch: Optional[_Batch] = None
+    # What waits in the host's memory until all pictures of a batch are made.
+    room: Optional[Room] = None
 
 
 class _Batch:
@@ -109,10 +113,15 @@ class A1111(WebUi):
             self._thread.batch = before or self._fetched(model, batch)
         except Exception:
             log.exception("the batch went wrong in Remote VAE; its pictures are decoded one by one")
+        room = self._thread.room
         try:
+            self._thread.room = room or _room(model)
             return original(model, batch, *args, **kwargs)
         finally:
             self._thread.batch = before
+            if room is None and self._thread.room is not None:
+                self._thread.room.restore()
+            self._thread.room = room
 
     def _fetched(self, model: Any, batch: Any) -> _Batch | None:
         """The endpoint's answer to a batch, or why there is none; None where the pictures are not to be asked for together."""
@@ -137,6 +146,13 @@ class A1111(WebUi):
             log.log(logging.DEBUG if error.was_said else logging.WARNING, "remote decode of %d pictures: %s", len(batch), error)
             pending.failure = error.reason
         return pending
+
+    def _roomy(self, call: VaeCall[T]) -> AbstractContextManager[VaeCall[T]]:
+        room = self._thread.room
+        if room is not None:
+            return nullcontext(replace(call, make_room=room.make))
+        model = next((each for each in self._models() if getattr(each, "first_stage_model", None) is call.vae.module), None)
+        return nullcontext(call) if model is None else with_room(call, _room(model))
 
     # --- the hook --------------------------------------------------------------------------------------------------------
 
@@ -197,6 +213,24 @@ def _decodes_in_full() -> bool:
     if shared.state.interrupted and getattr(shared.opts, "live_preview_fast_interrupt", False):
         return getattr(shared.opts, "show_progress_type", "Full") == "Full"
     return getattr(shared.opts, "sd_vae_decode_method", "Full") == "Full"
+
+
+def _room(model: Any) -> Room:
+    """What may leave the card while the VAE of ``model`` works: other loaded models, then its own UNet and conditioner.
+
+    With --medvram and --lowvram the UI itself has one of them there at a time.
+    """
+    from modules import sd_models
+
+    def modules() -> Iterator[Any]:
+        if getattr(model, "lowvram", False):
+            return
+        for other in getattr(sd_models.model_data, "loaded_sd_models", []):
+            if other is not model and not getattr(other, "lowvram", False):
+                yield other
+        yield from (part for part in model.children() if part is not model.first_stage_model)
+
+    return Room(modules, lambda: next(model.first_stage_model.parameters()).device)
 
 
 def _checkpoint(model: Any) -> str:

@@ -16,7 +16,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -283,11 +283,16 @@ class WebUi(ABC):
                 generation.names_endpoint = settings.name_endpoint
 
             def run(asked: VaeCall[T]) -> T:
-                return self.router.run(asked, settings, remote=remote, because=because)
+                with self._roomy(asked) as roomy:
+                    return self.router.run(roomy, settings, remote=remote, because=because)
 
             if call.op == "encode" and generation is not None:
                 return generation.encode_once(shown, run)
             return run(shown)
+
+    def _roomy(self, call: VaeCall[T]) -> AbstractContextManager[VaeCall[T]]:
+        """The call with what the UI can put away to make room for it; after the context that is back."""
+        return nullcontext(call)
 
     @contextmanager
     def _shown(self, call: VaeCall[T]) -> Iterator[VaeCall[T]]:

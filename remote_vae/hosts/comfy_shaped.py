@@ -10,6 +10,7 @@ What the hosts do differently is data: a ``Seam`` for each. There are two ways t
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from remote_vae.vae.crossing import Crossing
 from remote_vae.vae.families import Family
 from remote_vae.vae.packed import batch_norm_of
 from remote_vae.wire import DecodeAnswer
+
+log = logging.getLogger("remote_vae")
 
 Around = Callable[..., Any]
 
@@ -256,6 +259,7 @@ def vae_call(
         # What was asked for in tiles is made in tiles here.
         whole=untiled if method == op else own,
         own_tiling=own,
+        make_room=partial(_make_room, seam, vae),
         in_parts=True,
         truncates=True,
     )
@@ -330,6 +334,25 @@ def _brought(seam: Seam, vae: Any, crossing: Crossing, tensor: torch.Tensor) -> 
     more = {"force_full_load": True} if getattr(vae, "disable_offload", False) else {}
     load(f"{seam.memory}:load_models_gpu")([vae.patcher], memory_required=estimate(shape, vae.vae_dtype), **more)
     return tensor.to(vae.device, vae.vae_dtype)
+
+
+def _make_room(seam: Seam, vae: Any, wanted: int, least: int) -> int:
+    """See ``VaeCall.make_room``. The host has made room for what it reckons with; it brings models back when they are used."""
+    try:
+        memory = importlib.import_module(seam.memory)
+        device = torch.device(getattr(vae.patcher, "load_device", vae.device))
+        loaded = [(each, getattr(each.model, "model", None)) for each in memory.current_loaded_models]
+        keep = [each for each, model in loaded if model is vae.patcher.model]
+        others = [model for _, model in loaded if isinstance(model, torch.nn.Module) and model is not vae.patcher.model]
+        there = sum(weight.nbytes for model in others for weight in model.parameters() if weight.device == device)
+        if device.type == "cpu" or there < least:
+            return 0
+        before = memory.get_free_memory(device)
+        memory.free_memory(before + wanted, device, keep)
+        return max(0, int(memory.get_free_memory(device) - before))
+    except Exception:  # the picture is made in less
+        log.warning("%s made no room", seam.host, exc_info=True)
+        return 0
 
 
 @contextmanager

@@ -7,6 +7,7 @@ them pass. Nothing of diffusers is imported before the first call.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MethodType
@@ -16,6 +17,7 @@ from remote_vae.call import User
 from remote_vae.errors import UnsupportedLayout, VaeCallFailed
 from remote_vae.history import History
 from remote_vae.hosts.diffusers_calls import parameters_of, vae_call
+from remote_vae.hosts.room import Room, parts_of, with_room
 from remote_vae.router import Router
 from remote_vae.settings import Settings
 from remote_vae.vae.at_work import Op, VaeAtWork
@@ -62,7 +64,7 @@ def attach(
         current = vae.__dict__.get(op)
         if isinstance(getattr(current, "handle", None), Handle):
             current.handle.detach()
-    return Handle(vae, family, settings, cancelled)
+    return Handle(vae, family, settings, cancelled, pipe)
 
 
 class Handle:
@@ -74,13 +76,15 @@ class Handle:
         history: the records of this VAE's calls.
     """
 
-    def __init__(self, vae: Any, family: Family, settings: Settings, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, vae: Any, family: Family, settings: Settings, cancelled: Callable[[], bool], pipe: Any = None) -> None:
         self.enabled = True
         self.settings = settings
         self._router = Router(History())
         self._vae = vae
         self._family = family
         self._cancelled = cancelled
+        # The VAE outlives its pipeline, and does not keep the models of it.
+        self._pipe = _reference(pipe)
         self._hooks: dict[Op, Callable[..., Any]] = {}
         self._before = {op: vae.__dict__[op] for op in _OPS if op in vae.__dict__}
         for op in _OPS:
@@ -119,12 +123,22 @@ class Handle:
         try:
             call = vae_call(VaeAtWork(vae, self._family), op, original, names, args, kwargs)
             if call is not None:
-                return self._router.run(replace(call, user=User(cancelled=self._cancelled)), self.settings)
+                vae_device = call.vae.device
+                call = replace(call, user=User(cancelled=self._cancelled))
+                with with_room(call, Room(lambda: parts_of(self._pipe(), vae), lambda: vae_device)) as roomy:
+                    return self._router.run(roomy, self.settings)
         except VaeCallFailed:
             raise
         except Exception:
             log.exception("this call went wrong in Remote VAE; the VAE answers it itself")
         return original(*args, **kwargs)
+
+
+def _reference(pipe: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(pipe)
+    except TypeError:
+        return lambda: None
 
 
 class _Hook:

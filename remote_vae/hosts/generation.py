@@ -29,6 +29,8 @@ MODE_TEXT = f"{INFOTEXT} mode"
 TRANSFER_TEXT = f"{INFOTEXT} transfer"
 # What the user has pressed is no news for him.
 _OWN_DOING = ("interrupted", "skipped")
+# At the end of a record's detail.
+_ON_DEVICE = re.compile(r"on (the CPU|[a-z]+(:\d+)?)$")
 _AGO = re.compile(r",? \d+ s ago")
 # Letters of a reason there.
 _REASON = 60
@@ -180,8 +182,11 @@ class Generation:
 
 
 def in_words(records: Sequence[Record], *, names_endpoint: bool) -> str:
-    """What ``records`` say of a picture: "decode remote (u8), encode local (503)"; empty where nothing was to be remote."""
-    if all(record.route != "remote" and not record.fallback_reason for record in records):
+    """What ``records`` say of a picture: "decode remote (u8), encode local (503)".
+
+    Empty where nothing was to be remote and nothing was made elsewhere than the host itself would have made it.
+    """
+    if all(record.route != "remote" and not record.fallback_reason and not _device(record) for record in records):
         return ""
     parts = []
     for op in ("decode", "encode"):
@@ -195,11 +200,17 @@ def _way(record: Record, *, names_endpoint: bool) -> str:
     host = urlsplit(record.endpoint).hostname or ""
     if record.route == "remote":
         return f"remote {host} ({record.detail})" if names_endpoint else f"remote ({record.detail})"
-    name = record.route if record.route == "failed" else "local"
+    name = record.route if record.route == "failed" else " ".join(filter(None, ("local", _device(record))))
     reason = _shortly(record.fallback_reason)
     if host and not names_endpoint:
         reason = reason.replace(host, "the endpoint")
     return f"{name} ({reason})" if reason else name
+
+
+def _device(record: Record) -> str:
+    """Which device made it, where that is not the host's: "on cuda:1"."""
+    found = _ON_DEVICE.search(record.detail) if record.route in ("local", "tiled") else None
+    return found[0] if found else ""
 
 
 def fallback(record: Record) -> str:

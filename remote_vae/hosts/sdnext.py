@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from types import MethodType
@@ -22,12 +22,14 @@ from weakref import WeakSet
 
 import torch
 
-from remote_vae.call import VaeCall
+from remote_vae.call import T, VaeCall
 from remote_vae.errors import UnsupportedLayout
 from remote_vae.hosts.base import ThreadState, WebUi
 from remote_vae.hosts.diffusers_calls import parameters_of, vae_call
 from remote_vae.hosts.generation import REQUEST, Request
+from remote_vae.hosts.room import Room, parts_of, with_room
 from remote_vae.hosts.wrapping import is_ours, is_wrapped, place, unwrap, wrap
+from remote_vae.local.memory import available_memory
 from remote_vae.vae.at_work import Op, VaeAtWork, has_posterior, is_of
 from remote_vae.vae.families import Family, family_of
 
@@ -252,6 +254,29 @@ class SdNext(WebUi):
         at_work = VaeAtWork(vae, family, bring=partial(_brought, vae), picked=_picked_vae())
         call = vae_call(at_work, op, own, parameters_of(MethodType(getattr(type(vae), op), vae)), args, kwargs)
         return None if call is None else replace(call, truncates=not self._thread.rounds)
+
+    def _roomy(self, call: VaeCall[T]) -> AbstractContextManager[VaeCall[T]]:
+        from modules import sd_models, shared
+
+        mode = getattr(shared.opts, "diffusers_offload_mode", "none")
+        pipe = next((model for model in self._models() if _vae_of(model) is call.vae.module), None)
+        if mode == "none":
+            parts = partial(parts_of, getattr(pipe, "pipe", pipe), call.vae.module)
+            return with_room(call, Room(parts, lambda: call.vae.device))
+        if mode != "balanced" or pipe is None:
+            # Its models are on the card one at a time.
+            return nullcontext(call)
+
+        def make_room(_wanted: int, _least: int) -> int:
+            """What SD.Next leaves on the card below its watermark goes as well, and comes back when it is used."""
+            before = available_memory(call.vae.device) or 0
+            try:
+                sd_models.apply_balanced_offload(pipe, exclude=["vae"], force=True)
+            except Exception:  # the picture is made in less
+                log.warning("SD.Next made no room", exc_info=True)
+            return max(0, (available_memory(call.vae.device) or 0) - before)
+
+        return nullcontext(replace(call, make_room=make_room))
 
     def _is_loaded(self, vae: Any) -> bool:
         """Whether ``vae`` belongs to the model or its refiner, or to the pipeline within either."""

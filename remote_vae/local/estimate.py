@@ -1,39 +1,109 @@
-"""How much memory the whole VAE takes, before it is called."""
+"""What the whole VAE takes of a device, before it is called.
+
+What its layers keep alive at a time is counted from its plan. A card's allocator needs more than that: convolutions have
+workspaces, and free memory has holes. How much more is known of a few VAEs and cards: ``settings/vae_memory.toml``.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from remote_vae.call import VaeCall
+from remote_vae.settings import read_toml
 from remote_vae.tiled.plan import Conv, Plan, Residual
-from remote_vae.vae.at_work import is_of
+from remote_vae.vae.at_work import Op, is_of
 
-# Of Wan's and Qwen-Image's: times the largest activation. 2900 bytes a pixel and byte of an element in a decode and 1600 in an
-# encode were reserved (InvokeAI PR 9305 and 9519), 1743 and 1005 are alive at the peak.
-_OF_A_FRAME = 16
+_DATA = "vae_memory.toml"
+# Of Wan's and Qwen-Image's: times the largest activation, of which 9.1 to 11.5 were alive.
+_OF_A_FRAME = 12
 # Of a video, beside what the convolutions keep: of the frames that are done at a time, at most 8.2 were alive.
 _OF_FRAMES = 9
 _MASKED = ("AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15", "AutoencoderKLHunyuanImageRefiner")
 
 
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a whole call takes of its device, beside the weights.
+
+    Attributes:
+        counted: what its layers keep alive at a time; what the shares of the tiled VAE are of.
+        least: the least that such a VAE was seen to take: in less it cannot be done.
+        likely: with workspaces and holes: in more it is done.
+    """
+
+    counted: int
+    least: int
+    likely: int
+
+    def of(self, pictures: int) -> Need:
+        """Of so many pictures or videos at once."""
+        return Need(pictures * self.counted, pictures * self.least, pictures * self.likely)
+
+
+def whole_need(op: Op, plan: Plan, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Need:
+    """What the whole VAE takes for ``shape`` ``[B, C, H, W]`` or ``[B, C, F, H, W]`` on ``device``, in ``dtype``.
+
+    Raises:
+        InvalidRequest: the VAE takes no such size.
+    """
+    counted, data = whole_bytes(plan, shape, dtype), read_toml(_DATA)
+    devices = data["devices"]
+    if device.type == "cpu":
+        taken = int(devices["cpu"] * counted)
+        return Need(counted, taken, taken)
+    kind = "pictures" if plan.frames is None else "frame" if _is_apart(plan, shape) else "frames"
+    known = data[kind][op]
+    factor = _backend(device) / known["counted"]
+    reserved = known["single" if dtype.itemsize > 2 else "half"]
+    return Need(counted, int(counted * known["least"] * factor), int(counted * reserved * factor))
+
+
+def reserved_bytes(call: VaeCall[Any]) -> int:
+    """What is reserved for the whole call of a VAE whose layers are not counted; 0 where nobody has told."""
+    of_classes = read_toml(_DATA)["classes"]
+    known = next((of_classes[kind.__name__] for kind in type(call.vae.module).__mro__ if kind.__name__ in of_classes), None)
+    if known is None or call.vae.device.type == "cpu" or getattr(call.vae.module, "use_tiling", False):
+        return 0
+    frames = min(call.frames, known.get("frames", call.frames))
+    pictures, height, width = call.size
+    at_once = pictures // call.frames * frames
+    return int(known[call.op] * at_once * height * width * call.vae.dtype.itemsize * _backend(call.vae.device))
+
+
 def whole_bytes(plan: Plan, shape: torch.Size, dtype: torch.dtype) -> int:
-    """What the whole VAE takes at its peak for ``shape`` ``[B, C, H, W]`` or ``[B, C, F, H, W]``.
+    """What the layers of the whole VAE keep alive at their peak for ``shape`` ``[B, C, H, W]`` or ``[B, C, F, H, W]``.
 
     That is in the largest residual block: what went in, and the first convolution's result, normalised, activated, and the
     second's. Of a VAE for videos a multiple of the largest activation; of many frames also what each convolution in time keeps
     of the frames before, and the result, which is joined anew with each step.
     """
-    batch, frames, (height, width) = shape[0], shape[2] if len(shape) == 5 else 1, shape[-2:]
+    batch, frames, (height, width) = shape[0], _frames(shape), shape[-2:]
     if plan.frames is None:
         values = _in_a_block(plan, height, width)
-    elif frames == 1 or not plan.frames.together:
+    elif _is_apart(plan, shape):
         made = plan.sizes(height, width)
         values = frames * _OF_A_FRAME * max(each.channels * each.rows * each.columns for each in made)
     else:
         values = _of_a_video(plan, frames, height, width)
     return batch * values * dtype.itemsize
+
+
+def _frames(shape: torch.Size) -> int:
+    return shape[2] if len(shape) == 5 else 1
+
+
+def _is_apart(plan: Plan, shape: torch.Size) -> bool:
+    """Whether every frame is done as one that is alone."""
+    return _frames(shape) == 1 or not (plan.frames and plan.frames.together)
+
+
+def _backend(device: torch.device) -> float:
+    rocm: float = read_toml(_DATA)["devices"]["rocm"]
+    # torch's name for AMD's cards is "cuda", too.
+    return rocm if device.type == "cuda" and torch.version.hip is not None else 1.0
 
 
 def mask_bytes(call: VaeCall[Any]) -> int:

@@ -1,4 +1,4 @@
-"""What a VAE can do by itself in less device memory: its own tiling, and a copy of it on the CPU."""
+"""What a VAE can do by itself in less device memory: its own tiling, and a copy of it on another device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def on_cpu(module: Module) -> Module:
-    """A float32 copy of ``module`` on the CPU; ``module`` itself, its weights and their device are left alone.
+    """A float32 copy of ``module`` on the CPU. Raises as ``copied`` does."""
+    return copied(module, torch.device("cpu"), torch.float32)
+
+
+def copied(module: Module, device: torch.device, dtype: torch.dtype | None) -> Module:
+    """A copy of ``module`` on ``device``; ``module`` itself, its weights and their device are left alone.
+
+    Its weights are in ``dtype``; None: each in its own.
 
     Hooks that move weights (accelerate's) and instance attributes that replace methods stay behind, as they would act on
     the original.
@@ -31,19 +38,19 @@ def on_cpu(module: Module) -> Module:
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "meta":
-            raise UnsupportedLayout("the VAE's weights are offloaded and cannot be copied to the CPU")
-        values = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+            raise UnsupportedLayout(f"the VAE's weights are offloaded and cannot be copied to {device}")
+        values = tensor.detach().to(device, dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
         # deepcopy takes what the memo has for a tensor instead of copying it on its own device.
         memo[id(tensor)] = nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
     overridden = [_instance_methods(part) for part in module.modules()]
     for part, names in zip(module.modules(), overridden, strict=True):
         # A bound method or a partial would drag a copy of the object behind it along.
         memo.update({id(part.__dict__[name]): None for name in names})
-    copied = copy.deepcopy(module, memo)
-    for part, names in zip(copied.modules(), overridden, strict=True):
+    made = copy.deepcopy(module, memo)
+    for part, names in zip(made.modules(), overridden, strict=True):
         for name in names:
             del part.__dict__[name]
-    return copied
+    return made
 
 
 def _instance_methods(module: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""What this machine's memory is like: what "out of memory" looks like, what is free, and how to make room.
+"""What this machine's memory is like: what "out of memory" looks like, and how to give memory back.
 
 All that is asked of one platform only stands here, with what it earns.
 """
@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import logging
 import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-log = logging.getLogger("remote_vae")
-
-_CGROUP = Path("/sys/fs/cgroup")
 # The words of the CPU, CUDA and its libraries, Apple, Intel and DirectML for no memory; then those for what is too large for a
 # device or for its kernels' indices, and those of cuDNN, oneDNN and MIOpen, which seldom tell why there is no way.
 _OOM_TEXT = re.compile(
@@ -42,40 +37,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # The CPU allocator, MPS, XPU and DirectML raise a plain RuntimeError.
     return isinstance(error, RuntimeError) and bool(_OOM_TEXT.search(str(error)))
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that a computation on ``device`` could still get, or None where that is not known."""
-    try:
-        if device.type == "cpu":
-            # The web UIs ship it; without it the memory is found out by trying.
-            import psutil
-
-            return _within_container(int(psutil.virtual_memory().available))
-        # As torch.cuda and torch.xpu; the other devices do not tell.
-        api: Any = getattr(torch, device.type)
-        free = int(api.mem_get_info(device)[0])
-        # What torch has taken and does not use is free as well.
-        return free + int(api.memory_reserved(device)) - int(api.memory_allocated(device))
-    except Exception as error:  # no answer must cost a picture
-        log.debug("the free memory of %s is not known: %s", device, error)
-        return None
-
-
-def _within_container(available: int) -> int:
-    """``available`` bytes, or what the limit of the container (cgroup v2) leaves of them.
-
-    psutil does not know of it: in a container of 4 GB on a machine with 64 GB free, the whole VAE, which takes 16 GB for
-    2048 px, would be tried and the process be killed.
-    """
-    try:
-        limit, used, stat = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
-        # The cache of files is let go of when memory is wanted.
-        cached = next(int(line.split()[1]) for line in stat.splitlines() if line.startswith("file "))
-        return min(available, max(0, int(limit) - int(used) + cached))
-    except (OSError, ValueError, StopIteration):
-        # No container, or none with a limit ("max").
-        return available
 
 
 def forget_frames(error: BaseException) -> None:

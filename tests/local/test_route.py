@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 from remote_vae.call import Outcome, User, VaeCall
 from remote_vae.errors import OutOfMemory, UnsupportedLayout
 from remote_vae.local import answer, route
-from remote_vae.local.estimate import whole_bytes
+from remote_vae.local.estimate import Need, whole_bytes, whole_need
+from remote_vae.local.pace import Pace
 from remote_vae.settings import Settings
 from remote_vae.tiled.exact import Limits
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
@@ -226,7 +228,7 @@ def test_a_host_that_cannot_bring_its_vae_is_asked_all_the_same() -> None:
 
 
 def test_a_layout_or_an_estimate_that_goes_wrong_leaves_the_hosts_own_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(route, "whole_bytes", lambda *_: 1 // 0)
+    monkeypatch.setattr(route, "whole_need", lambda *_: 1 // 0)
     assert Host().answered().value == "whole"
 
 
@@ -307,7 +309,7 @@ def test_off_the_cpu_the_last_attempt_of_tiles_is_the_cpus_in_float32(monkeypatc
     assert asked == [ELSEWHERE] * 4 + [torch.device("cpu")]
     *there, last = told
     assert not any(each.device or each.dtype for each in there)
-    assert (last.device, last.dtype) == ("cpu", torch.float32)
+    assert (last.device, last.dtype) == (torch.device("cpu"), torch.float32)
     assert 32_000 <= (last.max_bytes or 0) < 64_000
 
 
@@ -468,3 +470,153 @@ def test_what_a_vae_keeps_of_frames_is_given_back_before_the_next_way_is_tried(m
         )
         assert answer(call, Settings()).value is latents
     assert kept == [False]
+
+
+# --- where the driver goes on in the host's memory, and what was too slow ----------------------------------------------------
+
+
+def need_of(op: Op, device: torch.device = ELSEWHERE) -> Need:
+    plan = (decoder_plan if op == "decode" else encoder_plan)(KL)
+    return whole_need(op, plan, given_to(op).shape, torch.float32, device)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_where_nothing_says_that_it_does_not_fit_the_whole_vae_is_only_tried_where_it_is_sure_to(
+    monkeypatch: pytest.MonkeyPatch, op: Op
+) -> None:
+    """Windows: the estimate decides before the call. Elsewhere what may fit is tried, as torch says when it does not."""
+    tensor, need = given_to(op).to(ELSEWHERE), need_of(op)
+    memory(monkeypatch, need.least)
+    assert need.least < need.likely
+    assert Host(op=op, tensor=tensor).fits
+    monkeypatch.setattr(route, "spills", lambda device: True)
+    assert not Host(op=op, tensor=tensor).fits
+    memory(monkeypatch, need.likely - 1)
+    assert not Host(op=op, tensor=tensor).fits
+    memory(monkeypatch, need.likely)
+    assert Host(op=op, tensor=tensor).fits
+
+
+def test_there_a_vae_whose_layers_are_not_counted_is_tried_where_what_is_published_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latents = small_vae("hunyuan-video"), torch.empty(1, 16, 2, 8, 8, device=ELSEWHERE)
+    monkeypatch.setattr(route, "spills", lambda device: True)
+    memory(monkeypatch, 2800 * 5 * 64 * 64 * 4 - 1)
+    at_work = replace(Host(vae, tensor=latents).call.vae, family=find_family("hunyuan-video"))
+
+    def tried() -> list[str]:
+        host = Host(vae, tensor=latents)
+        host.call = replace(host.call, vae=at_work)
+        host.answered()
+        return host.made
+
+    assert tried() == ["tiles"]
+    memory(monkeypatch, 2800 * 5 * 64 * 64 * 4)
+    assert tried() == ["whole"]
+
+
+def test_a_size_at_which_the_whole_vae_turned_out_slow_is_made_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(route, "pace", Pace(clock=lambda: now[0], card=lambda _: ""))
+
+    def taking(seconds: float, latents: torch.Tensor) -> Outcome[Any]:
+        def whole_vae() -> str:
+            now[0] += seconds
+            return "whole"
+
+        host = Host(tensor=latents)
+        host.whole = whole_vae
+        return host.answered()
+
+    latents = given_to("decode")
+    taking(0.1, latents)
+    assert taking(120.0, latents).value == "whole"
+    outcome = taking(0.1, latents)
+    assert (outcome.route, outcome.detail, outcome.because) == ("tiled", "exact", "the whole VAE was too slow before")
+    assert taking(0.1, latents[..., :8]).value == "whole"
+
+
+# --- room ------------------------------------------------------------------------------------------------------------------
+
+
+class Card:
+    """A device with ``free`` bytes, on which other models have ``others``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int, others: int) -> None:
+        self.free = free
+        self.others = others
+        self.asked: list[tuple[int, int]] = []
+        monkeypatch.setattr(route, "available_memory", lambda device: self.free if device == ELSEWHERE else 1 << 40)
+
+    def make_room(self, wanted: int, least: int) -> int:
+        self.asked.append((wanted, least))
+        if self.others < least:
+            return 0
+        freed, self.others = self.others, 0
+        self.free += freed
+        return freed
+
+    def host(self, **call: Any) -> Host:
+        return Host(tensor=given_to("decode").to(ELSEWHERE), make_room=self.make_room, **call)
+
+
+def test_what_fits_makes_nobody_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, need_of("decode").likely, 1 << 40)
+    assert card.host().answered().value == "whole"
+    assert card.asked == []
+
+
+def test_before_the_whole_vae_is_given_up_other_models_leave_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = need_of("decode")
+    card = Card(monkeypatch, need.least // 2, need.likely)
+    outcome = card.host().answered()
+    assert (outcome.value, outcome.route, outcome.because) == ("whole", "local", "")
+    # As much as is sure to do, and nothing where it would not even be tried.
+    assert card.asked == [(need.likely - need.least // 2, need.least - need.least // 2)]
+
+
+def test_where_it_was_tried_and_memory_ran_out_they_leave_and_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = need_of("decode")
+    card = Card(monkeypatch, need.least, need.likely)
+    host = card.host()
+    host.whole = lambda: "whole" if card.asked else _raise(oom())
+    outcome = host.answered()
+    assert (outcome.value, outcome.because, host.made) == ("whole", "", ["whole", "whole"])
+    assert card.asked == [(need.likely - need.least, (need.likely - need.least) // 2)]
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def test_an_error_that_is_not_of_memory_makes_nobody_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, need_of("decode").least, 1 << 40)
+    failing_tiles(monkeypatch, ValueError())
+    host = card.host()
+    host.whole = ValueError("a defect of the host")
+    assert host.answered().value == "tiles"
+    assert card.asked == []
+
+
+def test_where_all_of_them_are_not_enough_for_the_whole_vae_they_leave_for_the_tiles_if_those_are_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need = need_of("decode")
+    told = failing_tiles(monkeypatch, oom())
+    little, more = need.counted // 10, need.counted // 4
+    tight = Card(monkeypatch, little, more)
+    assert tight.host().answered().value == "tiles"
+    assert len(tight.asked) == 2
+    assert told[0].max_bytes == int(0.8 * (little + more))
+    # With half of what the whole VAE keeps alive tiles are as quick as they get.
+    enough = Card(monkeypatch, need.counted // 2, need.counted // 4)
+    enough.host().answered()
+    assert len(enough.asked) == 1
+    assert enough.others
+
+
+def test_switched_off_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(monkeypatch, 0, 1 << 40)
+    failing_tiles(monkeypatch, oom())
+    with torch.no_grad():
+        assert answer(card.host().call, Settings(make_room="off")).value == "tiles"
+    assert card.asked == []

@@ -1,0 +1,88 @@
+"""The VAE on a device that the user has picked, beside the one where the host has it: a copy, kept from call to call."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from remote_vae.local.own import copied
+from remote_vae.vae.fingerprint import Excerpt, excerpt
+
+log = logging.getLogger("remote_vae")
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """``module`` is a copy of ``original``, which had the weights of ``weights``."""
+
+    original: weakref.ref[Any]
+    weights: Excerpt | None
+    device: torch.device
+    dtype: torch.dtype | None
+    module: Any
+
+
+class Copies:
+    """One copy a process: it is made anew when the host has loaded another VAE or other weights. For many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: _Copy | None = None
+
+    def of(self, original: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+        """``original`` on ``device`` in ``dtype``, None: in its own.
+
+        Raises:
+            UnsupportedLayout: its weights are not at hand. And what torch raises where there is no room.
+        """
+        weights = excerpt(original)
+        with self._lock:
+            kept = self._kept
+            if (
+                kept is not None
+                and weights is not None
+                and kept.original() is original
+                and (kept.weights, kept.device, kept.dtype) == (weights, device, dtype)
+            ):
+                return kept.module
+            # Before the next one is made: both together may find no room.
+            self._kept = kept = None
+            module = copied(original, device, dtype)
+            self._kept = _Copy(weakref.ref(original, self._forget), weights, device, dtype, module)
+            log.info("a copy of %s is kept on %s", type(original).__name__, device)
+            return module
+
+    def has(self, original: Any, device: torch.device) -> bool:
+        """Whether a copy of ``original`` is on ``device``, of whichever weights."""
+        kept = self._kept
+        return kept is not None and kept.original() is original and kept.device == device
+
+    def drop(self) -> None:
+        """Give its memory back."""
+        with self._lock:
+            self._kept = None
+
+    def _forget(self, original: weakref.ref[Any]) -> None:
+        # A finaliser may run in the midst of anything, also of what holds the lock.
+        kept = self._kept
+        if kept is not None and kept.original is original:
+            self._kept = None
+
+
+copies = Copies()
+
+
+def picked_device(name: str, own: torch.device) -> torch.device | None:
+    """The device of ``name``, which the settings have checked; None where that is ``own``, where the VAE is anyway, or none."""
+    if not name:
+        return None
+    device = torch.device(name)
+    same_kind = device.type == own.type
+    if same_kind and (device.type == "cpu" or (device.index or 0) == (own.index or 0)):
+        return None
+    return device
