@@ -215,3 +215,22 @@ def test_every_option_and_every_word_of_the_panel_is_there_in_chinese() -> None:
         assert (option.default, option.choices) == (english[key].default, english[key].choices)
     for word, entry in read_toml("words.toml").items():
         assert set(entry) == {"en", "zh"}, word
+
+
+@pytest.mark.parametrize(("given", "expected"), [("", ""), (" CPU ", "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_a_device_for_the_vae_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch, given: str, expected: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert Settings(local_device=given).local_device == expected
+
+
+@pytest.mark.parametrize("given", ["cuda:2", "gpu", "mps", "cuda:", "cpu:0", "disk"])
+def test_another_device_is_refused_with_those_that_are_there(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(SettingsError, match="local_device: must be one of cpu, cuda:0, cuda:1"):
+        Settings(local_device=given)
+    settings, problems = Settings.forgiving({"local_device": given})
+    assert settings.local_device == ""
+    assert "cuda:1" in problems[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from remote_vae.errors import VaeCallFailed
+from remote_vae.hosts import a1111
 from remote_vae.local import route
 from remote_vae.rescue import load_latents
 from tests.hosts.a1111_standin import (
@@ -347,3 +348,60 @@ def test_with_bfloat16_on_a_fast_cpu_the_host_gets_its_picture_in_its_own_dtype(
     assert fast.dtype == torch.float32
     assert 30 < psnr(fast, whole) < 90
     assert host.details() == ["exact, bfloat16"]
+
+
+# --- room on the card --------------------------------------------------------------------------------------------------------
+
+
+class Moved(a1111.Room):
+    """Says what it did, and moves nothing; ``is_made`` while there is room."""
+
+    done: ClassVar[list[str]] = []
+    is_made = False
+
+    def make(self, wanted: int, least: int) -> int:
+        Moved.done.append("away")
+        Moved.is_made = True
+        return 1 << 40
+
+    def restore(self) -> None:
+        Moved.done.append("back")
+        Moved.is_made = False
+
+
+def test_what_makes_room_for_a_batch_comes_back_after_its_last_picture(
+    host: A1111Host, laid_out: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = ("batch", "img2img")
+    alone = {way: make(host, way) for way in ways}
+    monkeypatch.setattr(a1111, "Room", Moved)
+    monkeypatch.setattr(Moved, "done", [])
+    monkeypatch.setattr(route, "available_memory", lambda device: (1 << 40) * Moved.is_made)
+    host.turn_on("")
+    assert same(make(host, "batch").pictures, alone["batch"].pictures)
+    assert Moved.done == ["away", "back"]
+    assert host.routes() == ["decode local"] * 3
+    Moved.done.clear()
+    assert same(make(host, "img2img").pictures, alone["img2img"].pictures)
+    # Three sources are three calls, and the three decodes one batch.
+    assert Moved.done == ["away", "back"] * 4
+    host.set_options(make_room="off")
+    Moved.done.clear()
+    make(host, "txt2img")
+    assert Moved.done == ["back"]
+
+
+def test_other_models_leave_first_and_then_all_of_the_own_one_but_its_vae(host: A1111Host, vae: AutoencoderKL) -> None:
+    other = host.load(SgmModel(vae))
+    model = host.load(LdmModel(vae))
+    model.model, model.cond_stage_model = nn.Linear(2, 2), nn.Linear(2, 2)
+    leaving = list(a1111._room(model)._modules())
+    assert leaving[0] is other
+    assert set(leaving[1:]) >= {model.model, model.cond_stage_model}
+    assert model.first_stage_model not in leaving
+    assert model not in leaving
+    # The UI itself has only one of its parts on the card at a time.
+    other.lowvram = True
+    assert other not in a1111._room(model)._modules()
+    model.lowvram = True
+    assert list(a1111._room(model)._modules()) == []

@@ -58,6 +58,11 @@ def test_a_pass_within_a_generation_does_as_the_generation_around_it() -> None:
         ([replace(LOCAL, fallback_reason="no endpoint is set")], "decode local (no endpoint is set)"),
         ([replace(REMOTE, detail="u8, another VAE")], "decode remote (u8, another VAE)"),
         ([LOCAL, as_encode(REMOTE)], "decode local, encode remote (u8)"),
+        # By a device that the user has picked, or that was left.
+        ([replace(LOCAL, detail="on cuda:1")], "decode local on cuda:1"),
+        ([replace(LOCAL, route="tiled", detail="exact, on xpu:0")], "decode local on xpu:0"),
+        ([replace(FELL_BACK, detail="on the CPU")], "decode local on the CPU (503)"),
+        ([replace(LOCAL, route="tiled", detail="exact")], None),
         ([LOCAL], None),
         ([], None),
     ],

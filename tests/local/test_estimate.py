@@ -121,7 +121,9 @@ def test_the_estimate_is_true_on_the_cards_that_were_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "frames"), [("pictures", "sd", 0), ("frame", "qwen", 1), ("frames", "wan22", 2)], ids=lambda each: str(each)
+    ("kind", "name", "frames"),
+    [("pictures", "sd", 0), ("frame", "qwen", 1), ("frames", "wan22", 2)],
+    ids=lambda each: str(each),
 )
 @pytest.mark.parametrize("op", OPS)
 def test_what_the_data_say_is_counted_of_a_real_vae_is_what_is_counted(kind: str, name: str, frames: int, op: Op) -> None:

@@ -109,8 +109,8 @@ def test_the_fraction_that_a_process_is_held_to_counts_as_the_size_of_the_card(
 
 OLD = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU {card} has a total capacty of 23.69 GiB of which 22.00 GiB is free. "
-    "Including non-PyTorch memory, this process has 1.20 GiB memory in use. {limit}Of the allocated memory 1.00 KiB is allocated "
-    "by PyTorch, and 3.00 KiB is reserved by PyTorch but unallocated."
+    "Including non-PyTorch memory, this process has 1.20 GiB memory in use. {limit}Of the allocated memory 1.00 KiB is "
+    "allocated by PyTorch, and 3.00 KiB is reserved by PyTorch but unallocated."
 )
 
 

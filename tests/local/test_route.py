@@ -497,7 +497,9 @@ def test_where_nothing_says_that_it_does_not_fit_the_whole_vae_is_only_tried_whe
     assert Host(op=op, tensor=tensor).fits
 
 
-def test_there_a_vae_whose_layers_are_not_counted_is_tried_where_what_is_published_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_a_vae_whose_layers_are_not_counted_is_tried_where_what_is_published_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     vae, latents = small_vae("hunyuan-video"), torch.empty(1, 16, 2, 8, 8, device=ELSEWHERE)
     monkeypatch.setattr(route, "spills", lambda device: True)
     memory(monkeypatch, 2800 * 5 * 64 * 64 * 4 - 1)
