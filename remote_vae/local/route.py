@@ -102,10 +102,14 @@ def answer(call: VaeCall[T], settings: Settings, *, dtype: torch.dtype | None = 
 
 
 def whole_fits(call: VaeCall[T]) -> bool:
-    """Whether the memory that is free takes the whole VAE's call, of a batch all at once; True where that cannot be told."""
+    """Whether the memory that is free is sure to take the whole VAE's call, of a batch all at once.
+
+    True where that cannot be told.
+    """
     known = _known(call)
     _brought(call)
-    return _whole_fits(call, known)
+    free = available_memory(call.vae.device)
+    return free is None or _need(call, known).likely <= free
 
 
 def _run(way: Way[T], call: VaeCall[T]) -> T:

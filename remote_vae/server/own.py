@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from remote_vae.errors import SettingsError
+from remote_vae.local.memory import available_memory
 from remote_vae.server.catalogue import Device, Entry, NoModel, info_of
 from remote_vae.server.models import LoadedVae, load_vae, public_name
-from remote_vae.tiled.memory import available_memory, free_memory
+from remote_vae.tiled.memory import free_memory
 from remote_vae.vae.at_work import VaeAtWork
 from remote_vae.vae.families import Family, find_family
 
