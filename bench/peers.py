@@ -1,8 +1,8 @@
 """The clients of others, unmodified, against our server with four VAEs behind it: every output type and family that they have.
 
 diffusers' functions come from its package; SD.Next's and ComfyUI-HFRemoteVae's files from checkouts, which are read and not
-kept here. Stand-ins take the place of the modules of SD.Next that its file imports. What a client returns is compared with what the
-same VAE gives when it is called directly, in levels of 255; latents in standard deviations.
+kept here. Stand-ins take the place of the modules of SD.Next that its file imports. What a client returns is compared with what
+the same VAE gives when it is called directly, in levels of 255; latents in standard deviations.
 
     python -m bench.peers [--sdnext PATH_TO_SDNEXT] [--hfremotevae PATH_TO_COMFYUI_HFREMOTEVAE]
 """

@@ -220,7 +220,8 @@ class SameVae:
             if isinstance(error, EndpointError) and _is_failure(error, is_silent=is_silent):
                 raise
             # It may be starting or busy, or not take so small a picture.
-            return _unknown(about, endpoint, error.reason)
+            said = f": {error.detail}" if isinstance(error, EndpointError) and error.is_of_the_server else ""
+            return _unknown(about, endpoint, error.reason, said)
         except RouteFailed:
             raise
         except Exception as error:
@@ -252,17 +253,18 @@ class SameVae:
 def of_several(info: Info, vae: VaeAtWork) -> Info:
     """What is said of that one of the endpoint's VAEs which calls of ``vae`` are for.
 
-    The same one; else of its family, one of which it is not known yet whether it is the same, or the first; else one whose
-    family is not known; else the first.
+    The same one; else one that may be the same, as it was never loaded, those of the family first; else the first of the
+    family; else the first.
     """
     if len(info.models) < 2:
         return info
-    index = None if vae.module is None else match_among(vae.module, [each.fingerprints for each in info.models])
-    if index is not None:
-        return info.models[index]
     family = [each for each in info.models if each.family == vae.family.key]
-    unsaid = [each for each in family if not each.fingerprints] + family
-    return next(iter(unsaid or [each for each in info.models if not each.family]), info.models[0])
+    likely = [*family, *(each for each in info.models if each not in family)]
+    index = None if vae.module is None else match_among(vae.module, [each.fingerprints for each in likely])
+    if index is not None:
+        return likely[index]
+    open_ones = [each for each in family if not each.fingerprints] + [each for each in info.models if not each.family]
+    return next(iter([*open_ones, *likely]))
 
 
 def _by_what_it_says(endpoint: str, info: Info, vae: VaeAtWork) -> Verdict | None:
@@ -293,8 +295,9 @@ def _is_failure(error: EndpointError, *, is_silent: bool) -> bool:
     return not is_silent and (error.status >= 500 or error.status in (404, 429))
 
 
-def _unknown(about: str, endpoint: str, cause: str) -> Verdict:
-    why = f"{endpoint} does not say which VAE it has, and the test picture did not tell ({cause})"
+def _unknown(about: str, endpoint: str, cause: str, said: str = "") -> Verdict:
+    """``said``: what the endpoint said of it, which is not for the record."""
+    why = f"{endpoint} does not say which VAE it has, and the test picture did not tell ({cause}{said})"
     return Verdict(None, why, f"the endpoint does not say which VAE it has yet, {cause}", about)
 
 
