@@ -14,6 +14,7 @@ import torch
 
 from remote_vae.server.admission import Place
 from remote_vae.server.catalogue import Entry
+from remote_vae.vae.at_work import VIDEO_DIMENSIONS
 from remote_vae.vae.families import Family
 from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse
 
@@ -31,6 +32,7 @@ class Job:
         family: of the VAE that ``values`` are for.
         values: what the VAE takes but for the scaling, ``[B, C, h, w]``, of videos ``[B, C, F, h, w]``: as it was sent, or on
             its way to a device, in the dtype of the VAE there.
+        shape: of ``values``.
         answer: comes of it.
         queued: since when, of ``time.monotonic``.
     """
@@ -40,13 +42,14 @@ class Job:
     request: Request
     family: Family
     values: torch.Tensor
+    shape: torch.Size
     answer: Future[HttpResponse] = field(default_factory=Future)
     queued: float = field(default_factory=time.monotonic)
 
     @property
     def pictures(self) -> int:
         """Pictures, or videos."""
-        return len(self.values)
+        return self.shape[0]
 
     @property
     def pixels(self) -> int:
@@ -58,9 +61,9 @@ class Job:
         return (
             self.entry is other.entry
             and self.place.op == other.place.op
-            and self.values.shape[1:] == other.values.shape[1:]
+            and self.shape[1:] == other.shape[1:]
             and self.family == other.family
-            and (self.values.ndim < 5 or self.values.shape[2] == 1)
+            and (len(self.shape) < VIDEO_DIMENSIONS or self.shape[2] == 1)
         )
 
     def fail(self, error: Exception) -> None:

@@ -251,13 +251,14 @@ class Engine:
         vae = entry.vae(worker.device)
         with worker.mover.leaving():
             values = prepared(request, vae)
+        shape = values.shape
         if isinstance(request, EncodeRequest):
-            frames = values.shape[2] if values.ndim == VIDEO_DIMENSIONS else 1
-            place.size = Size(values.shape[0], frames, *values.shape[-2:])
+            frames = shape[2] if len(shape) == VIDEO_DIMENSIONS else 1
+            place.size = Size(shape[0], frames, *shape[-2:])
             place.pixels = place.size.pixels
         if vae.device.type == "cuda" and self._batcher.bytes_ahead() + values.nbytes <= _AHEAD_BYTES:
             values = worker.mover.up(values.to(vae.dtype))
-        return Job(place, entry, request, vae.family, values)
+        return Job(place, entry, request, vae.family, values, shape)
 
     def _nearest(self, entry: Entry) -> Worker:
         """One of those that have the VAE, the idle first."""

@@ -158,17 +158,13 @@ class Worker:
         return request.scaling.unscale(given, vae.family) if isinstance(request, DecodeRequest) else given
 
     def _given(self, job: Job, vae: VaeAtWork, dtype: torch.dtype) -> torch.Tensor:
-        if job.family != vae.family or (job.values.device.type != "cpu" and not _is_for(job.values, vae, dtype)):
-            # A host has another VAE by now, or what was brought is on another device, or not in float32.
-            return moved(prepared(job.request, vae), vae.device, dtype)
-        if job.values.device.type != "cpu":
-            self.mover.arrived(job.values)
-            return job.values
-        return moved(job.values, vae.device, dtype)
-
-
-def _is_for(values: torch.Tensor, vae: VaeAtWork, dtype: torch.dtype) -> bool:
-    return values.device == vae.device and values.dtype == dtype
+        values, is_here = job.values, job.values.device == vae.device
+        if is_here:
+            self.mover.arrived(values)
+        if job.family == vae.family and (values.is_cpu or (is_here and values.dtype == dtype)):
+            return moved(values, vae.device, dtype)
+        # A host has another VAE by now, or what was brought is on another device, or not in float32.
+        return moved(prepared(job.request, vae), vae.device, dtype)
 
 
 def prepared(request: Any, vae: VaeAtWork) -> torch.Tensor:

@@ -19,13 +19,9 @@ from remote_vae.wire import DecodeRequest, HttpResponse
 def job_of(entry: Entry, request: Request, device: Device = None) -> Job:
     """A call that has been read."""
     vae = entry.vae(device)
-    return Job(
-        Place("decode" if isinstance(request, DecodeRequest) else "encode", 1, 1),
-        entry,
-        request,
-        vae.family,
-        prepared(request, vae),
-    )
+    values = prepared(request, vae)
+    place = Place("decode" if isinstance(request, DecodeRequest) else "encode", 1, 1)
+    return Job(place, entry, request, vae.family, values, values.shape)
 
 
 def worker_of(device: Device = None, watcher: Watcher | None = None) -> Worker:
