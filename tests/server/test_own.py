@@ -145,13 +145,11 @@ def test_else_the_family_that_the_client_names_decides_and_nothing_else_is_loade
     vaes = make("sdxl=@xl", "flux=@flux")
     assert picked(vaes, family="chroma") == "flux"
     assert loading.loaded == ["flux"]
-    with pytest.raises(InvalidRequest, match="the VAEs of SDXL, Flux.*, and the request is for Stable Diffusion 3"):
+    with pytest.raises(InvalidRequest, match=r"the VAEs of SDXL, Flux.*, and the request is for Stable Diffusion 3"):
         picked(vaes, family="sd3")
 
 
-def test_of_several_of_a_family_the_fingerprint_decides(
-    make: Callable[..., OwnVaes], loading: Loading, folder: Path
-) -> None:
+def test_of_several_of_a_family_the_fingerprint_decides(make: Callable[..., OwnVaes], loading: Loading, folder: Path) -> None:
     vaes = make("sdxl=@xl", "anime=@anime", "flux=@flux")
     theirs = fingerprint(load_vae(str(folder / "anime"), device="cpu").vae.state_dict(), "bfloat16")
     assert picked(vaes, family="sdxl", fingerprint=theirs) == "anime"
