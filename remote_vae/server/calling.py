@@ -176,7 +176,16 @@ class Calls:
                 return self._whole(tensor)
 
         user = User(tell=lambda _: self._check())
-        call = VaeCall(self.op, tensor, self.vae, adopt=_values, whole=whole, own_tiling=in_its_own_tiles, user=user)
+        call = VaeCall(
+            self.op,
+            tensor,
+            self.vae,
+            adopt=_values,
+            whole=whole,
+            own_tiling=in_its_own_tiles,
+            make_room=lambda wanted, _: self.make_room(wanted),
+            user=user,
+        )
         return local.answer(call, Settings(), dtype=dtype).value
 
     # --- in float32 ------------------------------------------------------------------------------------------------------

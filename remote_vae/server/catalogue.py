@@ -89,7 +89,7 @@ class Entry(Protocol):
         ...
 
     def make_room(self, device: Device, wanted: int) -> int:
-        """Put others away that nobody calls, until so many bytes are free there, or none is left. Returns the bytes freed."""
+        """Put others away that nobody calls, until they had so many bytes there, or none is left. Returns the bytes freed."""
         ...
 
 

@@ -239,7 +239,7 @@ class OwnVaes:
             family=vae.wanted_family,
             dtype=vae.source.dtype,
             device=str(device),
-            make_room=lambda wanted: self.make_room(device, wanted + _room_for_calls(device), beside=vae),
+            make_room=lambda weights: self._make_room_for(weights, device, vae),
         )
         with self._lock:
             vae.learn(loaded)
@@ -267,13 +267,13 @@ class OwnVaes:
                 vae.users -= 1
 
     def make_room(self, device: torch.device, wanted: int, beside: OwnVae) -> int:
-        """Put away those that nobody calls, least lately used first, until so many bytes are free, or none is left.
+        """Put away those that nobody calls, least lately used first, until they had so many bytes, or none is left.
 
         Returns:
             The bytes of the weights that were put away.
         """
         freed = 0
-        while not self._has_room(device, wanted):
+        while freed < wanted:
             with self._lock:
                 idle = [vae for vae in self._vaes if vae is not beside and not vae.users and device in vae.copies]
                 if not idle:
@@ -283,6 +283,13 @@ class OwnVaes:
             log.info("%s is put away: its memory on %s is needed", least.name, device)
             free_memory()
         return freed
+
+    def _make_room_for(self, weights: int, device: torch.device, vae: OwnVae) -> None:
+        """For weights of so many bytes, and a call."""
+        wanted = weights + _room_for_calls(device)
+        # One after the other: what is free then shows whether it is enough.
+        while not self._has_room(device, wanted) and self.make_room(device, 1, beside=vae):
+            pass
 
     def _has_room(self, device: torch.device, wanted: int) -> bool:
         free = self._available(device)

@@ -66,7 +66,8 @@ def loading() -> Loading:
 @pytest.fixture
 def make(folder: Path, loading: Loading) -> Callable[..., OwnVaes]:
     def make(*sources: str, **given: Any) -> OwnVaes:
-        return OwnVaes([Source.parse(text.replace("@", f"{folder}/")) for text in sources], load=loading, **given)
+        texts = [text.replace("@", f"{folder}/").rpartition("=") for text in sources]
+        return OwnVaes([Source(source, name or None) for name, _, source in texts], load=loading, **given)
 
     return make
 
@@ -96,23 +97,7 @@ def decode(server: ServerThread, path: str = "/decode", latents: torch.Tensor = 
 # --- names -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "source"),
-    [
-        ("sdxl=/models/xl", Source("/models/xl", "sdxl")),
-        ("a.b-c_1=someone/some-vae", Source("someone/some-vae", "a.b-c_1")),
-        ("/models/a=b", Source("/models/a=b")),
-        ("./a=b", Source("./a=b")),
-        ("C:\\vaes\\x=1", Source("C:\\vaes\\x=1")),
-    ],
-)
-def test_a_vae_has_the_name_that_stands_before_it(text: str, source: Source) -> None:
-    assert Source.parse(text) == source
-
-
-def test_names_that_cannot_be_are_refused(make: Callable[..., OwnVaes]) -> None:
-    with pytest.raises(SettingsError, match="a path of the server's own"):
-        Source.parse("decode=/models/xl")
+def test_two_of_one_name_are_refused(make: Callable[..., OwnVaes]) -> None:
     with pytest.raises(SettingsError, match="two VAEs are called xl"):
         make("xl=@xl", "xl=@anime")
 
@@ -145,7 +130,7 @@ def test_else_the_family_that_the_client_names_decides_and_nothing_else_is_loade
     vaes = make("sdxl=@xl", "flux=@flux")
     assert picked(vaes, family="chroma") == "flux"
     assert loading.loaded == ["flux"]
-    with pytest.raises(InvalidRequest, match=r"the VAEs of SDXL, Flux.*, and the request is for Stable Diffusion 3"):
+    with pytest.raises(InvalidRequest, match=r"the VAEs of SDXL, Flux.*, and the request is for SD 3"):
         picked(vaes, family="sd3")
 
 
@@ -193,7 +178,8 @@ def test_a_vae_is_loaded_by_its_first_call_while_others_are_served(
         assert decode(server, "/sdxl/decode").status_code == 200
         loading.held.set()
         expected = locally(load_vae(str(folder / "flux"), device="cpu"), WIDE)
-        assert all(torch.equal(tensor_of(each.result()), expected) for each in first)
+        # They may be made at once, which changes the last bits.
+        assert all(torch.allclose(tensor_of(each.result()), expected, atol=1e-4) for each in first)
     assert loading.loaded == ["xl", "flux"]
 
 
@@ -317,13 +303,12 @@ def test_a_call_for_a_vae_that_is_busy_on_one_device_gets_a_copy_on_another(make
     vaes = make("sdxl=@xl", devices=CPUS)
     entry = vaes.entries()[0]
     vaes.load(entry, CPUS[0]).result(20)
-    gate, engine = threading.Event(), Engine(vaes)
+    gate, engine = threading.Event(), Engine(vaes, batch_pixels=0)
     first = entry.vae(CPUS[0]).module
     first.decoder.register_forward_pre_hook(lambda *_: (gate.wait(20), None)[1])
     with entry.held():
         held, other = (engine.submit(Place("decode", 1, 1), entry, DecodeRequest(LATENTS, Output.TENSOR)) for _ in range(2))
-        # Whichever was first is held up.
-        wait_until(lambda: held.done() or other.done() or engine.health()["waiting"] < 0 or entry.is_at(CPUS[1]))
+        wait_until(lambda: entry.is_at(CPUS[1]))
         third = engine.submit(Place("decode", 1, 1), entry, DecodeRequest(LATENTS, Output.TENSOR)).result(20)
         gate.set()
         assert third.body == held.result(20).body == other.result(20).body
