@@ -11,7 +11,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 VAE ?= assets/demo_vae
 OPTIONS ?=
 
-.PHONY: demo test lint coverage serve bench package clean
+.PHONY: demo test test-cluster lint coverage serve bench package clean
 
 demo: $(VENV)/ready
 	$(RUN) -m remote_vae demo --out demo
@@ -21,6 +21,10 @@ serve: $(VENV)/ready
 
 test: $(VENV)/ready lint
 	$(RUN) -m pytest
+
+# A real cluster on this machine: Ray Serve, whose replicas are killed and updated under load.
+test-cluster: $(VENV)/cluster-ready
+	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(RUN) -m pytest tests/cluster --numprocesses=0
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
@@ -51,6 +55,10 @@ $(VENV)/ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) )$(TORCH)
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/cluster-ready: $(VENV)/ready requirements-cluster.txt
+	$(PIP) -r requirements-cluster.txt
 	touch $@
 
 clean:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, Optional, Protocol
+from typing import Any, Optional, Protocol, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ Fits = Callable[[Family], bool]
 # None: wherever the provider has its VAE.
 Device = Optional[torch.device]
 
+One = TypeVar("One", bound="Described")
+
 _NOTHING = "no model is loaded in this UI yet: generate something first"
 
 
@@ -31,8 +33,8 @@ class UnknownModel(RemoteVaeError):
     """The server has no VAE of this name."""
 
 
-class Entry(Protocol):
-    """One VAE of a server. Asked from any thread."""
+class Described(Protocol):
+    """What is known of one VAE of a server."""
 
     @property
     def name(self) -> str:
@@ -50,6 +52,15 @@ class Entry(Protocol):
         ...
 
     @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Of its weights, by the keys of ``GET /info``; empty where they are not known."""
+        ...
+
+
+class Entry(Described, Protocol):
+    """One VAE of a server. Asked from any thread."""
+
+    @property
     def is_loaded(self) -> bool:
         """Whether its weights are in the memory of a device."""
         ...
@@ -57,11 +68,6 @@ class Entry(Protocol):
     @property
     def problem(self) -> str:
         """Why it cannot be had at the moment; "" where it can, also where it would have to be loaded first."""
-        ...
-
-    @property
-    def fingerprints(self) -> Mapping[str, str]:
-        """Of its weights, by the keys of ``GET /info``; empty where they are not known."""
         ...
 
     def info(self) -> dict[str, Any]:
@@ -228,12 +234,12 @@ def info_of(vae: VaeAtWork) -> dict[str, Any]:
 
 
 def pick(
-    entries: Sequence[Entry],
+    entries: Sequence[One],
     name: str | None = None,
     family: str | None = None,
     fingerprint: str | None = None,
     fits: Fits | None = None,
-) -> Entry:
+) -> One:
     """The one that a request is for.
 
     By the name in its path; else by the family that the client names: of several of it the one with that fingerprint, else the
@@ -269,7 +275,7 @@ def pick(
     return candidates[0]
 
 
-def _by_name(entries: Sequence[Entry], name: str, family: str | None) -> Entry:
+def _by_name(entries: Sequence[One], name: str, family: str | None) -> One:
     entry = next((each for each in entries if each.name == name), None)
     if entry is None:
         raise UnknownModel(f"this server has no VAE called {name[:40]}; it has {', '.join(each.name for each in entries)}")
@@ -278,7 +284,7 @@ def _by_name(entries: Sequence[Entry], name: str, family: str | None) -> Entry:
     return entry
 
 
-def _of_family(entries: Sequence[Entry], name: str, fits: Fits | None) -> list[Entry]:
+def _of_family(entries: Sequence[One], name: str, fits: Fits | None) -> list[One]:
     """Those of the family, then those that may turn out to be, then those of no family, which answer for all."""
     wanted = None
     with suppress(SettingsError):
