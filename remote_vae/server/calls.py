@@ -137,7 +137,7 @@ class Call(Response):
             # The server goes, and has waited long enough for what had begun.
             stopped = error_answer(Busy("this server was stopped before the call was done; try again"))
             # Without a wait, in which it would be ended a second time.
-            await _send_head(stopped, send)
+            await _begin(stopped, send, late)
             await send({"type": "http.response.body", "body": bytes(stopped.body)})
             raise
         except Exception as error:
@@ -293,10 +293,7 @@ async def _refuse(request: Request, answer: HttpResponse, receive: Receive, send
 
 async def _send(answer: HttpResponse, send: Send, stall: float, late: Late) -> bool:
     """Send it in pieces. False: a piece was not read in ``stall`` seconds, and the rest is not sent."""
-    if late.has_begun:
-        await send({"type": "http.response.body", "body": late_head(answer), "more_body": True})
-    else:
-        await _send_head(answer, send)
+    await _begin(answer, send, late)
     body = memoryview(answer.body)
     for start in range(0, max(len(body), 1), _PIECE):
         piece = bytes(body[start : start + _PIECE])
@@ -306,6 +303,14 @@ async def _send(answer: HttpResponse, send: Send, stall: float, late: Late) -> b
         except asyncio.TimeoutError:
             return False
     return True
+
+
+async def _begin(answer: HttpResponse, send: Send, late: Late) -> None:
+    """The head, or where the answer has begun before it was made, what stands for it."""
+    if late.has_begun:
+        await send({"type": "http.response.body", "body": late_head(answer), "more_body": True})
+    else:
+        await _send_head(answer, send)
 
 
 async def _send_head(answer: HttpResponse, send: Send) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from remote_vae.vae.at_work import Op
+from remote_vae.wire.compression import codings
+from remote_vae.wire.extras import ACCEPT, ENCODING
 from remote_vae.wire.http import BASE64_TYPE, TENSOR_TYPE
+from remote_vae.wire.late import LATE_TYPE
 from remote_vae.wire.query import MAX_FACTOR, MAX_SHIFT, MIN_FACTOR
+from remote_vae.wire.several import PICTURES_TYPE
 from remote_vae.wire.tensors import DTYPES, MAX_DIMENSIONS, MAX_SIZE
 
 DESCRIPTION = """VAE decode and encode for image generators: the protocol of Hugging Face's hybrid inference, which diffusers'
@@ -38,6 +42,10 @@ _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "i
 _TENSOR_HEADERS = {
     "shape": {"description": "Of the values in the body, as a JSON list.", "schema": {"type": "string"}},
     "dtype": {"description": "Of the values in the body, in row-major order, little endian.", "schema": {"type": "string"}},
+}
+_OWN_HEADERS = {
+    "Server-Timing": {"description": "Milliseconds by stage.", "schema": {"type": "string"}},
+    ENCODING: {"description": "How the body is compressed, where the client takes that.", "schema": {"type": "string"}},
 }
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BASE64_BODY = {
@@ -92,22 +100,25 @@ _ANSWER: dict[Op, dict[str, Any]] = {
             "What was asked for: values (tensor/binary, with shape and dtype as headers; float [B, 3, H, W] in [-1, 1], of "
             "videos [B, 3, F, H, W], or uint8 [B, H, W, 3]), a picture's file, or an mp4."
         ),
-        "headers": _TENSOR_HEADERS,
+        "headers": {**_TENSOR_HEADERS, **_OWN_HEADERS},
         "content": {
             TENSOR_TYPE: _BINARY,
             "image/png": _BINARY,
             "image/jpeg": _BINARY,
             "video/mp4": _BINARY,
             "application/json": _BASE64_BODY,
+            PICTURES_TYPE: _BINARY,
+            LATE_TYPE: _BINARY,
         },
     },
     "encode": {
         "description": "Latents [B, C, h, w], of videos [B, C, F, h, w]; a posterior's mean and logvar have 2 C channels.",
         "headers": {
             **_TENSOR_HEADERS,
+            **_OWN_HEADERS,
             "posterior": {"description": "True: mean and logvar.", "schema": {"type": "string"}},
         },
-        "content": {TENSOR_TYPE: _BINARY},
+        "content": {TENSOR_TYPE: _BINARY, LATE_TYPE: _BINARY},
     },
 }
 
@@ -159,6 +170,16 @@ def _which() -> list[dict[str, Any]]:
     ]
 
 
+def _takes() -> dict[str, Any]:
+    """What the client takes beyond the protocol."""
+    what = (
+        "Ours: what the client takes beyond the protocol, as /info lists it under extras, with commas between. late: an answer "
+        "that begins after ten seconds, with a sign of life every five; pictures: several files in one answer; "
+        f"{', '.join(codings())}: values that are compressed without loss."
+    )
+    return _parameter(ACCEPT, {"type": "string"}, what, where="header")
+
+
 def _decode_parameters() -> list[dict[str, Any]]:
     side = {"type": "integer", "minimum": 1, "maximum": MAX_SIZE}
     return [
@@ -175,6 +196,7 @@ def _decode_parameters() -> list[dict[str, Any]]:
         _parameter("width", side, "In pixels; needed for packed latents, else ignored."),
         _flag("truncate", "Ours: uint8 levels rounded down, as some UIs round; else to the nearest."),
         *_which(),
+        _takes(),
         _parameter(
             "Accept",
             {"type": "string"},
@@ -189,6 +211,18 @@ def _encode_parameters() -> list[dict[str, Any]]:
         *_head(required=False, what="pixels [B, 3, H, W] in [-1, 1], of videos [B, 3, F, H, W]; uint8: levels of 0 to 255"),
         *_scaling("The shift is subtracted, then latents are multiplied by it."),
         _flag("posterior", "Ours: answer with mean and logvar, unscaled, so that the client draws with its own seed."),
+        _parameter(
+            "sample",
+            {"type": "integer", "minimum": 0, "maximum": (1 << 63) - 1},
+            "Ours: a seed. The answer is then a sample of the posterior; left out, it is its mode.",
+        ),
         _parameter("form", {"type": "string", "enum": ["packed"]}, "Ours: latents as transformers take them."),
         *_which(),
+        _takes(),
+        _parameter(
+            ENCODING,
+            {"type": "string", "enum": list(codings())},
+            "Ours: how the values of the body are compressed.",
+            where="header",
+        ),
     ]
