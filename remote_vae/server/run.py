@@ -62,15 +62,20 @@ class _Start:
 
     def after(self, ready: Any) -> None:
         """Begin, and call ``ready`` when it is done."""
-        sources = ", ".join(each.source for each in self._config.vaes)
-        print(f"loading {sources} ...", flush=True)
+        sources = [each.source for each in self._config.vaes if self._loads_all or each.name is None]
+        if sources:
+            print(f"loading {', '.join(sources)} ...", flush=True)
         # No thread that the process waits for: who interrupts it means it.
         threading.Thread(target=self._run, args=(ready,), name="remote-vae-start", daemon=True).start()
 
+    @property
+    def _loads_all(self) -> bool:
+        # Nobody is to wait for a compiler.
+        return self._config.preload or self._config.fast == "compile"
+
     def _run(self, ready: Any) -> None:
         try:
-            # Nobody is to wait for a compiler.
-            self._vaes.start(preload=self._config.preload or self._config.fast == "compile")
+            self._vaes.start(preload=self._loads_all)
         except Exception as error:
             self._error = error
             self._server.should_exit = True
@@ -127,8 +132,9 @@ def _named(model: dict[str, Any]) -> str:
 def _described(model: dict[str, Any]) -> str:
     """Of one that was never loaded no more than a few things are known."""
     known = load_families().get(model.get("family", ""))
-    label = known.label if known else "custom VAE" if "family" in model else "of a family that loading it will show"
-    return f"{label}, {model['dtype']} on {model['device']}" if "dtype" in model else f"{label}, loaded when it is asked for"
+    label = known.label if known else "custom VAE" if "family" in model else ""
+    where = f"{model['dtype']} on {model['device']}" if "dtype" in model else "loaded when it is asked for"
+    return ", ".join(filter(None, (label, where)))
 
 
 def listen(host: str, port: int) -> socket.socket:

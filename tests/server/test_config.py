@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from remote_vae.errors import SettingsError
 from remote_vae.server.admission import Limits
 from remote_vae.server.config import FLAGS, ServerConfig, add_flags, config_of
 from remote_vae.server.own import Source
+from remote_vae.settings import settings_folder
 from tests.conftest import DEMO_VAE
 
 FILE = """
@@ -41,6 +43,9 @@ flux2 = { source = "black-forest-labs/FLUX.2-dev", family = "flux2", dtype = "bf
 [vae.wan]
 source = "demo"
 """
+
+
+PAGE = (settings_folder().parent / "docs" / "server.md").read_text(encoding="utf-8")
 
 
 def said(*arguments: str) -> ServerConfig:
@@ -234,3 +239,14 @@ def test_a_vae_of_this_machine_is_found_from_the_file_and_a_hub_id_stays_one(tmp
     config = said("--config", file(tmp_path, f'vae = ["demo={relative}", "stabilityai/sd-vae-ft-mse"]'))
     assert Path(config.vaes[0].source).resolve() == DEMO_VAE.resolve()
     assert config.vaes[1].source == "stabilityai/sd-vae-ft-mse"
+
+
+def test_the_page_on_the_server_has_a_file_that_is_taken_and_flags_that_there_are(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", PAGE, re.S)
+    assert [each.name for each in said("--config", file(tmp_path, text)).vaes] == ["sdxl", "flux2", "pony"]
+    of_serve = PAGE.partition("## Many machines")[0]
+    others = {"--help", "--vae", "--config", "--endpoint", "--upgrade", "--index-url", "--now"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"### Docker.*?(?=## Watching)", "", of_serve, flags=re.S))) <= {
+        *(flag.option for flag in FLAGS),
+        *others,
+    }
