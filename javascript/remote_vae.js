@@ -40,12 +40,18 @@
         gradioApp().querySelectorAll("[id$=remote_vae_state_refresh]").forEach((button) => button.click());
     }
 
-    // After a generation, by the text that then stands under its picture; and when somebody opens what has such a line.
+    // After a generation, by what then stands under its picture (SD.Next's Control tab shows the seconds alone); and when
+    // somebody opens what has such a line.
     function watch() {
-        const seen = new MutationObserver(() => setTimeout(refresh, 200));
+        let soon;
+        const seen = new MutationObserver(() => {
+            clearTimeout(soon);
+            soon = setTimeout(refresh, 200);
+        });
         for (const tab of tabs) {
-            const text = gradioApp().querySelector(`#html_info_${tab}`);
-            if (text) seen.observe(text, {childList: true, subtree: true, characterData: true});
+            for (const text of gradioApp().querySelectorAll(`#html_info_${tab}, #html_log_${tab}`)) {
+                seen.observe(text, {childList: true, subtree: true, characterData: true});
+            }
         }
         document.addEventListener("click", (event) => {
             const within = "[id$=remote_vae_remote_vae] .label-wrap, #settings .tab-nav button, #tabs > .tab-nav button";
