@@ -192,6 +192,10 @@ class Neo(Forge):
     pixel_upscaler = "None"
 
 
+class Reforge(Host):
+    name = "reForge"
+
+
 class SdNext(Host):
     name = "SD.Next"
     sampler = "Euler a"
@@ -222,7 +226,7 @@ def find_host(url: str) -> Host:
         is_neo = "VERSION_UID" in host.call("/sdapi/v1/options")
         return Neo(url) if is_neo else Forge(url)
     if host.has("/sdapi/v1/sd-vae"):
-        return host
+        return Reforge(url) if "reforge_karras_rho" in host.call("/sdapi/v1/options") else host
     raise SystemExit(f"{url}: none of the hosts this driver knows, or started without --api")
 
 
