@@ -103,7 +103,8 @@ def test_the_test_button_says_that_it_is_the_same_vae_and_the_line_what_came_of_
     answer = asyncio.run(host.routes["POST /remote_vae/test"](None))
     assert answer["good"]
     assert re.fullmatch(
-        rf"{name} answers: .*, \d+ ms there and back for 128 px\. It is the VAE .*: all is well\.", answer["verdict"]
+        rf"{name} answers: .*, \d+ ms there and back for 128 px, \d+ of them in the VAE\. It is the VAE .*: all is well\.",
+        answer["verdict"],
     )
     assert re.fullmatch(
         rf"on: {name}, same VAE, last call \d+\.\d s", asyncio.run(host.routes["GET /remote_vae/state"](None))["state"]
