@@ -29,8 +29,6 @@ import torch
 
 from bench import card
 from bench.card import DEVICE, GB, IS_CARD, Case, Measured
-from bench.operations import Operations, play_card, without_values
-from remote_vae import tiled
 from remote_vae.hosts.room import Room
 from remote_vae.local.estimate import Need, whole_need
 from remote_vae.local.memory import available_memory
@@ -84,12 +82,10 @@ class Bench:
     Attributes:
         ends: when no further row is begun (``time.perf_counter``).
         vae: what is called; in float32 on the processor.
-        counted: the VAE whose operations are counted, likewise.
         wholes: the whole VAE's calls, which the others are compared with.
     """
 
     vae: Any
-    counted: Any
     sizes: Sizes
     folder: Path
     ends: float
@@ -169,28 +165,28 @@ def need_of(vae: Any, case: Case) -> Need:
 
 def counts(bench: Bench) -> Iterator[None]:
     """Operations and synchronisations with the settings of a card, counted without values, and so on every machine alike."""
-    vae = bench.counted
+    # Here, as it needs what Windows does not have.
+    from bench.operations import Operations, counted, without_values
+
+    side = bench.sizes.counted
     for op in OPS:
-        case = Case(op, bench.sizes.counted, torch.float32)
-        alive = need_of(vae, case).counted
-        bench.add("counts", f"{op} {case.side} whole", **_counted(case, partial(whole_diffusers, vae, op)))
+        with torch.no_grad(), without_values(), Operations() as of_the_whole:
+            whole_diffusers(card.random_vae(card.SD), op, torch.empty(Case(op, side, torch.float32).shape))
+        bench.add("counts", f"{op} {side} whole", **_as_counted(of_the_whole))
+        yield
         for share in SHARES:
-            limit = None if share is None else int(share * alive)
-            call = partial(tiled.decode if op == "decode" else tiled.encode, vae, max_bytes=limit)
-            name = f"{op} {case.side} exact{'' if share is None else f' in {share:.0%}'}"
-            bench.add("counts", name, **_counted(case, call))
+            name = f"{op} {side} exact{'' if share is None else f' in {share:.0%}'}"
+            bench.add("counts", name, **_as_counted(counted(op, side, share)))
             yield
 
 
-def _counted(case: Case, call: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    with torch.no_grad(), play_card(), without_values(), Operations() as counter:
-        call(torch.empty(case.shape, dtype=case.dtype))
+def _as_counted(count: Any) -> dict[str, Any]:
     return {
-        "operations": counter.operations,
-        "with views": counter.dispatched,
-        "synchronisations": counter.synchronisations,
-        "to store MB": counter.to_store / 1e6,
-        "from store MB": counter.from_store / 1e6,
+        "operations": count.operations,
+        "with views": count.dispatched,
+        "synchronisations": count.synchronisations,
+        "to store MB": count.to_store / 1e6,
+        "from store MB": count.from_store / 1e6,
     }
 
 
@@ -412,9 +408,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = _about()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     sizes = Sizes() if IS_CARD else Sizes.of_a_processor()
-    counted = card.random_vae(card.SD)
-    vae = counted if IS_CARD else card.random_vae(card.NARROW)
-    bench = Bench(vae, counted, sizes, folder, began + given.seconds, about)
+    vae = card.random_vae(card.SD if IS_CARD else card.NARROW)
+    bench = Bench(vae, sizes, folder, began + given.seconds, about)
     try:
         run(bench, [name for name in given.only.split(",") if name])
     finally:

@@ -7,9 +7,10 @@ holds it still. What is no plain tensor, or belongs to somebody who moves it him
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,12 +30,31 @@ _SHARE = 0.8
 _OTHERS = ("_hf_hook", "_diffusers_hook", "hf_quantizer", "is_quantized", "quantization_method", "hf_device_map", "_orig_mod")
 
 
-@dataclass
 class _Away:
-    """A module whose tensors wait in the host's memory. ``tensors``: those, and where each belongs."""
+    """A module whose tensors wait in the host's memory. Whoever uses it meanwhile, in another thread, has it back at once."""
 
-    module: nn.Module
-    tensors: list[tuple[torch.Tensor, torch.device]]
+    def __init__(self, module: nn.Module) -> None:
+        self.name = type(module).__name__
+        # Each with its place.
+        self._tensors: list[tuple[torch.Tensor, torch.device]] = []
+        self._lock = threading.Lock()
+        self._hook = module.register_forward_pre_hook(lambda *_: self.bring_back())
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """One more of its tensors. Raises what torch raises where there is no room; then the tensor stays where it is."""
+        with self._lock:
+            home = tensor.device
+            tensor.data = tensor.detach().to("cpu")
+            self._tensors.append((tensor, home))
+
+    def bring_back(self) -> None:
+        """Everything to its place. Raises what torch raises where there is no room; then the rest comes the next time."""
+        with self._lock:
+            while self._tensors:
+                tensor, home = self._tensors[-1]
+                tensor.data = tensor.detach().to(home)
+                self._tensors.pop()
+        self._hook.remove()
 
 
 class Room:
@@ -80,15 +100,12 @@ class Room:
         return freed
 
     def _move_away(self, module: nn.Module, tensors: list[torch.Tensor]) -> None:
-        away = _Away(module, [])
+        away = _Away(module)
         # Noted before anything moves: what goes wrong half-way comes back all the same.
         self._away.append(away)
         for tensor in tensors:
-            home = tensor.device
-            values = tensor.detach().to("cpu")
-            away.tensors.append((tensor, home))
-            tensor.data = values
-        log.info("%s waits in the host's memory until the picture is made", type(module).__name__)
+            away.put(tensor)
+        log.info("%s waits in the host's memory until the picture is made", away.name)
 
     def restore(self) -> None:
         """Bring everything back. Where that cannot be done now, each module comes back when it is used next. Never raises."""
@@ -96,29 +113,12 @@ class Room:
             away = self._away.pop()
             try:
                 try:
-                    _bring_back(away)
+                    away.bring_back()
                 except Exception:
                     free_memory()
-                    _bring_back(away)
+                    away.bring_back()
             except Exception as error:
-                log.warning("%s could not come back to the card yet: %s", type(away.module).__name__, error)
-                _bring_back_when_used(away)
-
-
-def _bring_back(away: _Away) -> None:
-    while away.tensors:
-        tensor, home = away.tensors[-1]
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.detach().to(home)
-        away.tensors.pop()
-
-
-def _bring_back_when_used(away: _Away) -> None:
-    def before(*_: Any) -> None:
-        _bring_back(away)
-        handle.remove()
-
-    handle = away.module.register_forward_pre_hook(before)
+                log.warning("%s could not come back to the card yet: %s", away.name, error)
 
 
 def _movable(module: Any, device: torch.device) -> list[torch.Tensor]:

@@ -139,6 +139,21 @@ def test_on_a_processor_and_on_apples_shared_memory_there_is_no_room_to_be_made(
         assert Room(lambda: [unet], lambda device=device: torch.device(device)).make(1, 1) == 0  # type: ignore[misc]
 
 
+def test_who_uses_a_model_that_waits_has_it_back_at_once(card: Card) -> None:
+    unet = model(card)
+    batch = card.put(torch.randn(3, 64))
+    expected = unet(batch).cpu()
+    made = room_of(unet)
+    made.make(1, 1)
+    assert not is_there(unet)
+    # As a second pipeline that has the same UNet does.
+    assert torch.equal(unet(batch).cpu(), expected)
+    assert is_there(unet)
+    made.restore()
+    assert is_there(unet)
+    assert not unet._forward_pre_hooks
+
+
 def test_what_goes_wrong_half_way_comes_back_all_the_same(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = model(card)
     to, moved = Card._to, []
