@@ -100,6 +100,11 @@ class Call(Response):
                 self._engine.admission.check()
                 check_name(self._engine, self._name)
                 wanted = await _WANTED[self._op](self._engine, request, self._name)
+            except asyncio.CancelledError:
+                if self._engine.admission.closed is None:
+                    raise
+                await _stopped(send, Late(send, is_wanted=False))
+                return
             except Exception as error:
                 refused = error_answer(error)
         if refused is not None:
@@ -134,12 +139,10 @@ class Call(Response):
             watcher.call_ended(place, _CLIENT_GONE, received, 0)
             return
         except asyncio.CancelledError:
-            # The server goes, and has waited long enough for what had begun.
-            stopped = error_answer(Busy("this server was stopped before the call was done; try again"))
-            # Without a wait, in which it would be ended a second time.
-            await _begin(stopped, send, late)
-            await send({"type": "http.response.body", "body": bytes(stopped.body)})
-            raise
+            if self._engine.admission.closed is None:
+                raise
+            await _stopped(send, late)
+            return
         except Exception as error:
             answer = error_answer(error)
         # A slow reader need not keep what he sent in memory. What he gets, nobody knew before of a picture's file.
@@ -303,6 +306,13 @@ async def _send(answer: HttpResponse, send: Send, stall: float, late: Late) -> b
         except asyncio.TimeoutError:
             return False
     return True
+
+
+async def _stopped(send: Send, late: Late) -> None:
+    """The server goes, and has waited long enough for what had begun: without a wait, in which it would be ended once more."""
+    answer = error_answer(Busy("this server was stopped before the call was done; try again"))
+    await _begin(answer, send, late)
+    await send({"type": "http.response.body", "body": bytes(answer.body)})
 
 
 async def _begin(answer: HttpResponse, send: Send, late: Late) -> None:

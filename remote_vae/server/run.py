@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from remote_vae.tokens import TOKEN_VARIABLE, is_loopback
 from remote_vae.vae.families import load_families
 
 log = logging.getLogger("remote_vae")
+
+# For threads to end that have nothing left to do (seconds).
+_END_SECONDS = 5.0
 
 
 def serve(config: ServerConfig) -> None:
@@ -49,6 +53,7 @@ def serve(config: ServerConfig) -> None:
         start.after(lambda: print("\n".join(_ready(engine, config, addresses, token)), flush=True))
         server.run(sockets=[listener])
         start.check()
+        _end(engine, vaes)
     finally:
         listener.close()
 
@@ -62,9 +67,6 @@ class _Start:
 
     def after(self, ready: Any) -> None:
         """Begin, and call ``ready`` when it is done."""
-        sources = [each.source for each in self._config.vaes if self._loads_all or each.name is None]
-        if sources:
-            print(f"loading {', '.join(sources)} ...", flush=True)
         # No thread that the process waits for: who interrupts it means it.
         threading.Thread(target=self._run, args=(ready,), name="remote-vae-start", daemon=True).start()
 
@@ -74,6 +76,12 @@ class _Start:
         return self._config.preload or self._config.fast == "compile"
 
     def _run(self, ready: Any) -> None:
+        while not self._server.started and not self._server.is_stopping:
+            # From then on a signal ends it well, and who asks hears that it loads.
+            time.sleep(0.01)
+        sources = [each.source for each in self._config.vaes if self._loads_all or each.name is None]
+        if sources:
+            print(f"loading {', '.join(sources)} ...", flush=True)
         try:
             self._vaes.start(preload=self._loads_all)
         except Exception as error:
@@ -89,6 +97,23 @@ class _Start:
         """Raises what has kept it from being ready."""
         if self._error is not None:
             raise self._error
+
+
+def _end(engine: Engine, vaes: OwnVaes) -> None:
+    """End the threads; those that still load a VAE, or work for nobody any more, end with the process."""
+
+    def close() -> None:
+        vaes.close()
+        engine.close()
+
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    closing.join(_END_SECONDS)
+    if closing.is_alive() or any(map(vaes.is_loading, vaes.entries())):
+        log.warning("stopped while a VAE was at work, or being loaded")
+        logging.shutdown()
+        # The interpreter would wait for them.
+        os._exit(0)
 
 
 def _tls(config: ServerConfig) -> Tls | None:

@@ -267,6 +267,41 @@ def test_the_second_signal_is_meant(held: Held) -> None:
         assert first.result().status_code == 503
 
 
+ENDLESS = """
+import sys, time
+from remote_vae.server import fast, process, run
+process._GOODBYE = run._END_SECONDS = 0.3
+fast.load_vae = lambda *_, **__: time.sleep(600)
+from remote_vae.cli import main
+sys.exit(main(["serve", "--vae", sys.argv[1], "--port", "0"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGTERM")
+@pytest.mark.parametrize("source", ["endless", "sd1=endless"], ids=["at the start", "for a call"])
+def test_a_vae_that_is_being_loaded_does_not_hold_up_the_end(source: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, source], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        if source == "endless":
+            assert next(lines) == "loading endless ...\n"
+        else:
+            url = next(line.split()[-1] for line in lines if line.startswith("Endpoint: "))
+            with pytest.raises(requests.exceptions.Timeout):
+                requests.post(f"{url}/decode", params=head(FLUX), data=body(FLUX), timeout=0.5)
+            assert requests.get(f"{url}/health", timeout=TIMEOUT).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0
+        assert "Traceback" not in errors
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGTERM")
 def test_a_process_that_is_told_to_end_by_its_supervisor_ends_well(
     tmp_path: Path, certificates: tuple[trustme.CA, Tls]
