@@ -1,8 +1,8 @@
 """Lossless ways to send a picture of 1024 x 1024 px: bytes a pixel, and the processor's time on each side.
 
 The photos are scikit-image's, scaled, at their own size in a mosaic of different ones, and as the demo's VAE decodes them; and
-the same decodes as raw values. "delta" is what our client and server speak (remote_vae/wire/compression.py), beside PNG at level
-1, WebP without loss at its quickest, and zstd and deflate of the bytes as they are.
+the same decodes as raw values. "delta" is what our client and server speak (remote_vae/wire/compression.py), beside PNG at
+level 1, WebP without loss at its quickest, and zstd of the bytes as they are.
 
     python -m bench.compression
 """

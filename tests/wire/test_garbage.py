@@ -33,7 +33,11 @@ from remote_vae.wire import (
     expect_info,
     tensor_head,
 )
+from remote_vae.wire.compression import codings, compressed
+from remote_vae.wire.extras import ACCEPT, ENCODING, Extras
 from remote_vae.wire.pixels import image_to_bytes
+from remote_vae.wire.several import joined
+from remote_vae.wire.tensors import TensorHead
 
 MANY = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 
@@ -44,12 +48,13 @@ WORDS = st.sampled_from(
         "0", "1", "1e-30", "1e30", "1e999", "-0.0", "nan", "inf", "0.18215", "32", "9" * 5000, "[" * 1000, "[1, 4, 2, 2]",
         "[1, 3, 16, 16]", "[1, 16, 16, 3]", "[1, 3, 5, 16, 16]", "[5, 16, 16, 4]", "[1, 8, 2, 2, 2]", "[1, 1, 64]",
         "[1, 3, 65536, 65536]", "[1, 4, 2, 2" + " " * 5000 + "]", "tensor/binary", "tensor/base64", "packed", "image/png",
-        "image/jpeg", "text/html", "application/json", "gzip", "identity", "\x1b[2J", "\ud800",
+        "image/jpeg", "text/html", "application/json", "gzip", "identity", "\x1b[2J", "\ud800", "delta-zstd", "delta-gzip",
+        "late, pictures, delta-zstd, delta-gzip", "0123456789abcdef", "application/vnd.remote-vae.pictures",
     ]
 ) | st.text(max_size=20)  # fmt: skip
 KEYS = [
     "dtype", "output_type", "image_format", "partial_postprocess", "scaling_factor", "shift_factor", "do_scaling", "height",
-    "width", "family", "truncate", "posterior", "input_tensor_type", "form",
+    "width", "family", "truncate", "posterior", "input_tensor_type", "form", "fingerprint", "sample",
 ]  # fmt: skip
 PAIRS = st.lists(st.tuples(st.just("shape"), SIZES), max_size=6).flatmap(
     lambda shape: st.lists(st.tuples(st.sampled_from(KEYS), WORDS), max_size=6).map(lambda others: shape + others)
@@ -79,7 +84,8 @@ VAES = [
     Family("normed", "a VAE that norms", 1, 8, classes=("AutoencoderKLFlux2",)),
 ]
 NORM = BatchNormed(torch.zeros(4), torch.ones(4))
-HEADERS = st.dictionaries(st.sampled_from(["content-type", "content-encoding", "accept", "shape", "dtype", "posterior"]), WORDS)
+NAMES = ["content-type", "content-encoding", "accept", "shape", "dtype", "posterior", ACCEPT.lower(), ENCODING.lower()]
+HEADERS = st.dictionaries(st.sampled_from(NAMES), WORDS)
 IMAGES = [image_to_bytes(Image.linear_gradient("L").resize((16, 16)), form) for form in ("png", "jpg")]
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
@@ -96,6 +102,8 @@ def edited(data: bytes) -> st.SearchStrategy[bytes]:
     )
 
 
+HEAD = TensorHead((1, 3, 16, 16), torch.float32)
+SMALL = [compressed(bytes(HEAD.nbytes), HEAD, 1, coding) for coding in codings().values()]
 BODIES = st.one_of(
     st.sampled_from([bytes(32), bytes(3 * 16 * 16), bytes(3 * 16 * 16 * 4), b"\xff" * 32, b"[" * 100_000, b'{"a":' * 20_000]),
     st.binary(max_size=64),
@@ -104,6 +112,8 @@ BODIES = st.one_of(
         lambda text: edited(b'{"inputs": "' + text + b'", "parameters": {"shape": [1, 3, 16, 16], "dtype": "float32"}}')
     ),
     *map(edited, IMAGES),
+    *map(edited, SMALL),
+    edited(joined([IMAGES[0]] * 2)),
 )
 
 
@@ -142,9 +152,10 @@ def test_a_server_meets_nothing_but_invalid_requests(
             request = DecodeRequest.from_http(query, headers, body)
             request.scaling.unscale(request.unpacked(family, NORM), family)
         with suppress(InvalidRequest):
-            EncodeRequest.from_http(query, body, max_pixels=4096).pixels(family)
+            EncodeRequest.from_http(query, body, max_pixels=4096, headers=headers).pixels(family)
 
 
+EXTRAS = Extras(late=True, pictures=True, codings=tuple(codings()))
 ASKED = [
     *(DecodeRequest(torch.arange(16).reshape(1, 4, 2, 2).half(), output) for output in Output if output is not Output.MP4),
     DecodeRequest(torch.arange(16).reshape(1, 4, 2, 2).half(), base64_answer=True),
@@ -152,6 +163,7 @@ ASKED = [
     DecodeRequest(torch.randn(1, 128, 2, 2)),
     *(DecodeRequest(torch.randn(1, 16, 2, 2, 2), output) for output in Output if not output.is_image),
     *(DecodeRequest(torch.randn(1, 16, 1, 2, 2), output) for output in Output),
+    *(DecodeRequest(torch.randn(2, 4, 2, 2), output, extras=EXTRAS) for output in Output if output is not Output.MP4),
 ]
 ENCODED = [
     EncodeRequest(torch.rand(1, 3, 16, 16), posterior=True),
@@ -190,4 +202,5 @@ def test_no_head_makes_a_client_wait_for_more_than_the_request_calls_for(
 ) -> None:
     with suppress(MalformedAnswer):
         cells = request_.latents.numel() // request_.latents.shape[1]
-        assert expect_decode(request_, headers).limit <= cells * 64 * 32**2 * 4 + (1 << 20)
+        pictures = request_.batch if request_.is_several else 1
+        assert expect_decode(request_, headers).limit <= cells * 64 * 32**2 * 4 + pictures * (1 << 20)

@@ -72,8 +72,32 @@ def test_a_name_is_one_short_line() -> None:
         b"", b"<html>", b"\xff\xfe", b"[]", b"null", b'"text"', b"[" * 60_000, b'{"a":' * 10_000,
         b'{"family": 1}', b'{"model": null}', b'{"fingerprint": 12}', b'{"fingerprint": "xyz"}', b'{"fingerprint": ""}',
         b'{"fingerprint": "0123456789ABCDEF"}', b'{"fingerprint_bfloat16": []}',
+        b'{"models": {}}', b'{"models": [1]}', b'{"models": null}', b'{"models": [{"name": 1}]}', b'{"extras": "late"}',
+        b'{"models": [{"fingerprint": "x"}]}', json.dumps({"models": [{}] * 65}).encode(),
     ],
 )  # fmt: skip
 def test_what_is_no_information_is_refused(body: bytes) -> None:
     with pytest.raises(MalformedAnswer):
         read(body)
+
+
+def test_of_several_vaes_each_is_read() -> None:
+    models = [
+        {"name": "sdxl", "loaded": True, "family": "sdxl", "fingerprint": "0123456789abcdef", "model": "some vae"},
+        {"name": "own", "loaded": False},
+        {"name": "odd", **VIDEO},
+    ]
+    info = read(json.dumps({**models[0], "models": models, "extras": ["late", 1, None, "x" * 200, "delta-gzip"]}).encode())
+    assert info.extras == ("late", "x" * 77 + "...", "delta-gzip")
+    assert [each.name for each in info.models] == ["sdxl", "own", "odd"]
+    assert [each.is_loaded for each in info.models] == [True, False, True]
+    assert info.models[0] == Info(
+        "sdxl", "some vae", {"float16": "0123456789abcdef"}, name="sdxl", is_loaded=True, extras=info.extras
+    )
+    assert info.models[1].family == ""
+    assert info.models[2].vae is not None
+    assert info.fingerprints == info.models[0].fingerprints
+
+
+def test_no_more_words_are_read_than_there_can_be() -> None:
+    assert len(read(json.dumps({"extras": ["late"] * 10_000}).encode()).extras) == 32
