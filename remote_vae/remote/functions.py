@@ -98,6 +98,8 @@ def remote_encode(
     image: Union[torch.Tensor, Image.Image],
     scaling_factor: Optional[float] = None,
     shift_factor: Optional[float] = None,
+    *,
+    seed: Optional[int] = None,
 ) -> torch.Tensor:
     """Encode a picture at a remote endpoint; as ``diffusers.utils.remote_utils.remote_encode``.
 
@@ -106,6 +108,8 @@ def remote_encode(
         image: a PIL image of any mode (sent as RGB), or a tensor ``[B, 3, H, W]``, of videos ``[B, 3, F, H, W]``, in [-1, 1],
             with 4 channels for a VAE of pictures with alpha.
         scaling_factor, shift_factor: the endpoint computes (z - shift_factor) * scaling_factor. None: raw latents come back.
+        seed: of the sample of the posterior that our own server answers, the same for the same seed whatever the batch: picture
+            ``i`` has ``seed + i``. None: its mode. Other servers answer as they always do.
 
     Returns:
         Latents ``[B, C, h, w]``, of videos ``[B, C, F, h, w]``, on the CPU, in the endpoint's dtype.
@@ -114,7 +118,7 @@ def remote_encode(
         InvalidRequest: a ValueError; nothing was sent.
         RouteFailed: a RuntimeError; the endpoint did not answer, refused, or answered with something else.
     """
-    request = EncodeRequest(image, Scaling(scaling_factor, shift_factor))
+    request = EncodeRequest(image, Scaling(scaling_factor, shift_factor), sample=seed)
     batch, rows, columns = request.size
     return client_for(endpoint).encode(request, _deadlines(batch * request.frames * rows * columns)).answer.latents
 

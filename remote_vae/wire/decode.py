@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from remote_vae.errors import InvalidRequest, MalformedAnswer, NotFinite, OneColour
+from remote_vae.errors import InvalidRequest, MalformedAnswer, NotFinite
 from remote_vae.vae.families import Family
 from remote_vae.vae.packed import BatchNormed
 from remote_vae.wire import pixels as px
@@ -33,7 +33,7 @@ from remote_vae.wire.checks import (
     read_head,
     read_tensor,
 )
-from remote_vae.wire.colours import is_flat, is_flat_video
+from remote_vae.wire.colours import check_colours
 from remote_vae.wire.errors import ERROR_LIMIT
 from remote_vae.wire.extras import NO_EXTRAS, Extras, expect_compressed
 from remote_vae.wire.http import BASE64_TYPE, TENSOR_TYPE, Buffer, Expected, HttpRequest, HttpResponse
@@ -412,7 +412,7 @@ def _expect_one(request: DecodeRequest, headers: Mapping[str, str]) -> Expected[
 
     def believed(body: np.ndarray) -> DecodeAnswer:
         answer = DecodeAnswer(request.output, finish(body), request.is_video)
-        _check_colours(request, answer)
+        check_colours(request, answer)
         return answer
 
     return Expected(believed, limit, exact)
@@ -432,7 +432,7 @@ def _expect_several(request: DecodeRequest, headers: Mapping[str, str]) -> Expec
         if len({each.shape for each in levels}) > 1:
             raise MalformedAnswer("got pictures of several sizes for one batch")
         answer = DecodeAnswer(Output.UINT8, torch.cat(levels))
-        _check_colours(request, answer)
+        check_colours(request, answer)
         return answer
 
     most = request.batch * (_max_pixels(request) * _IMAGE_BYTES_PER_PIXEL + _SLACK)
@@ -470,43 +470,6 @@ def _read_values(request: DecodeRequest, head: TensorHead, body: np.ndarray) -> 
     if request.output is not Output.UINT8:
         check_values(tensor, UNIT_LIMIT if request.output is Output.UNIT else PIXEL_LIMIT)
     return tensor
-
-
-def _check_colours(request: DecodeRequest, answer: DecodeAnswer) -> None:
-    """A picture of one colour is believed of latents that are the same everywhere, and of no others.
-
-    A VAE that computes NaN, and a server that makes levels of it, give a black or white picture for whatever came. So may a
-    right one, for a sky or a sheet of paper: then the picture is made again here, which costs time and no more. Latents do not
-    tell the two apart, as those of a white sheet vary as well.
-
-    Raises:
-        OneColour: not to be believed.
-    """
-    flat = _flat_pictures(request, answer)
-    if not flat.any():
-        return
-    latents = request.latents.detach()
-    if latents.ndim < PICTURES and not request.is_packed:
-        latents = latents.unsqueeze(0)
-    if bool((flat & ~is_flat(latents, 2 if request.is_packed else 1).cpu()).any()):
-        raise OneColour("got a picture of one colour for latents that vary, as from a VAE that computes NaN")
-
-
-def _flat_pictures(request: DecodeRequest, answer: DecodeAnswer) -> torch.Tensor:
-    """Which pictures (or videos) have one colour, as bool ``[B]``."""
-    if isinstance(answer.payload, bytes):
-        return torch.tensor([False])  # mp4, which nothing here can decode
-    if isinstance(answer.payload, Image.Image):
-        # The sample takes 10 us, all of it at 1024 px 2 ms.
-        sample = np.asarray(answer.payload.resize((32, 32), Image.Resampling.NEAREST))
-        if (sample != sample[0, 0]).any():
-            return torch.tensor([False])
-        return is_flat(torch.from_numpy(np.array(answer.payload)).unsqueeze(0), -1)
-    pixels, channel = answer.tensor, -1 if answer.output is Output.UINT8 else -3
-    if not request.is_video:
-        return is_flat(pixels, channel)
-    videos = pixels.movedim(1, 2) if answer.output is Output.TENSOR else pixels.unsqueeze(0)
-    return torch.tensor([is_flat_video(video, channel) for video in videos])
 
 
 def _check_head(request: DecodeRequest, head: TensorHead) -> None:
