@@ -7,7 +7,7 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from remote_vae.server.logs import set_format
 from remote_vae.settings import Option, Settings, load_options
 from remote_vae.tools import plan
 from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
-from remote_vae.vae.families import Family, find_family
+from remote_vae.vae.families import Family, find_family, load_families
 from remote_vae.vae.packed import batch_norm_of
 from remote_vae.version import __version__
 from remote_vae.wire import DecodeAnswer, EncodeAnswer, Info
@@ -148,7 +148,10 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", help="whose VAE the endpoint has, where it does not say so itself (sd1)")
+    parser.add_argument("--family", help="whose VAE is asked for: where the endpoint has several, or does not say (sd1)")
+    parser.add_argument(
+        "--vae", help="yours: folder, .safetensors file or Hugging Face id, to compare with those of the endpoint"
+    )
     _add_options(parser)
     parser.set_defaults(run=_check)
 
@@ -360,13 +363,43 @@ def _written(path: Path, write: Callable[[Path], object], *, named: bool) -> Pat
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Ask the endpoint for one small decode and encode, and print what came of each."""
+    """Print which VAEs the endpoint has; ask it for one small decode and encode, and print what came of each."""
     settings, good = _settings(options), True
+    url, public = endpoint_for("decode", find_family(options.family or "sd1"), settings)
+    if url and not public:
+        with suppress(RouteFailed):  # the calls will say it
+            info = client_for(beside(url, "info")).info(Deadlines.of(settings).quick)
+            for line in _vaes(info):
+                print(line)
+            if options.vae:
+                line, good = _compared(options.vae, options.family, info)
+                print(line)
     for op in ("decode", "encode"):
         line, works = _checked(op, options.family, settings)
         print(f"{op}: {line}")
         good = good and works
     return 0 if good else 1
+
+
+def _vaes(info: Info) -> Iterator[str]:
+    for each in info.models:
+        family = load_families().get(each.family)
+        named = dict.fromkeys((each.name, family.label if family else each.family or "family not known yet", each.model))
+        prints = [f"fingerprint {print_}" for print_ in list(each.fingerprints.values())[:1]]
+        yield f"VAE: {', '.join([*filter(None, named), *prints, *([] if each.is_loaded else ['loaded when it is asked for'])])}"
+
+
+def _compared(source: str, family: str | None, info: Info) -> tuple[str, bool]:
+    """Whether the user's VAE is among those of the endpoint, in words."""
+    from remote_vae.server.models import load_vae
+
+    own = set(load_vae(source, family=family, device="cpu").fingerprints.values())
+    same = [each for each in info.models or [info] if own & set(each.fingerprints.values())]
+    if same:
+        return f"yours: the same as {same[0].name or 'its own'}", True
+    if any(not each.fingerprints for each in info.models or [info]):
+        return "yours: not among those that are known; one that was never loaded may be it", True
+    return f"yours: another one; your UI would make its pictures itself. Serve it: remote-vae serve --vae {source}", False
 
 
 def _checked(op: Op, named: str | None, settings: Settings) -> tuple[str, bool]:
@@ -389,5 +422,10 @@ def _checked(op: Op, named: str | None, settings: Settings) -> tuple[str, bool]:
         _ask(op, latents if op == "decode" else pixels, family, settings, lambda answer: answer, user)
     except RouteFailed as error:
         return f"failed: {error}", False
-    cost = "".join(f", {each.ms:.0f} ms, {each.bytes_up} bytes up, {each.bytes_down} down" for each in records)
-    return f"works, {family.label}, {size} x {size}{cost}", True
+    return f"works, {family.label}, {size} x {size}{''.join(map(_cost, records))}", True
+
+
+def _cost(record: Record) -> str:
+    moved, there = record.bytes_up + record.bytes_down, record.vae_ms
+    vae = f" ({there:.0f} in the VAE, {moved / max(record.ms - there, 0.1) / 1e3:.1f} MB/s on the way)" if there else ""
+    return f", {record.ms:.0f} ms{vae}, {record.bytes_up} bytes up, {record.bytes_down} down"

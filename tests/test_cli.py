@@ -28,7 +28,7 @@ from tests.chaos import Chaos
 from tests.conftest import DEMO_VAE, ServerThread
 from tests.nearness import out_of_memory
 from tests.vaes import loaded as loaded_vae
-from tests.vaes import small_vae, tiny_video
+from tests.vaes import small_kl, small_vae, tiny_video
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,7 +164,7 @@ def test_check_and_encode_take_the_family_from_the_endpoint(
     assert load_latents(tmp_path / "photo.safetensors").family == find_family("sdxl")
     capsys.readouterr()
     assert main(["check", "--endpoint", sdxl.url, "--family", "sd1"]) == 1
-    assert capsys.readouterr().out.count("SDXL") == 2
+    assert capsys.readouterr().out.count("this server has the VAE of SDXL") == 2
 
 
 def test_a_vae_without_a_name_is_known_by_its_factors(server: ServerThread, tmp_path: Path) -> None:
@@ -205,15 +205,27 @@ def test_where_the_endpoint_does_not_say_its_family_encode_says_what_to_name(
 def test_check_says_that_an_endpoint_works(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--endpoint", server.url]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["decode: works", "encode: works"]
-    assert all("bytes up" in line for line in lines)
+    assert [line.split(",")[0] for line in lines] == ["VAE: custom", "decode: works", "encode: works"]
+    assert all("in the VAE" in line and "MB/s on the way" in line and "bytes up" in line for line in lines[1:])
+
+
+def test_check_says_whether_the_endpoint_has_the_users_vae(
+    server: ServerThread, sdxl: ServerThread, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--endpoint", server.url, "--vae", str(DEMO_VAE)]) == 0
+    assert f"fingerprint {server.loaded.fingerprint}" in capsys.readouterr().out
+    assert main(["check", "--endpoint", sdxl.url, "--vae", str(DEMO_VAE)]) == 0
+    assert "yours: the same as" in capsys.readouterr().out
+    small_kl("sd1").save_pretrained(tmp_path / "mine")
+    assert main(["check", "--endpoint", server.url, "--vae", str(tmp_path / "mine"), "--family", "sd1"]) == 1
+    assert "yours: another one; your UI would make its pictures itself" in capsys.readouterr().out
 
 
 def test_check_asks_a_video_vae_for_a_video(capsys: pytest.CaptureFixture[str]) -> None:
     running = ServerThread(tiny_video())
     assert main(["check", "--endpoint", running.url]) == 0
     running.close()
-    assert capsys.readouterr().out.startswith("decode: works, HunyuanVideo")
+    assert "\ndecode: works, HunyuanVideo" in capsys.readouterr().out
 
 
 @pytest.fixture
