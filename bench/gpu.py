@@ -170,8 +170,10 @@ def counts(bench: Bench) -> Iterator[None]:
 
     side = bench.sizes.counted
     for op in OPS:
-        with torch.no_grad(), without_values(), Operations() as of_the_whole:
-            whole_diffusers(card.random_vae(card.SD), op, torch.empty(Case(op, side, torch.float32).shape))
+        with torch.no_grad(), without_values():
+            vae, batch = card.random_vae(card.SD), torch.empty(Case(op, side, torch.float32).shape)
+            with Operations() as of_the_whole:
+                whole_diffusers(vae, op, batch)
         bench.add("counts", f"{op} {side} whole", **_as_counted(of_the_whole))
         yield
         for share in SHARES:

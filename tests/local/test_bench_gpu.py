@@ -36,10 +36,8 @@ def test_every_way_is_compared_with_the_whole_vae_and_written_as_a_table_and_as_
     assert not [row for row in everything["rows"] if row.get("failure")]
     for op in ("decode", "encode"):
         whole = rows["counts", f"{op} 64 whole"]["operations"]
-        assert (
-            50 < whole < rows["counts", f"{op} 64 exact"]["operations"] < rows["counts", f"{op} 64 exact in 30%"]["operations"]
-        )
         for way in ("exact", "exact in 30%"):
+            assert 50 < whole < rows["counts", f"{op} 64 {way}"]["operations"]
             assert rows["rows", f"float32 {op} 64 {way}"]["dB"] >= 100
         small = rows["small", f"float32 {op} 64 in 0.001 GB by word"]
         assert (small["by"], small["dB"] >= 100) == ("tiled exact", True)
