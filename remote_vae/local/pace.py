@@ -142,13 +142,17 @@ def _wait_for(device: torch.device) -> None:
 
 @cache
 def _rows() -> tuple[tuple[str, str, str, int, float], ...]:
-    """Of vae_cost.csv: operation, family, card, pixels, seconds."""
-    with (settings_folder() / "vae_cost.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(
-            (row["op"], row["family"], row["gpu"], int(row["width"]) * int(row["height"]), float(row["time_s"]))
-            for row in csv.DictReader(file)
-            if row["time_s"]
-        )
+    """Of vae_cost.csv: operation, family, card, pixels, seconds. Nothing where it cannot be read."""
+    try:
+        with (settings_folder() / "vae_cost.csv").open(encoding="utf-8", newline="") as file:
+            return tuple(
+                (row["op"], row["family"], row["gpu"], int(row["width"]) * int(row["height"]), float(row["time_s"]))
+                for row in csv.DictReader(file)
+                if row["time_s"]
+            )
+    except (OSError, KeyError, ValueError) as error:
+        log.debug("no published times: %s", error)
+        return ()
 
 
 def _published(op: str, family: str, card: str, pixels: int) -> float | None:

@@ -54,11 +54,13 @@ class _Attempts:
     Attributes:
         failure: the first error, or the host's own.
         because: why the whole VAE did not answer.
+        elsewhere: why the device that the user has picked did not.
         short: whether the last way failed for lack of memory.
     """
 
     failure: Exception | None = None
     because: str = ""
+    elsewhere: str = ""
     short: bool = False
 
 
@@ -81,7 +83,8 @@ def answer(call: VaeCall[T], settings: Settings, *, dtype: torch.dtype | None = 
         try:
             made = _run(way, call)
             # The host's own picture is what was to be had, whatever room was made for it.
-            return Outcome(made, way.route, way.detail, because="" if way.run is call.whole else so_far.because)
+            whole_failed = "" if way.run is call.whole else so_far.because
+            return Outcome(made, way.route, way.detail, because=", then ".join(filter(None, (so_far.elsewhere, whole_failed))))
         except Exception as error:
             so_far.short = _is_memory(error)
             if so_far.short:
@@ -90,7 +93,7 @@ def answer(call: VaeCall[T], settings: Settings, *, dtype: torch.dtype | None = 
                 so_far.because = "out of memory" if so_far.short else f"its own call failed: {error}"
             _tell(call, way, error, memory=so_far.short)
             # The host's own error goes to the host as it is, if nothing else helps.
-            if so_far.failure is None or isinstance(so_far.failure, UnsupportedLayout):
+            if so_far.failure is None or isinstance(so_far.failure, UnsupportedLayout) or way.run is call.whole:
                 so_far.failure = error
             forget_frames(error)
         free_memory()
@@ -137,6 +140,7 @@ def _ways(call: VaeCall[T], settings: Settings, dtype: torch.dtype | None, so_fa
     picked = None if call.vae.module is None else picked_device(settings.local_device, call.vae.device)
     if picked is not None:
         yield from _ways_on(picked, call, known, dtype)
+        so_far.elsewhere = f"{picked}: {'out of memory' if so_far.short else 'failed'}"
     if known is not None and dtype is None and wants_bfloat16(call, settings):
         yield from _exact_ways(call, known, call.tensor, torch.bfloat16)
     # Before the free memory is looked at: a host that has put the VAE away takes other models away to make room for it.
@@ -221,8 +225,12 @@ def _need(call: VaeCall[T], known: _Known | None) -> Need:
     """What the whole call takes; nothing where that cannot be told."""
     if known is not None:
         return known.picture.of(1 if call.in_parts else call.tensor.shape[0])
-    mask = int(mask_bytes(call) / _MASK_SHARE)
-    return Need(0, mask, max(mask, reserved_bytes(call)))
+    try:
+        mask = int(mask_bytes(call) / _MASK_SHARE)
+        return Need(0, mask, max(mask, reserved_bytes(call)))
+    except Exception:  # as of a plan
+        log.debug("what the whole VAE takes is not known", exc_info=True)
+        return Need(0, 0, 0)
 
 
 def _make_room(call: VaeCall[T], wanted: int, least: int) -> int:

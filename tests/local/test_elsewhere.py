@@ -96,8 +96,26 @@ def test_an_error_there_costs_no_picture(card: Card, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Copies, "of", broken)
     monkeypatch.setattr(route, "run", broken)
     outcome = decode(vae, "cuda:0")
-    assert (outcome.route, outcome.detail) == ("local", "")
+    assert (outcome.route, outcome.detail, outcome.because) == ("local", "", "cuda:0: failed")
     assert torch.equal(outcome.value, true)
+
+
+def test_if_nothing_helps_the_error_is_the_hosts_own_and_not_that_of_the_device(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def own() -> Any:
+        raise ValueError("a defect of the host")
+
+    monkeypatch.setattr(Copies, "of", broken)
+    monkeypatch.setattr(route, "run", broken)
+    monkeypatch.setattr(route, "on_cpu", broken)
+    at_work = VaeAtWork(plain_kl(), find_family("sd1"))
+    call: VaeCall[Any] = VaeCall("decode", LATENTS, at_work, values, whole=own)
+    with pytest.raises(ValueError, match="a defect of the host"):
+        answer(call, Settings(local_device="cuda:0"))
 
 
 def test_nan_there_is_no_picture() -> None:
