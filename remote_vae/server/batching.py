@@ -134,16 +134,17 @@ class Batcher:
             self._closed = True
             self._changed.notify_all()
 
-    def take(self, can: Callable[[Job], bool]) -> list[Job]:
+    def take(self, can: Callable[[Job], bool], rest: float | None = None) -> list[Job] | None:
         """The next calls that are to be made at once; waits for them. None of them: the queue is closed and empty.
 
         Args:
             can: whether a job can be made now by the one who asks; it must not wait.
+            rest: seconds without a call after which the answer is None; None: it waits for as long as it takes.
         """
         with self._changed:
             while self._jobs or not self._closed:
                 first = next((job for job in self._jobs if can(job)), None)
-                left = None
+                left = rest
                 if first is not None:
                     batch = self._batch(first)
                     left = first.queued + self._wait - time.monotonic()
@@ -151,7 +152,8 @@ class Batcher:
                         for job in batch:
                             self._jobs.remove(job)
                         return batch
-                self._changed.wait(left)
+                if not self._changed.wait(left) and first is None:
+                    return None
             return []
 
     def _batch(self, first: Job) -> list[Job]:

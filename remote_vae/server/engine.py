@@ -277,8 +277,10 @@ class Engine:
                 self._threads = [worker.start(self._take) for worker in self._workers]
         return job
 
-    def _take(self, worker: Worker) -> list[Job]:
-        batch = self._batcher.take(partial(self._can, worker))
+    def _take(self, worker: Worker, rest: float | None) -> list[Job] | None:
+        batch = self._batcher.take(partial(self._can, worker), rest)
+        if batch is None:
+            return None
         now = time.monotonic()
         with self._lock:
             self._at_work += len(batch)

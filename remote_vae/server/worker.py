@@ -18,11 +18,15 @@ from remote_vae.server.calling import Calls, Made
 from remote_vae.server.catalogue import Device, check_family
 from remote_vae.server.moving import Mover, moved
 from remote_vae.server.pictures import Facts
+from remote_vae.tiled.memory import trim_heap
 from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.packed import batch_norm_of
 from remote_vae.wire import DecodeRequest
 
 log = logging.getLogger("remote_vae")
+
+# Seconds without a call.
+_REST = 1.0
 
 
 class Watcher(Protocol):
@@ -85,15 +89,22 @@ class Worker:
         self._measure = measure
         self._finish = finish
 
-    def start(self, take: Callable[[Worker], list[Job]]) -> threading.Thread:
-        """Make what ``take`` gives until it gives nothing."""
+    def start(self, take: Callable[[Worker, float | None], list[Job] | None]) -> threading.Thread:
+        """Make what ``take`` gives until it gives nothing; see ``Batcher.take``."""
         thread = threading.Thread(target=self._run, args=(take,), name=f"remote-vae-{self.device or 'vae'}", daemon=True)
         thread.start()
         return thread
 
-    def _run(self, take: Callable[[Worker], list[Job]]) -> None:
-        while batch := take(self):
-            self.work(batch)
+    def _run(self, take: Callable[[Worker, float | None], list[Job] | None]) -> None:
+        rest = None
+        while (batch := take(self, rest)) != []:
+            if batch is None:
+                # What the C library keeps of a crowd's calls goes back to the system once they are over.
+                trim_heap()
+                rest = None
+            else:
+                self.work(batch)
+                rest = _REST
             # Not kept until the next one comes.
             del batch
 

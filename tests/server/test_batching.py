@@ -87,7 +87,7 @@ def taken(batcher: Batcher, jobs: list[Job]) -> list[list[Job]]:
     for each in jobs:
         batcher.put(each)
     batcher.close()
-    return list(iter(lambda: batcher.take(lambda _: True), []))
+    return list(iter(lambda: batcher.take(lambda _: True) or [], []))
 
 
 def test_who_is_alone_waits_for_nobody(entry: OneVae) -> None:
@@ -351,3 +351,13 @@ def test_the_engine_makes_what_waits_behind_a_call_at_once(entry: OneVae, own: L
     assert [place.batch for place in places] == [1, 3, 3, 3]
     assert set(places[3].stages) == {"queue", "predict", "answer"}
     engine.close()
+
+
+def test_who_asks_for_work_hears_when_there_is_none_for_a_while(entry: OneVae) -> None:
+    batcher, first = Batcher(100, 0, lambda: False), job(entry, of(1))
+    assert batcher.take(lambda _: True, 0.01) is None
+    batcher.put(first)
+    assert batcher.take(lambda _: False, 0.01) is None
+    assert batcher.take(lambda _: True, 0.01) == [first]
+    batcher.close()
+    assert batcher.take(lambda _: True, 0.01) == []
