@@ -18,6 +18,9 @@ from remote_vae.vae.at_work import VIDEO_DIMENSIONS
 from remote_vae.vae.families import Family
 from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse
 
+# Seconds after which what could not be made is looked at again.
+_LOOK = 0.1
+
 Request = Union[DecodeRequest, EncodeRequest]
 
 
@@ -144,15 +147,19 @@ class Batcher:
         with self._changed:
             while self._jobs or not self._closed:
                 first = next((job for job in self._jobs if can(job)), None)
-                left = rest
+                # Whether a job can be made by another worker, nobody says: it is looked at again.
+                left = _LOOK if self._jobs else rest
                 if first is not None:
                     batch = self._batch(first)
                     left = first.queued + self._wait - time.monotonic()
                     if left <= 0 or self._is_full(batch) or not self._others():
                         for job in batch:
                             self._jobs.remove(job)
+                        if self._closed:
+                            # The others may have nothing to wait for any more.
+                            self._changed.notify_all()
                         return batch
-                if not self._changed.wait(left) and first is None:
+                if not self._changed.wait(left) and not self._jobs:
                     return None
             return []
 

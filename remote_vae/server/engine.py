@@ -21,8 +21,10 @@ from remote_vae.errors import InvalidRequest
 from remote_vae.server.admission import Admission, ClientGone, Limits, Place, Size
 from remote_vae.server.batching import Batcher, Job, Request
 from remote_vae.server.catalogue import Catalogue, Device, Entry, Fits, NoModel, pick
+from remote_vae.server.moving import Mover
 from remote_vae.server.pictures import Facts, answer
 from remote_vae.server.worker import Nobody, Watcher, Worker, prepared
+from remote_vae.tiled.memory import forget_frames, is_out_of_memory
 from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op
 from remote_vae.vae.frames import check_cells, check_frames, check_latent_frames
 from remote_vae.wire import EncodeRequest, HttpResponse, Output, TensorHead, decode_size, encode_size
@@ -257,7 +259,7 @@ class Engine:
             place.size = Size(shape[0], frames, *shape[-2:])
             place.pixels = place.size.pixels
         if vae.device.type == "cuda" and self._batcher.bytes_ahead() + values.nbytes <= _AHEAD_BYTES:
-            values = worker.mover.up(values.to(vae.dtype))
+            values = _ahead(worker.mover, values.to(vae.dtype))
         return Job(place, entry, request, vae.family, values, shape)
 
     def _nearest(self, entry: Entry) -> Worker:
@@ -356,3 +358,14 @@ class Engine:
         finally:
             with self._lock:
                 setattr(self, name, getattr(self, name) - 1)
+
+
+def _ahead(mover: Mover, values: torch.Tensor) -> torch.Tensor:
+    """``values`` on their way to the device; where the calls at work have all of its memory, they wait for that here."""
+    try:
+        return mover.up(values)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        forget_frames(error)
+        return values

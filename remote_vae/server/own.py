@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,7 +229,9 @@ class OwnVaes:
         except Exception as error:
             log.warning("%s: %s", vae.name, error)
             # Where its files lie is nobody's business.
-            reason = str(error).replace(vae.source.source, public_name(vae.source.source))
+            source, reason = vae.source.source, str(error)
+            for path in (str(Path(source).expanduser()), source):
+                reason = reason.replace(path, public_name(source))
             vae.failure = f"the VAE {vae.name} cannot be loaded: {reason}"
             raise NoModel(vae.failure) from None
 

@@ -9,6 +9,7 @@ import torch
 
 from remote_vae.server.admission import ClientGone, Place
 from remote_vae.server.moving import Mover
+from remote_vae.tiled.memory import forget_frames, is_out_of_memory
 from remote_vae.vae.families import Family
 from remote_vae.vae.packed import BatchNormed
 from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse, decode_response, encode_response
@@ -46,10 +47,20 @@ def answer(
             raise ClientGone("the client hung up while its answer was made")
         return mover.down(tensor)
 
-    with mover.leaving():
+    def make(values: torch.Tensor) -> HttpResponse:
         if isinstance(request, DecodeRequest):
-            return compressed_response(decode_response(request, made, bring=bring), request.extras)
-        return _encoded(request, made, facts, bring)
+            return compressed_response(decode_response(request, values, bring=bring), request.extras)
+        return _encoded(request, values, facts, bring)
+
+    with mover.leaving():
+        try:
+            return make(made)
+        except Exception as error:
+            if made.is_cpu or not is_out_of_memory(error):
+                raise
+            forget_frames(error)
+        # The calls at work have all of the device's memory; what is made of frames in it is made outside.
+        return make(mover.down(made))
 
 
 def _encoded(

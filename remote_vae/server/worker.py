@@ -96,7 +96,7 @@ class Worker:
         return thread
 
     def _run(self, take: Callable[[Worker, float | None], list[Job] | None]) -> None:
-        rest = None
+        rest: float | None = None
         while (batch := take(self, rest)) != []:
             if batch is None:
                 # What the C library keeps of a crowd's calls goes back to the system once they are over.
@@ -104,7 +104,8 @@ class Worker:
                 rest = None
             else:
                 self.work(batch)
-                rest = _REST
+                # A host's heap is its own.
+                rest = None if self.device is None else _REST
             # Not kept until the next one comes.
             del batch
 

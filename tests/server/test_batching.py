@@ -13,16 +13,22 @@ import torch
 
 from remote_vae.errors import InvalidRequest, NotFinite, OutOfMemory
 from remote_vae.local import route
+from remote_vae.server import pictures
 from remote_vae.server.admission import ClientGone, Place
 from remote_vae.server.batching import Batcher, Job
 from remote_vae.server.catalogue import OneVae
 from remote_vae.server.engine import Engine
 from remote_vae.server.models import LoadedVae
+from remote_vae.server.moving import Mover
+from remote_vae.server.pictures import Facts
 from remote_vae.server.worker import Nobody
 from remote_vae.vae.at_work import Op
+from remote_vae.vae.families import family_of, load_families
 from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse, Output
+from remote_vae.wire.pixels import to_uint8
 from remote_vae.wire.query import Scaling
 from tests.nearness import out_of_memory, psnr
+from tests.pretend_gpu import DEVICE, Card
 from tests.server.asking import wait_until
 from tests.server.at_once import answers, job_of, worker_of
 from tests.vaes import small_vae
@@ -115,8 +121,6 @@ def test_another_shape_another_vae_and_the_other_way_go_for_themselves(entry: On
 
 def test_videos_go_for_themselves_and_pictures_of_their_vae_together() -> None:
     vae = small_vae("wan")
-    from remote_vae.vae.families import family_of
-
     entry = OneVae(LoadedVae(vae, family_of(vae), "wan", {}))
     videos = [job(entry, DecodeRequest(torch.zeros(1, 16, 2, 2, 2))) for _ in range(2)]
     pictures = [job(entry, DecodeRequest(torch.zeros(1, 16, 2, 2))) for _ in range(2)]
@@ -333,6 +337,37 @@ def test_when_all_have_left_the_work_ends(entry: OneVae, own: LoadedVae) -> None
     assert not reached
 
 
+def test_a_film_is_not_made_to_its_end_for_who_has_left() -> None:
+    class Leaving(Mover):
+        frames = 0
+
+        def down(self, tensor: torch.Tensor) -> torch.Tensor:
+            self.frames += 1
+            place.leave()
+            return super().down(tensor)
+
+    place, mover = Place("decode", 1, 1), Leaving(torch.device("cpu"))
+    request = DecodeRequest(torch.zeros(1, 16, 3, 2, 2), Output.MP4)
+    facts = Facts(family_of(small_vae("wan")), None, has_posterior=True)
+    with pytest.raises(ClientGone):
+        pictures.answer(request, torch.zeros(1, 3, 9, 16, 16), facts, mover, place)
+    assert mover.frames == 1
+
+
+def test_where_a_card_has_no_room_for_levels_they_are_made_outside(card: Card) -> None:
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    there, mover = card.put(pixels), Mover(DEVICE)
+    made = there + 0
+    mover.leaves(made)
+    card.size = card.live + 100
+    request, facts = (
+        DecodeRequest(torch.zeros(1, 4, 2, 2), Output.UINT8),
+        Facts(load_families()["sd1"], None, has_posterior=True),
+    )
+    levels = pictures.answer(request, made, facts, mover, Place("decode", 1, 1))
+    assert bytes(levels.body) == to_uint8(pixels).numpy().tobytes()
+
+
 def test_the_engine_makes_what_waits_behind_a_call_at_once(entry: OneVae, own: LoadedVae) -> None:
     gate, made = threading.Event(), Batches(own.vae)
     # Whatever a hook returns would be the decoder's input.
@@ -357,7 +392,6 @@ def test_who_asks_for_work_hears_when_there_is_none_for_a_while(entry: OneVae) -
     batcher, first = Batcher(100, 0, lambda: False), job(entry, of(1))
     assert batcher.take(lambda _: True, 0.01) is None
     batcher.put(first)
-    assert batcher.take(lambda _: False, 0.01) is None
     assert batcher.take(lambda _: True, 0.01) == [first]
     batcher.close()
     assert batcher.take(lambda _: True, 0.01) == []
