@@ -77,14 +77,12 @@ class Flag:
                 value = int(text) if self.kind == "whole" else float(text)
             except ValueError:
                 raise self._error(self.option, text) from None
-        elif self.kind == "list":
-            value = text.split(",")
         return self.checked(value, self.option)
 
     def checked(self, value: Any, where: str) -> Any:
         """``value``, if it is what it should be. Raises SettingsError."""
         if self.kind == "list" and isinstance(value, str):
-            value = [value]
+            value = value.split(",")
         if not self._is_good(value):
             raise self._error(where, value)
         if self.kind == "list":

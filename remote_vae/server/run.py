@@ -26,6 +26,7 @@ from remote_vae.vae.families import load_families
 
 log = logging.getLogger("remote_vae")
 
+_LOADING = Closed("loading", "this server is loading its VAE")
 # For threads to end that have nothing left to do (seconds).
 _END_SECONDS = 5.0
 
@@ -46,7 +47,7 @@ def serve(config: ServerConfig) -> None:
         fast = Fast(config.fast, config.sizes)
         vaes = OwnVaes(config.vaes, devices=devices, load=fast.load)
         engine = Engine(vaes, config.limits, batch_pixels=config.batch_pixels, batch_wait=config.batch_wait, watcher=metrics())
-        engine.admission.closed = Closed("loading", "this server is loading its VAE")
+        engine.admission.closed = _LOADING
         addresses = endpoints(listener, config.host, "https" if tls else "http")
         server = make_server(engine, token, addresses=addresses, tls=tls)
         start = _Start(config, vaes, engine, server, fast)
@@ -84,14 +85,13 @@ class _Start:
             print(f"loading {', '.join(sources)} ...", flush=True)
         try:
             self._vaes.start(preload=self._loads_all)
+            self._fast.is_starting = False
+            if self._engine.admission.closed is _LOADING:
+                self._engine.admission.closed = None
+                ready()
         except Exception as error:
             self._error = error
             self._server.should_exit = True
-            return
-        self._fast.is_starting = False
-        if not self._server.is_stopping:
-            ready()
-            self._engine.admission.closed = None
 
     def check(self) -> None:
         """Raises what has kept it from being ready."""

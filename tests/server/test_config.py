@@ -99,6 +99,12 @@ def test_every_flag_can_be_said_in_the_file_and_every_field_of_the_limits_by_a_f
     assert set(Limits.__dataclass_fields__) <= limits
 
 
+def test_several_are_a_list_in_the_file_or_one_text_as_in_a_flag(tmp_path: Path) -> None:
+    for text in ('["512", "768x1024"]', '"512, 768x1024"'):
+        assert said("--config", file(tmp_path, f'vae = "x"\nfast-sizes = {text}')).sizes == ((512, 512), (1024, 768))
+    assert said("--vae", "x", "--fast-sizes", "512,768x1024").sizes == ((512, 512), (1024, 768))
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = file(tmp_path, FILE)
     config = said("--config", path, "--port", "0", "--no-preload", "--vae", "a=one", "--device", "cpu", "--max-batch", "9")
