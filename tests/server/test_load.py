@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.load import CROWDS, Server, decode, measure
+from bench.load import CROWDS, ROOT, Server, decode, measure
 
 # A thread, the largest picture of the test and what the allocator keeps; an upload of the crowd says that it has 400 MB.
 MEMORY = 200
@@ -17,7 +17,8 @@ MEMORY = 200
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[Server]:
-    server = Server()
+    # A batch takes as much as one picture of its pixels would, which is not what this is about.
+    server = Server(ROOT / "assets" / "demo_vae", "--batch-pixels", "0")
     assert decode(server).ok
     yield server
     server.close()
