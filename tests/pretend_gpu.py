@@ -38,6 +38,37 @@ _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", 
 _OF_THE_OBJECT = {"__set__", "requires_grad_", "detach_"}
 
 
+def _batch_norm_stats(given: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each channel."""
+    variance, mean = torch.var_mean(given.float() if given.dtype.itemsize < 4 else given, (0, 2, 3), correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def _gather_stats(
+    given: torch.Tensor,
+    means: torch.Tensor,
+    spreads: torch.Tensor,
+    running_mean: None,
+    running_var: None,
+    momentum: float,
+    eps: float,
+    counts: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of parts ``[N, C]`` of so many values, one after the other as CUDA's kernel joins them."""
+    if counts.dtype != given.dtype or means.dtype != torch.promote_types(given.dtype, torch.float32):
+        raise RuntimeError(f"expected scalar type {given.dtype} but found {counts.dtype}")
+    mean, squares, count = torch.zeros_like(means[0]), torch.zeros_like(means[0]), 0.0
+    for other, spread, more in zip(means, spreads, counts.tolist(), strict=True):
+        squares = squares + (spread**-2 - eps) * more + (mean - other) ** 2 * count * more / (count + more)
+        mean = (count * mean + more * other) / (count + more)
+        count += more
+    return mean, (squares / count + eps).rsqrt()
+
+
+# What only CUDA has.
+_KERNELS = {"batch_norm_stats": _batch_norm_stats, "batch_norm_gather_stats_with_counts": _gather_stats}
+
+
 class OnCard(torch.Tensor):
     """A tensor whose values are on the card."""
 
@@ -197,6 +228,8 @@ class Card(TorchFunctionMode):
             return self._is_pinned(args[0])
         if name == "copy_":
             return self._copy(*args, **kwargs)
+        if name in _KERNELS:
+            return self._compute(_KERNELS[name], name, args, kwargs)
         if name in _FACTORIES or name.endswith("_like") or name.startswith("new_"):
             return self._make(func, args, kwargs)
         return self._compute(func, name, args, kwargs)

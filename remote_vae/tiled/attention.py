@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from math import ceil
+from math import ceil, isfinite
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -45,7 +45,7 @@ def attend(
     threads = torch.get_num_threads()
     mixed = torch.empty_like(queries)
     # In half precision what a part of the keys gives would be rounded once more.
-    kernel = _kernel() if keys.device.type == "cpu" and keys.dtype == torch.float32 else None
+    kernel = _kernel() if keys.device.type == "cpu" and keys.dtype == torch.float32 and isfinite(flops) else None
     # No thread should wait for another.
     if kernel is not None:
         portion = _QUERIES * threads * ceil(_BLOCKS / threads)

@@ -12,6 +12,9 @@ from remote_vae.tiled.plan import Conv, InTime
 from remote_vae.tiled.rows import Rows, pieces
 from remote_vae.tiled.weights import borrowed
 
+# By which part of it a strip may be larger than it should be.
+_SLACK = 5
+
 
 class Convolved(Rows):
     """A convolution of what ``fill`` makes of the source's strips."""
@@ -46,9 +49,14 @@ class SlidingConv:
         self._before, self._kept = run.past.of(step) if step.depth > 1 else (None, None)
         self._past = _depth(step, source) - 1
         self._row_flops = flops_of(step, source) * self._out_width
-        channels = max(self._channels * (self._past + self._frames), step.module.out_channels * self._frames)
-        rows = run.rows(max(self._width, self._out_width), channels, self._row_flops)
-        self._piece_rows = max(1, rows * step.stride // scale)
+        # Neither its window nor what comes out is larger than a strip.
+        made = source.rows_of(self._out_width, step.module.out_channels * self._frames, self._row_flops) * step.stride
+        window = source.rows_of(self._width, self._channels * (self._past + self._frames))
+        self._piece_rows = max(1, min(made, window) // scale)
+        # A strip is a few rows larger where those before were smaller: it is not cut for them.
+        self._most_rows = self._piece_rows + self._piece_rows // _SLACK
+        self._keeps = source.phase.keeps
+        self._pending: list[torch.Tensor] = []
         self._received = self._produced = 0
         self._carry: torch.Tensor | None = None
         self._weights = borrowed(step.module, run.device, run.dtype)
@@ -67,45 +75,68 @@ class SlidingConv:
 
     def push(self, strip: torch.Tensor) -> Iterator[torch.Tensor]:
         """The rows that have become possible."""
-        for piece in pieces(strip, self._piece_rows):
-            out = self._next(piece)
+        for piece in pieces(strip, self._most_rows):
+            self._pending.append(piece)
+            if self._is_waiting_for(piece.shape[2]):
+                continue
+            out = self._next()
             if out is not None:
                 flops = self._row_flops * out.shape[2]
                 yield out
                 del out
                 self._run.tick(flops)
 
-    def _next(self, piece: torch.Tensor) -> torch.Tensor | None:
+    def _is_waiting_for(self, more: int) -> bool:
+        """Whether ``more`` rows may come and still be worked on together with those that are there."""
+        if self._is_plain:
+            return False
+        rows = sum(piece.shape[2] for piece in self._pending)
+        return rows + more <= self._most_rows and self._received + rows * self._scale < self._height
+
+    def _next(self) -> torch.Tensor | None:
+        """What the rows that are there make possible."""
+        given, self._pending = self._pending, []
         step = self._step
-        left, right, top, _ = step.pad
+        left, right, top, bottom = step.pad
         kernel, stride = step.kernel[0], step.stride
-        if self._fill is None and step.kernel == (1, 1) and stride == 1 and not any(step.pad) and not self._past:
-            return self._convolve(piece.to(self._run.dtype), 0)
+        if self._is_plain:
+            (piece,) = given
+            return self._convolve(piece.to(self._run.dtype), (0, 0))
         start = self._received
-        self._received += piece.shape[2] * self._scale
+        self._received += sum(piece.shape[2] for piece in given) * self._scale
         ended = self._received == self._height
+        # The convolution pads by itself where both sides are alike: columns, and rows where all of them are there.
+        columns, extra = (left, (0, 0)) if left == right else (0, (left, right))
+        rows = top if ended and not start and top == bottom else 0
         possible = self._out_height if ended else max(0, (self._received + top - kernel) // stride + 1)
-        first = self._produced * stride - top
-        end = max(self._received, (self._out_height - 1) * stride - top + kernel) if ended else self._received
-        # Columns are padded by the convolution itself where both sides are alike.
-        extra = (left, right) if left != right else (0, 0)
+        first = 0 if rows else self._produced * stride - top
+        end = max(self._received, (self._out_height - 1) * stride - top + kernel) if ended and not rows else self._received
         window = self._window(end - first, sum(extra) + self._width)
         inside = window[..., extra[0] : extra[0] + self._width]
         if sum(extra):
-            window[..., : extra[0]] = 0
-            window[..., extra[0] + self._width :] = 0
-        if first < 0:
-            window[:, :, :-first] = 0
-        if end > self._received:
-            window[:, :, self._received - first :] = 0
+            _clear(window[..., : extra[0]], window[..., extra[0] + self._width :])
+        _clear(window[:, :, : max(0, -first)], window[:, :, self._received - first :])
         if self._carry is not None:
             inside[:, :, start - first - self._carry.shape[2] : start - first] = self._carry
-        self._put(piece, inside[:, :, start - first : self._received - first])
+            self._carry = None
+        while given:
+            piece = given.pop(0)
+            self._put(piece, inside[:, :, start - first : start - first + piece.shape[2] * self._scale])
+            start += piece.shape[2] * self._scale
+            del piece
         count = possible - self._produced
         self._produced = possible
-        keep_from = max(0, possible * stride - top)
-        self._carry = None if ended else inside[:, :, keep_from - first : self._received - first].clone()
-        return self._convolve(window, 0 if sum(extra) else left) if count else None
+        if not ended:
+            keep_from = max(0, possible * stride - top)
+            carry = inside[:, :, keep_from - first : self._received - first]
+            self._carry = carry if self._keeps else carry.clone()
+        return self._convolve(window, (rows, columns)) if count else None
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether each position is made of itself alone."""
+        step = self._step
+        return self._fill is None and step.kernel == (1, 1) and step.stride == 1 and not any(step.pad) and not self._past
 
     def _window(self, rows: int, columns: int) -> torch.Tensor:
         """Memory for ``[past + frames, channels, rows, columns]``."""
@@ -133,13 +164,19 @@ class SlidingConv:
         if self._kept is not None:
             self._kept.append(into[-self._past :].clone(memory_format=torch.contiguous_format))
 
-    def _convolve(self, window: torch.Tensor, columns: int) -> torch.Tensor:
+    def _convolve(self, window: torch.Tensor, pad: tuple[int, int]) -> torch.Tensor:
         step, stride = self._step, self._step.stride
         if not self._past:
-            return conv2d(window, self._weight, self._bias, stride, (0, columns), groups=step.module.groups)
+            return conv2d(window, self._weight, self._bias, stride, pad, groups=step.module.groups)
         video = window.transpose(0, 1).unsqueeze(0)
-        made = conv3d(video, self._weight, self._bias, (1, stride, stride), (0, 0, columns), groups=step.module.groups)
+        made = conv3d(video, self._weight, self._bias, (1, stride, stride), (0, *pad), groups=step.module.groups)
         return made.squeeze(0).transpose(0, 1)
+
+
+def _clear(*parts: torch.Tensor) -> None:
+    for part in parts:
+        if part.numel():
+            part.zero_()
 
 
 class ConvolvedInTime(Rows):
@@ -161,7 +198,7 @@ class ConvolvedInTime(Rows):
             return
         run, step = self.run, self._step
         before, kept = run.past.of(step)
-        rows = run.rows(self.width, 2 * self.channels * max(self.frames, self._source.frames), self._row_flops)
+        rows = self.rows_of(self.width, 2 * self.channels * max(self.frames, self._source.frames), self._row_flops)
         with borrowed(step.module, run.device, run.dtype) as (weight, bias):
             for strip in self._source.read():
                 for piece in pieces(strip, rows):

@@ -23,6 +23,7 @@ from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from remote_vae.tiled.memory import free_pinned_memory
 from remote_vae.tiled.normed import own_moments, raw_latents
 from remote_vae.tiled.plan import Plan
+from remote_vae.tiled.policy import Policy, policy_of
 from remote_vae.tiled.rows import NotFinite, Past, Rows, Run, never, no_progress
 from remote_vae.tiled.store import Store
 from remote_vae.tiled.weights import bring_in
@@ -31,12 +32,6 @@ log = logging.getLogger("remote_vae")
 
 Device = Union[torch.device, str]
 _HALVES = (torch.float16, torch.bfloat16)
-
-# Strips that stay in a processor's cache; a GPU wants more work at a time, but seven of them are alive at once.
-_STRIP_BYTES = {"cpu": 8 << 20}
-_GPU_STRIP_BYTES = 16 << 20
-# A processor does this in a tenth of a second or so: how long a wait for Interrupt may take. A GPU is never waited for.
-_STRIP_FLOPS = {"cpu": 16e9}
 
 
 @dataclass(frozen=True)
@@ -51,11 +46,13 @@ class Limits:
             weights are copied there when they are needed.
         dtype: what to compute in; None: the dtype of the VAE's weights, or autocast's. Half precision that gives NaN is done
             again in float32.
+        policy: None: that of the device.
     """
 
     max_bytes: int | None = None
     device: Device | None = None
     dtype: torch.dtype | None = None
+    policy: Policy | None = None
 
 
 def decode(
@@ -137,7 +134,7 @@ def run(
     given = own if autocast is None or own == torch.float64 else autocast
 
     def attempt(dtype: torch.dtype) -> torch.Tensor:
-        work = _Work(plan, limits, device, dtype, progress, cancelled or never)
+        work = _Work(plan, limits, limits.policy or policy_of(device), device, dtype, progress, cancelled or never)
         result = work.result_of(videos)
         if dtype in _HALVES and not torch.isfinite(result).all():
             raise NotFinite("the last convolution")
@@ -191,6 +188,7 @@ class _Work:
 
     plan: Plan
     limits: Limits
+    policy: Policy
     device: torch.device
     dtype: torch.dtype
     progress: Callable[[float], None] | None
@@ -219,7 +217,8 @@ class _Work:
         # The first frame comes alone, and then ``step`` at a time.
         step = 1 if self.plan.frames is None else self.plan.frames.step
         largest = max(each.channels * each.rows * each.columns for each in self.plan.sizes(height, width))
-        with closing(Store(self.device, budget.waiting, largest * budget.frames * self.dtype.itemsize)) as store:
+        waiting = min((each.waiting for each in budget.phases if each.waiting is not None), default=None)
+        with closing(Store(self.device, self.policy, waiting, largest * budget.frames * self.dtype.itemsize)) as store:
             past = Past(store)
             start = made = 0
             while start < frames:
@@ -237,7 +236,7 @@ class _Work:
             self.plan,
             (frames, height, width),
             self.dtype,
-            strip_bytes=_STRIP_BYTES.get(self.device.type, _GPU_STRIP_BYTES),
+            policy=self.policy,
             max_bytes=self.limits.max_bytes,
             result_bytes=result_bytes,
         )
@@ -247,12 +246,12 @@ class _Work:
         return Run(
             device=self.device,
             dtype=self.dtype,
-            strip_bytes=budget.strip_bytes,
-            strip_flops=_STRIP_FLOPS.get(self.device.type, float("inf")),
+            policy=self.policy,
+            phases=iter(budget.phases),
             store=store,
             past=past,
             channels_last=half and self.device.type in ("cpu", "cuda"),
-            finite=half,
+            finite=half and self.policy.looks,
             progress=report,
             cancelled=self.cancelled,
         )

@@ -26,6 +26,7 @@ import torch
 from torch.nn.functional import interpolate, linear
 
 from remote_vae.tiled.attention import attend
+from remote_vae.tiled.budget import SMALL
 from remote_vae.tiled.convolution import Convolved, ConvolvedInTime, SlidingConv, flops_of
 from remote_vae.tiled.linear_attention import LinearlyAttended
 from remote_vae.tiled.local_steps import Locally, RmsNormed, SlidingLocal
@@ -44,12 +45,12 @@ from remote_vae.tiled.plan import (
     Step,
     Upsample,
 )
-from remote_vae.tiled.rows import Mapped, Picture, Rows, Run
+from remote_vae.tiled.rows import Mapped, Picture, Rows, Run, pieces
 from remote_vae.tiled.store import RowReader
 from remote_vae.tiled.weights import borrowed
 
-# A level is small when it has so many times fewer positions than the largest.
-_SMALL = 16
+# How large the scores of a portion of attention may be, which torch may compute as a whole: in strips, and in bytes.
+_SCORES_STRIPS, _SCORES_BYTES = 8, 64 << 20
 
 Push = Callable[[torch.Tensor], Iterator[torch.Tensor]]
 Weights = tuple[torch.Tensor, "torch.Tensor | None"]
@@ -64,7 +65,7 @@ class Branch(Rows):
     def __init__(self, source: Rows, shortcut: Conv | Local | None) -> None:
         own = flops_of(shortcut, source) * source.height * source.width if isinstance(shortcut, Conv) else 0.0
         super().__init__(source, source.channels, source.height, source.width, own)
-        self._queue = self.run.store.queue()
+        self._queue = self.queue()
         self._source = source
         self._shortcut = shortcut
         self._is_late = isinstance(shortcut, Local) and shortcut.up > shortcut.down
@@ -104,7 +105,7 @@ class Sum(Rows):
         super().__init__(main, main.channels, main.height, main.width)
         self._main = main
         self._branch = branch
-        self._is_small = _SMALL * self.height * self.width <= self.run.pixels
+        self._is_small = SMALL * self.height * self.width <= self.run.pixels
 
     def read(self) -> Iterator[torch.Tensor]:
         shortcut = RowReader(self._branch.shortcut())
@@ -130,8 +131,9 @@ class Attended(Rows):
 
     def __init__(self, source: Rows, step: Attention) -> None:
         work = 4.0 * source.frames * source.channels * (source.height * source.width) ** 2
-        super().__init__(source, source.channels, source.height, source.width, work)
-        self._source = norm_input(source, step.norm)
+        waiting = norm_input(source, step.norm)
+        super().__init__(waiting, source.channels, source.height, source.width, work)
+        self._source = waiting
         self._step = step
 
     def read(self) -> Iterator[torch.Tensor]:
@@ -139,30 +141,39 @@ class Attended(Rows):
         with ExitStack() as stack:
             key = self._weights(stack, step.key, 1)
             value = self._weights(stack, step.value, 2)
-            keys, values = self._whole(key), self._whole(value)
             at = 0
             for strip in self._source.read(last=False):
-                tokens = self._tokens(strip)
-                for whole, weights in ((keys, key), (values, value)):
-                    whole[:, :, at : at + tokens.shape[1]] = self._project(tokens, weights)
-                at += tokens.shape[1]
-                del strip, tokens
-                run.tick(0.0)
+                if not at:
+                    # Not before all that comes before is done.
+                    keys, values = self._whole(key), self._whole(value)
+                for piece in pieces(strip, self.strip_rows):
+                    tokens = self._tokens(piece)
+                    for whole, weights in ((keys, key), (values, value)):
+                        whole[:, :, at : at + tokens.shape[1]] = self._project(tokens, weights)
+                    at += tokens.shape[1]
+                    del piece, tokens
+                    run.tick(0.0)
+                del strip
         with ExitStack() as stack:
             query = self._weights(stack, step.query, 0)
             out = stack.enter_context(borrowed(step.out, run.device, run.dtype))
             for strip in self._source.read():
-                mixed = attend(
-                    self._project(self._tokens(strip), query),
-                    keys,
-                    values,
-                    flops=run.strip_flops,
-                    scores_bytes=8 * run.strip_bytes,
-                    tick=run.tick,
-                )
-                mixed = linear(mixed.transpose(1, 2).flatten(2), out[0].flatten(1), out[1])
-                yield strip + mixed.transpose(1, 2).reshape(strip.shape)
-                del strip, mixed
+                for piece in pieces(strip, self.strip_rows):
+                    queries = self._project(self._tokens(piece), query)
+                    yield piece + self._mixed(queries, keys, values, out).reshape(piece.shape)
+                    del piece, queries
+                del strip
+
+    def _mixed(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: Weights) -> torch.Tensor:
+        """``[frames, C, N]`` of some positions."""
+        flops, tick = self.run.policy.strip_flops, self.run.tick
+        mixed = attend(queries, keys, values, flops=flops, scores_bytes=self._scores_bytes, tick=tick)
+        return linear(mixed.transpose(1, 2).flatten(2), out[0].flatten(1), out[1]).transpose(1, 2)
+
+    @property
+    def _scores_bytes(self) -> int:
+        strip = self.phase.strip_bytes
+        return min(_SCORES_STRIPS * strip, max(_SCORES_BYTES, 2 * strip))
 
     def _weights(self, stack: ExitStack, module: Any, part: int) -> Weights:
         """Of one projection; of one layer for all, its part."""
@@ -207,8 +218,7 @@ def _chain(steps: tuple[Step, ...], rows: Rows, pending: Fill | None = None) -> 
             if not _feeds_conv(steps, index):
                 rows = _normed(step, rows)
                 continue
-            rows, normalise = _norm(step, rows)
-            pending = filler(normalise, _activation_after(steps, index))
+            rows, pending = _filled(step, rows, _activation_after(steps, index))
         elif isinstance(step, Upsample) and _feeds_conv(steps, index):
             scale = step.scale
             pending = _upsampler(scale)
@@ -239,18 +249,19 @@ def _node(step: Step, rows: Rows) -> Rows:
     raise AssertionError(f"no node for {step}")
 
 
-def _norm(step: Norm | RmsNorm, rows: Rows) -> tuple[Rows, Function]:
+def _filled(step: Norm | RmsNorm, rows: Rows, function: Function | None) -> tuple[Rows, Fill]:
+    """What a convolution reads after a norm and ``function``, and how it fills its window with it."""
     if isinstance(step, RmsNorm):
-        return rows, rms_norm(step, rows.run)
+        return rows, filler(rms_norm(step, rows.run), function, rows.run)
     source = norm_input(rows, step.module)
-    return source, source.normalise
+    return source, source.fill(function)
 
 
 def _normed(step: Norm | RmsNorm, rows: Rows) -> Rows:
     if isinstance(step, RmsNorm):
         return RmsNormed(rows, step)
-    source, normalise = _norm(step, rows)
-    return Mapped(source, normalise)
+    source = norm_input(rows, step.module)
+    return Mapped(source, source.normalise)
 
 
 def _residual(step: Residual, rows: Rows) -> Rows:
@@ -260,9 +271,8 @@ def _residual(step: Residual, rows: Rows) -> Rows:
     main, fill = step.main, None
     if isinstance(main[0], Norm) and _feeds_conv(main, 0):
         # The norm's strips wait before the branch, so that they do not wait in its queue as well.
-        rows, normalise = _norm(main[0], rows)
         function = _activation_after(main, 0)
-        fill = filler(normalise, function)
+        rows, fill = _filled(main[0], rows, function)
         main = main[1 if function is None else 2 :]
     branch = Branch(rows, shortcut)
     return Sum(_chain(main, branch, fill), branch)
@@ -282,10 +292,10 @@ def _feeds_conv(steps: tuple[Step, ...], index: int) -> bool:
 
 
 def _upsampler(scale: int) -> Fill:
-    nearest = _nearest(scale)
-
     def fill(strip: torch.Tensor, window: torch.Tensor) -> None:
-        window.copy_(nearest(strip))
+        *frames, rows, columns = strip.shape
+        # Rows and columns in parts of ``scale``: into them every value is written as often as it is needed.
+        window.view(*frames, rows, scale, columns, scale).copy_(strip[:, :, :, None, :, None])
 
     return fill
 

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from remote_vae.tiled.convolution import SlidingConv, flops_of
 from remote_vae.tiled.local_steps import rms_normalised, wide
 from remote_vae.tiled.plan import LinearAttention
-from remote_vae.tiled.rows import NotFinite, Rows, Run, pieces
+from remote_vae.tiled.rows import NotFinite, Rows, pieces
 from remote_vae.tiled.store import RowReader
 from remote_vae.tiled.weights import borrowed
 
@@ -27,16 +27,18 @@ class LinearlyAttended(Rows):
         self._inner = step.inner
         mixing = _OF_A_PAIR * self._inner * (step.head + 1) * (1 + len(step.scales))
         scales = sum(flops_of(conv, source) for scale in step.scales for conv in scale)
-        super().__init__(source, source.channels, source.height, source.width, (mixing + scales) * positions)
+        phase = source.run.next_phase()
+        super().__init__(source, source.channels, source.height, source.width, (mixing + scales) * positions, phase=phase)
         self._mixing = mixing * self.width / 2
         self._source = source
         self._step = step
-        self._heads = [_Heads(self.run, self._inner // step.head, step) for _ in range(1 + len(step.scales))]
-        self._rows = self.run.rows(self.width, 3 * self._inner, self._mixing)
+        self._heads = [_Heads(source, self._inner // step.head, step) for _ in range(1 + len(step.scales))]
+        self._taken_rows = source.rows_of(self.width, 3 * self._inner, self._mixing)
+        self._rows = self.rows_of(self.width, 3 * self._inner, self._mixing)
 
     def read(self) -> Iterator[torch.Tensor]:
         step, run = self._step, self.run
-        waiting = run.store.queue()
+        waiting = self._source.queue()
         self._collect(waiting.append)
         dtype = wide(run.dtype)
         queries = [RowReader(heads.queries.read(last=True)) for heads in self._heads]
@@ -66,11 +68,11 @@ class LinearlyAttended(Rows):
             joined = torch.cat([weight.flatten(1) for weight, _ in parts])
             biases = [bias for _, bias in parts if bias is not None]
             bias = torch.cat(biases) if len(biases) == len(parts) else None
-            like = Rows(run, 3 * self._inner, self.height, self.width)
+            like = Rows(run, 3 * self._inner, self.height, self.width, phase=self._source.phase)
             chains = [[open_weights.enter_context(SlidingConv(conv, like, None)) for conv in scale] for scale in step.scales]
             for strip in self._source.read():
                 keep(strip)
-                for piece in pieces(strip, self._rows):
+                for piece in pieces(strip, self._taken_rows):
                     tokens = linear(piece.to(run.dtype).movedim(1, -1), joined, bias).movedim(-1, 1)
                     base.add(tokens)
                     for heads, chain in zip(others, chains, strict=True):
@@ -90,12 +92,11 @@ class LinearlyAttended(Rows):
 class _Heads:
     """Sums over all positions of one scale: for each head keys times values, and keys. Queries wait for them here."""
 
-    def __init__(self, run: Run, count: int, step: LinearAttention) -> None:
-        self.queries = run.store.queue()
+    def __init__(self, source: Rows, count: int, step: LinearAttention) -> None:
+        run = source.run
+        self.queries = source.queue()
         self._head, self._eps, self._dtype = step.head, step.eps, run.dtype
-        # Apple's and Intel's GPUs and DirectML have no float64.
-        exact = torch.float64 if run.device.type in ("cpu", "cuda") else torch.float32
-        self._sums = torch.zeros(count, step.head + 1, step.head, device=run.device, dtype=exact)
+        self._sums = torch.zeros(count, step.head + 1, step.head, device=run.device, dtype=run.policy.exact)
 
     def add(self, joined: torch.Tensor) -> None:
         """Queries, keys and values of some rows, ``[1, 3 C, n, W]``."""

@@ -53,7 +53,7 @@ class SlidingLocal:
         self._step = step
         width = source.width // step.down * step.up
         frames = max(1, step.frames(source.frames, first=False))
-        made = run.rows(width, step.channels * frames) // step.up * step.down
+        made = source.rows_of(width, step.channels * frames) // step.up * step.down
         self._rows = max(step.down, min(made, source.strip_rows))
         self._before = step.frames_down - 1 if run.past.first else 0
         self._left_out = step.frames_up - 1 if run.past.first else 0

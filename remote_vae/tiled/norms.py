@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from torch.nn.functional import batch_norm
 
 from remote_vae.tiled.local_steps import rms_normalised, wide
-from remote_vae.tiled.moments import Moments
+from remote_vae.tiled.moments import Affine, moments_of
 from remote_vae.tiled.plan import RmsNorm, silu
-from remote_vae.tiled.rows import NotFinite, Rows, Run, pieces
+from remote_vae.tiled.rows import NotFinite, Rows, Run
 from remote_vae.tiled.weights import borrowed
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -25,9 +24,9 @@ class NormInput(Rows):
     """
 
     def __init__(self, source: Rows) -> None:
-        super().__init__(source, source.channels, source.height, source.width)
+        super().__init__(source, source.channels, source.height, source.width, phase=source.run.next_phase())
         self._source = source
-        self._queue = self.run.store.queue()
+        self._queue = source.queue()
         self._is_collected = False
 
     def read(self, *, last: bool = True) -> Iterator[torch.Tensor]:
@@ -35,13 +34,15 @@ class NormInput(Rows):
         if not self._is_collected:
             self._collect()
             self._is_collected = True
-        for strip in self._queue.read(last=last):
-            yield from pieces(strip, self.strip_rows)
-            del strip
+        yield from self._queue.read(last=last)
 
     def normalise(self, strip: torch.Tensor) -> torch.Tensor:
         """The rows of ``strip``, normalised, in a new tensor; in float32 where they are of half precision."""
         raise NotImplementedError
+
+    def fill(self, function: Function | None) -> Fill:
+        """What fills windows with normalised rows, of which ``function`` is taken."""
+        return filler(self.normalise, function, self.run)
 
     def _collect(self) -> None:
         for strip in self._source.read():
@@ -55,30 +56,51 @@ class GroupNormInput(NormInput):
     def __init__(self, source: Rows, norm: nn.GroupNorm) -> None:
         super().__init__(source)
         self._norm = norm
-        self._affine: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+        self._affine: Affine | None = None
 
     def normalise(self, strip: torch.Tensor) -> torch.Tensor:
+        factor, summand = self._ready()
+        return torch.addcmul(summand, strip.to(factor.dtype), factor)
+
+    def fill(self, function: Function | None) -> Fill:
+        run, plain = self.run, super().fill(function)
+        if not run.policy.writes_parts:
+            return plain
+
+        def fill(strip: torch.Tensor, window: torch.Tensor) -> None:
+            # A processor rounds to half precision once; there two kernels more cost nothing that counts.
+            if run.policy.looks and window.dtype != wide(window.dtype):
+                plain(strip, window)
+                return
+            factor, summand = self._ready()
+            torch.addcmul(summand, strip, factor, out=window)
+            made = window if function is None else function(window)
+            if made is not window:
+                window.copy_(made)
+
+        return fill
+
+    def _ready(self) -> Affine:
         if self._affine is None:
             raise AssertionError("nothing was read yet")
-        mean, variance, weight, bias = self._affine
-        # A norm with given statistics: x * (weight / std) + (bias - mean * weight / std), as group_norm computes it.
-        return batch_norm(strip.float(), mean, variance, weight, bias, training=False, eps=self._norm.eps)
+        return self._affine
 
     def _collect(self) -> None:
-        """Mean, variance, weight and bias of each channel, when all strips have come."""
-        moments = Moments(self._norm.num_groups, self.channels, self.run.device)
+        """Factor and summand of each channel, when all strips have come."""
+        run, norm = self.run, self._norm
+        moments = moments_of(norm.num_groups, self.channels, norm.eps, run.device, run.policy, run.constants)
         for strip in self._source.read():
             moments.add(strip)
             self._queue.append(strip)
             del strip
-        if self.run.finite and not moments.are_finite():
+        if run.finite and not moments.are_finite():
             raise NotFinite("a GroupNorm")
         if moments.second_pass():
             for strip in self._queue.read(last=False):
                 moments.add(strip)
                 del strip
-        with borrowed(self._norm, self.run.device, torch.float32) as weights:
-            self._affine = (*moments.by_channel(), *weights)
+        with borrowed(norm, run.device, wide(run.dtype)) as weights:
+            self._affine = moments.affine(*weights)
 
 
 class RmsNormInput(NormInput):
@@ -110,13 +132,12 @@ def rms_norm(step: RmsNorm, run: Run) -> Function:
     return normalise
 
 
-def filler(normalise: Function, function: Function | None) -> Fill:
+def filler(normalise: Function, function: Function | None, run: Run) -> Fill:
     """Fills the window of a convolution with what a norm, and the activation after it, make of a strip."""
 
     def fill(strip: torch.Tensor, window: torch.Tensor) -> None:
         values = normalise(strip)
-        # Apple's GPUs have written wrong values into a part of a tensor.
-        if function is silu and values.dtype == window.dtype and window.device.type in ("cpu", "cuda"):
+        if function is silu and values.dtype == window.dtype and run.policy.writes_parts:
             torch.ops.aten.silu.out(values, out=window)
         else:
             window.copy_(values if function is None else function(values))

@@ -219,7 +219,7 @@ class Plan:
 
         ``first``: the first frame of all is among them. Raises InvalidRequest where the VAE takes no such size.
         """
-        return _sizes(self.steps, (self.first_weight.shape[1], height, width, frames), first)
+        return sizes_of(self.steps, Made(self.steps[0], self.first_weight.shape[1], height, width, frames), first=first)
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module with weights that takes part."""
@@ -257,8 +257,9 @@ def _modules(steps: tuple[Step, ...]) -> Iterator[nn.Module]:
                 yield from _modules(scale)
 
 
-def _sizes(steps: tuple[Step, ...], made: tuple[int, int, int, int], first: bool) -> Iterator[Made]:
-    channels, height, width, frames = made
+def sizes_of(steps: tuple[Step, ...], entered: Made, *, first: bool) -> Iterator[Made]:
+    """As ``Plan.sizes``, of some steps after what was made last."""
+    _, channels, height, width, frames = entered
     for step in steps:
         if isinstance(step, Conv):
             channels, (height, width) = step.module.out_channels, step.size(height, width)
@@ -267,9 +268,10 @@ def _sizes(steps: tuple[Step, ...], made: tuple[int, int, int, int], first: bool
         elif isinstance(step, Local):
             channels, (height, width) = step.channels, step.size(height, width)
         elif isinstance(step, Residual):
+            before = Made(step, channels, height, width, frames)
             # Only because it may not take this size.
-            list(_sizes(step.shortcut, (channels, height, width, frames), first))
-            for part in _sizes(step.main, (channels, height, width, frames), first):
+            list(sizes_of(step.shortcut, before, first=first))
+            for part in sizes_of(step.main, before, first=first):
                 yield part
                 channels, height, width, frames = part[1:]
         if isinstance(step, (Local, InTime)):

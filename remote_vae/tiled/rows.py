@@ -9,6 +9,9 @@ from math import ceil
 import torch
 
 from remote_vae.errors import CallCancelled
+from remote_vae.tiled.budget import Phase
+from remote_vae.tiled.moments import Constants
+from remote_vae.tiled.policy import Policy
 from remote_vae.tiled.store import RowReader, Store, StripQueue
 
 
@@ -56,9 +59,10 @@ class Run:
 
     Attributes:
         device, dtype: of the computation.
-        strip_bytes: how large a strip should be.
+        policy: of the device.
+        phases: of the budget, in order.
+        constants: that its norms have in common.
         pixels: rows x columns where there are most of them.
-        strip_flops: how much work may be done before ``cancelled`` is asked again.
         store: for strips that wait.
         past: of the frames before.
         channels_last: the memory format of strips.
@@ -68,10 +72,11 @@ class Run:
 
     device: torch.device
     dtype: torch.dtype
-    strip_bytes: int
-    strip_flops: float
+    policy: Policy
+    phases: Iterator[Phase]
     store: Store
     past: Past
+    constants: Constants = field(default_factory=Constants)
     pixels: int = 0
     channels_last: bool = False
     finite: bool = False
@@ -95,26 +100,33 @@ class Run:
         if self.cancelled():
             raise CallCancelled("the VAE call was interrupted", reason="interrupted")
 
-    def rows(self, width: int, channels: int, flops: float = 0.0) -> int:
-        """How many rows of ``channels`` (of all frames) x ``width`` values, which cost ``flops`` each, make a strip."""
-        rows = self.strip_bytes / (width * channels * self.dtype.itemsize)
-        if flops:
-            rows = min(rows, self.strip_flops / flops)
-        return max(1, int(rows))
+    def next_phase(self) -> Phase:
+        """Nodes are made in the order of the plan: here everything waits."""
+        return next(self.phases)
 
 
 class Rows:
     """A picture that is given row by row: ``[frames, channels, height, width]``.
 
     Attributes:
+        phase: in which it is read.
         work: floating point operations of it and of all that is before it.
     """
 
     def __init__(
-        self, source: Rows | Run, channels: int, height: int, width: int, work: float = 0.0, *, frames: int | None = None
+        self,
+        source: Rows | Run,
+        channels: int,
+        height: int,
+        width: int,
+        work: float = 0.0,
+        *,
+        frames: int | None = None,
+        phase: Phase | None = None,
     ) -> None:
         self.run: Run = source.run if isinstance(source, Rows) else source
         self.work: float = work + (source.work if isinstance(source, Rows) else 0.0)
+        self.phase: Phase = phase or (source.phase if isinstance(source, Rows) else source.next_phase())
         self.channels, self.height, self.width = channels, height, width
         self.frames: int = frames or (source.frames if isinstance(source, Rows) else 1)
 
@@ -125,7 +137,18 @@ class Rows:
     @property
     def strip_rows(self) -> int:
         """How many rows make a strip."""
-        return self.run.rows(self.width, self.channels * self.frames)
+        return self.rows_of(self.width, self.channels * self.frames)
+
+    def rows_of(self, width: int, channels: int, flops: float = 0.0) -> int:
+        """How many rows of ``channels`` (of all frames) x ``width`` values, which cost ``flops`` each, make a strip."""
+        rows = self.phase.strip_bytes / (width * channels * self.run.dtype.itemsize)
+        if flops:
+            rows = min(rows, self.run.policy.strip_flops / flops)
+        return max(1, int(rows))
+
+    def queue(self) -> StripQueue:
+        """For strips of it that wait."""
+        return self.run.store.queue(self.phase.waiting)
 
 
 class Picture(Rows):
@@ -164,5 +187,7 @@ def pieces(strip: torch.Tensor, rows: int, of: int = 1) -> Iterator[torch.Tensor
     if count <= 1:
         yield strip
         return
-    for index in range(count):
-        yield strip[:, :, of * (height * index // count) : of * (height * (index + 1) // count)]
+    # All of them alike but the last.
+    size = of * ceil(height / count)
+    for at in range(0, strip.shape[2], size):
+        yield strip[:, :, at : at + size]

@@ -10,6 +10,7 @@ import torch
 
 from remote_vae.tiled.memory import trim_heap
 from remote_vae.tiled.offload import HostMemory, TemporaryFiles
+from remote_vae.tiled.policy import Policy
 
 # Strips that come and go leave holes in the C library's heap, which may add up to half of what is alive: on a processor it has
 # to give them back whenever so many bytes have been added (``trim_heap`` has the numbers). The holes are as large as strips
@@ -26,19 +27,19 @@ class Store:
         largest: bytes of the largest picture that will wait.
     """
 
-    def __init__(self, device: torch.device, limit: int | None, largest: int = 0) -> None:
+    def __init__(self, device: torch.device, policy: Policy, limit: int | None, largest: int = 0) -> None:
         self.limit = limit
         self.used = 0
         # Their stored forms are their own, hence Any.
-        self.elsewhere: Any = TemporaryFiles() if device.type == "cpu" else HostMemory(device)
-        self._trims = device.type == "cpu"
+        self.elsewhere: Any = TemporaryFiles() if policy.files else HostMemory(device)
+        self._trims = policy.files
         self._since_trim = 0
         self._trim_every = max(_TRIM_EVERY, largest // _TRIMS_A_PICTURE)
         self._queues: list[StripQueue] = []
 
-    def queue(self) -> StripQueue:
-        """A new queue that has its strips here."""
-        queue = StripQueue(self)
+    def queue(self, limit: int | None = None) -> StripQueue:
+        """A new queue with its strips here; ``limit``: how many bytes may wait in all when one is added (None: as always)."""
+        queue = StripQueue(self, self.limit if limit is None else limit)
         self._queues.append(queue)
         return queue
 
@@ -48,10 +49,6 @@ class Store:
         for queue in self._queues:
             queue.clear()
         self._queues = []
-
-    def takes(self, size: int) -> bool:
-        """Whether ``size`` bytes more may stay on the compute device."""
-        return self.limit is None or self.used + size <= self.limit
 
     def added(self, size: int) -> None:
         """``size`` bytes more wait somewhere."""
@@ -64,14 +61,15 @@ class Store:
 class StripQueue:
     """Strips ``[1, C, n, W]`` in the order of their rows. What is read for the last time is let go of at once."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, limit: int | None) -> None:
         self._store = store
+        self._limit = limit
         # The strip, or what the store's elsewhere has made of it; and whether that is so.
         self._strips: deque[tuple[Any, bool]] = deque()
 
     def append(self, strip: torch.Tensor) -> None:
         """The next rows."""
-        if self._store.takes(strip.nbytes):
+        if self._limit is None or self._store.used + strip.nbytes <= self._limit:
             self._store.used += strip.nbytes
             self._strips.append((strip, False))
         else:

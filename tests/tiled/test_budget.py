@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from remote_vae import tiled
 from remote_vae.errors import OutOfMemory
 from remote_vae.tiled.budget import Budget, plan_budget
 from remote_vae.tiled.layouts import decoder_plan
+from remote_vae.tiled.policy import CPU
 from tests import layouts
 from tests.nearness import psnr, psnr_of_moments
+from tests.tiled.strips import cut_strips
 
 SIDE = 192
 LATENTS = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1))
@@ -69,7 +72,7 @@ def test_an_encode_keeps_to_its_bytes_and_gives_the_same_moments(vae: Any, whole
 def test_without_a_limit_it_needs_much_less_than_the_whole_vae(
     vae: Any, whole_decode: Any, whole_encode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tiled.exact._STRIP_BYTES, "cpu", 256 << 10)
+    cut_strips(monkeypatch, 256 << 10)
     decode, _ = live(lambda: tiled.decode(vae, LATENTS))
     encode, _ = live(lambda: tiled.encode(vae, PIXELS))
     assert decode.peak["cpu"] <= 0.45 * whole_decode[0]
@@ -77,7 +80,7 @@ def test_without_a_limit_it_needs_much_less_than_the_whole_vae(
 
 
 def test_pictures_of_a_batch_are_worked_on_one_after_the_other(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiled.exact._STRIP_BYTES, "cpu", 128 << 10)
+    cut_strips(monkeypatch, 128 << 10)
     latents = LATENTS[:, :, :12, :12]
     one, _ = live(lambda: tiled.decode(vae, latents))
     three, pixels = live(lambda: tiled.decode(vae, latents.repeat(3, 1, 1, 1)))
@@ -101,7 +104,9 @@ def test_too_few_bytes_say_how_many_would_do(vae: Any) -> None:
 
 @pytest.mark.parametrize("width", range(8, 80, 7))
 def test_the_bytes_that_are_said_to_be_needed_are_enough(vae: Any, width: int) -> None:
+    policy = replace(CPU, strip_bytes=1)
+
     def plan(limit: int) -> Budget:
-        return plan_budget(decoder_plan(vae), (1, 8, width), torch.float32, strip_bytes=1, max_bytes=limit, result_bytes=0)
+        return plan_budget(decoder_plan(vae), (1, 8, width), torch.float32, policy=policy, max_bytes=limit, result_bytes=0)
 
     plan(too_little(plan))

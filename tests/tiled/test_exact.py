@@ -22,6 +22,7 @@ from remote_vae.errors import CallCancelled, InvalidRequest, UnsupportedLayout
 from remote_vae.tiled import exact, memory, store
 from tests import layouts
 from tests.nearness import psnr, psnr_of_moments, rmse
+from tests.tiled.strips import cut_strips
 
 EXACT_DB = 100.0
 
@@ -66,7 +67,7 @@ def random(*shape: int, seed: int = 1) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def thin_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of a row or two, so that small pictures are cut as large ones are."""
-    monkeypatch.setitem(exact._STRIP_BYTES, "cpu", 32 << 10)
+    cut_strips(monkeypatch, 32 << 10)
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +147,7 @@ def test_pixels_of_any_size_encode_as_in_the_whole_vae(vae: Any, height: int, wi
 
 @pytest.mark.parametrize(("height", "width"), [(64, 2048), (2048, 64)])
 def test_a_picture_that_is_all_length_is_the_same(vae: Any, height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(exact._STRIP_BYTES, "cpu", 256 << 10)
+    cut_strips(monkeypatch, 256 << 10)
     latents, pixels = random(1, 4, height // 8, width // 8), random(1, 3, height, width)
     assert psnr(tiled.decode(vae, latents), whole_decode(vae, latents)) >= EXACT_DB
     assert psnr_of_moments(tiled.encode(vae, pixels), whole_encode(vae, pixels)) >= EXACT_DB

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.live_bytes import LiveBytes
 from remote_vae import tiled
 from remote_vae.errors import CallCancelled, InvalidRequest, UnsupportedLayout
-from remote_vae.tiled import exact
 from tests.nearness import psnr, psnr_of_moments, rmse
+from tests.tiled.strips import cut_strips
 from tests.vaes import small_vae
 
 EXACT_DB = 100.0
@@ -92,7 +92,7 @@ def latents_of(vae: Any, height: int, width: int, batch: int = 1, seed: int = 1)
 @pytest.fixture(autouse=True)
 def thin_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of a row or two, so that small pictures are cut as large ones are."""
-    monkeypatch.setitem(exact._STRIP_BYTES, "cpu", 16 << 10)
+    cut_strips(monkeypatch, 16 << 10)
 
 
 @pytest.fixture(autouse=True)

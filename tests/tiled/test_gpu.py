@@ -10,17 +10,17 @@ import torch
 
 from remote_vae import tiled
 from remote_vae.errors import CallCancelled
-from remote_vae.tiled import exact
 from tests import layouts
 from tests.nearness import psnr, psnr_of_moments
 from tests.pretend_gpu import LATENTS, Card, OnCard, on_card
+from tests.tiled.strips import cut_strips
 
 CALLS: dict[str, tuple[Any, Any]] = {"decode": (tiled.decode, psnr), "encode": (tiled.encode, psnr_of_moments)}
 
 
 @pytest.fixture(autouse=True)
 def thin_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "_GPU_STRIP_BYTES", 256 << 10)
+    cut_strips(monkeypatch, 256 << 10, "cuda")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from remote_vae.vae.packed import batch_norm_of
 from tests import layouts
 from tests.nearness import psnr, psnr_of_moments
+from tests.tiled.strips import cut_strips
 from tests.vaes import small_vae
 
 EXACT_DB = 100.0
@@ -25,7 +26,7 @@ CHANNELS = 32
 
 @pytest.fixture(autouse=True)
 def thin_strips_without_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(exact._STRIP_BYTES, "cpu", 32 << 10)
+    cut_strips(monkeypatch, 32 << 10)
     with torch.no_grad():
         yield
 

@@ -13,9 +13,10 @@ import torch
 
 from remote_vae import tiled
 from remote_vae.errors import CallCancelled, OutOfMemory
-from remote_vae.tiled import exact, offload
+from remote_vae.tiled import offload
 from remote_vae.tiled.offload import TemporaryFiles
 from tests.layouts import plain_kl
+from tests.tiled.strips import cut_strips
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="files have names on Windows until they are closed")
 # So little that most strips go into files.
@@ -38,7 +39,7 @@ def files() -> Iterator[TemporaryFiles]:
 
 @pytest.fixture
 def latents(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    monkeypatch.setitem(exact._STRIP_BYTES, "cpu", 32 << 10)
+    cut_strips(monkeypatch, 32 << 10)
     return torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(1))
 
 

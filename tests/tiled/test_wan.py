@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.live_bytes import STORE, LiveBytes
 from remote_vae import tiled
 from remote_vae.errors import CallCancelled, InvalidRequest, OutOfMemory, UnsupportedLayout
-from remote_vae.tiled import exact, offload
+from remote_vae.tiled import offload
 from tests import wan_layouts
 from tests.nearness import psnr, psnr_of_moments, rmse
+from tests.tiled.strips import cut_strips
 from tests.vaes import small_vae
 from tests.wan_layouts import clamped
 
@@ -98,7 +99,7 @@ def whole_encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def thin_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of a row or two, so that small pictures are cut as large ones are."""
-    monkeypatch.setitem(exact._STRIP_BYTES, "cpu", 24 << 10)
+    cut_strips(monkeypatch, 24 << 10)
 
 
 @pytest.fixture(autouse=True)
