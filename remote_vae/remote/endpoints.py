@@ -207,12 +207,12 @@ class Endpoints:
             self._pace[url] = max(seconds / max(_SMALLEST, pixels), 0.5 * self._pace.get(url, 0.0))
 
     def came(self, url: str, nbytes: int, seconds: float) -> None:
-        """The body of an answer came in so long. Small ones come in one piece, and say nothing."""
-        if nbytes >= _MEASURED:
+        """The body of an answer came in so long; 0: nobody knows. Small ones come in one piece, and say nothing."""
+        if nbytes >= _MEASURED and seconds > 0:
             with self._lock:
                 before, took = self._came.get(_machine(url), (0, 0.0))
                 # Each weighs half of the one after it.
-                self._came[_machine(url)] = before // 2 + nbytes, took / 2 + max(seconds, 1e-6)
+                self._came[_machine(url)] = before // 2 + nbytes, took / 2 + seconds
 
     def pace(self, url: str) -> float | None:
         """Bytes a second that came from the machine of ``url`` of late; None: nothing was measured."""

@@ -194,6 +194,8 @@ def test_the_pace_is_that_of_the_answers_of_late(caller: Caller) -> None:
     known = caller.route._endpoints
     assert known.pace("http://a/decode") is None
     known.came("http://a/decode", 1000, 1e-9)
+    # Of several at once, which share the network.
+    known.came("http://a/decode", 10_000_000, 0.0)
     assert known.pace("http://a/decode") is None
     known.came("http://a/decode", 2_000_000, 1.0)
     assert known.pace("http://a/encode") == pytest.approx(2e6)
