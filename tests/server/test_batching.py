@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -395,3 +397,14 @@ def test_who_asks_for_work_hears_when_there_is_none_for_a_while(entry: OneVae) -
     assert batcher.take(lambda _: True, 0.01) == [first]
     batcher.close()
     assert batcher.take(lambda _: True, 0.01) == []
+
+
+def test_of_a_call_that_is_answered_nothing_is_kept(entry: OneVae) -> None:
+    engine = Engine(entry)
+    places = [Place("decode", 24 * 64, 1) for _ in range(6)]
+    answers = [engine.submit(place, entry, of(seed)) for seed, place in enumerate(places)]
+    assert all(answer.result(20).status == 200 for answer in answers)
+    kept = [weakref.ref(each) for each in (*places, *answers)]
+    del places, answers
+    wait_until(lambda: gc.collect() >= 0 and not any(each() for each in kept))
+    engine.close()
