@@ -1,4 +1,4 @@
-"""Makes the tables of the README: python -m tests.readme.
+"""Makes the tables of docs/options.md and docs/support.md: python -m tests.readme.
 
 The options are those of settings/options.toml, the VAEs those of settings/families.toml and docs/support.toml.
 """
@@ -11,7 +11,8 @@ from typing import Any
 from remote_vae.settings import Option, load_options, read_toml
 from remote_vae.vae.families import load_families
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 
 
 def options_table() -> str:
@@ -59,15 +60,15 @@ def _named(key: str, entry: dict[str, Any]) -> tuple[str, str]:
 
 
 TABLES = {"options": options_table, "support": support_table}
+PAGES = {name: ROOT / "docs" / f"{name}.md" for name in TABLES}
 
 
-def with_tables(text: str) -> str:
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name}: made by python -m tests.readme -->\n", f"<!-- end of {name} -->\n"
-        head, _, rest = text.partition(begin)
-        text = head + begin + table() + end + rest.partition(end)[2]
-    return text
+def with_table(name: str, text: str) -> str:
+    begin, end = f"<!-- {name}: made by python -m tests.readme -->\n", f"<!-- end of {name} -->\n"
+    head, _, rest = text.partition(begin)
+    return head + begin + TABLES[name]() + end + rest.partition(end)[2]
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, page in PAGES.items():
+        page.write_text(with_table(name, page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -7,13 +7,19 @@ import pytest
 
 from remote_vae.cli import _parser
 from remote_vae.vae.families import load_families
-from tests.readme import README, support, with_tables
+from tests.readme import PAGES, README, ROOT, support, with_table
 
 TEXT = README.read_text(encoding="utf-8")
+# What people read.
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+_LINKS = re.compile(r"\]\(([\w./-]+)(?:#[\w-]+)?\)")
+_FILES = re.compile(r"`((?:tests|assets|bench|settings|remote_vae)/[\w./]+\.\w+)`")
 
 
-def test_its_tables_are_those_of_the_data() -> None:
-    assert with_tables(TEXT) == TEXT, "run: python -m tests.readme"
+@pytest.mark.parametrize("name", PAGES)
+def test_the_tables_are_those_of_the_data(name: str) -> None:
+    text = PAGES[name].read_text(encoding="utf-8")
+    assert with_table(name, text) == text, "run: python -m tests.readme"
 
 
 def test_every_family_has_its_row_and_every_no_its_reason() -> None:
@@ -22,11 +28,12 @@ def test_every_family_has_its_row_and_every_no_its_reason() -> None:
     assert {entry[column] for entry in vaes.values() for column in columns} == {"yes", "seen", "not tried", *reasons}
 
 
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", TEXT)) | set(re.findall(r"`((?:tests|assets|bench)/[\w./]+)`", TEXT)))
-)
-def test_every_file_the_readme_names_is_there(path: str) -> None:
-    assert (README.parent / path).exists()
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[each.name for each in DOCUMENTS])
+def test_every_file_that_a_document_names_is_there(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    missing = [name for name in _LINKS.findall(text) if not (document.parent / name).exists()]
+    missing += [name for name in _FILES.findall(text) if not (ROOT / name).exists()]
+    assert missing == []
 
 
 def test_the_commands_of_the_readme_exist() -> None:

@@ -1,4 +1,4 @@
-"""The support table of the README, held against what a small VAE of each class does."""
+"""The support table, held against what a small VAE of each class does."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
-_REPOSITORY = "ADDRESS-OF-THIS-REPOSITORY"
+_REPOSITORY = "https://ADDRESS-OF-THIS-REPOSITORY"
 
 
 def server_commands(checkpoint: str, family: str) -> tuple[str, str]:
@@ -20,8 +20,9 @@ def server_commands(checkpoint: str, family: str) -> tuple[str, str]:
     name = Path(checkpoint).name if checkpoint else "YOUR-CHECKPOINT.safetensors"
     named = f" --family {family}" if family and family != "custom" else ""
     return (
-        f'pip install "sd-webui-remote-vae[server] @ git+{repository()}"',
-        f"remote-vae serve --vae {shlex.quote(name)}{named} --host 0.0.0.0",
+        # Debian's and Ubuntu's Python refuse to install outside of an environment.
+        f'python3 -m venv remote-vae && remote-vae/bin/pip install "sd-webui-remote-vae[server] @ git+{repository()}"',
+        f"remote-vae/bin/remote-vae serve --vae {shlex.quote(name)}{named} --host 0.0.0.0",
     )
 
 

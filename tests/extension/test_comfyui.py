@@ -115,13 +115,13 @@ def test_the_commands_for_the_other_machine_name_the_file_that_was_used_here_las
     def serve() -> str:
         return str(asyncio.run(host.routes["GET /remote_vae/state"](None))["commands"]).splitlines()[1]
 
-    assert serve() == "remote-vae serve --vae YOUR-CHECKPOINT.safetensors --host 0.0.0.0"
+    assert serve() == "remote-vae/bin/remote-vae serve --vae YOUR-CHECKPOINT.safetensors --host 0.0.0.0"
     # Also where nothing is remote yet: it is the first that a newcomer types.
     loader = {"1": ("VAELoader", {"name": "sd15/my vae.safetensors"})}
     host.run(graph(**loader), "4")
-    assert serve() == "remote-vae serve --vae 'my vae.safetensors' --host 0.0.0.0"
+    assert serve() == "remote-vae/bin/remote-vae serve --vae 'my vae.safetensors' --host 0.0.0.0"
     host.run(graph(seed=2, mode="", **loader), "4")
-    assert serve() == "remote-vae serve --vae 'my vae.safetensors' --host 0.0.0.0"
+    assert serve() == "remote-vae/bin/remote-vae serve --vae 'my vae.safetensors' --host 0.0.0.0"
     host.run(graph(seed=3, mode=""), "4")
     assert "YOUR-CHECKPOINT" in serve()
 
