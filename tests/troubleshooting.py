@@ -1,6 +1,6 @@
 """Makes docs/troubleshooting.md: python -m tests.troubleshooting.
 
-The messages are those that the code raises, a placeholder for each value in them; what stands around them is of docs/troubleshooting.toml.
+The messages are those that the code raises, a placeholder for each value in them; the rest is of docs/troubleshooting.toml.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ PACKAGE = ROOT / "remote_vae"
 PAGE = ROOT / "docs" / "troubleshooting.md"
 _HEAD = """# Troubleshooting by message
 
-Made from the code by `python -m tests.troubleshooting`; `…` stands for a name, a number or a path. Look for a few words of what you read.
-If it does not help: **Settings, Remote VAE, Diagnosis** (without a UI: `python -m remote_vae diagnosis`) is what a report should have in it.
+Made from the code by `python -m tests.troubleshooting`; `…` stands for a name, a number or a path. Look for a few words of
+what you read. If it does not help: **Settings, Remote VAE, Diagnosis** (without a UI: `python -m remote_vae diagnosis`) is
+what a report should have in it.
 """
 # Shorter ones are all placeholder.
 _SHORTEST = 8
@@ -36,7 +37,8 @@ def page() -> str:
     messages = {file: list(messages_of(file)) for file in files()}
     for number, section in enumerate(sections()):
         mine = sorted({message for file, found in messages.items() if section_of(file) == number for message in found})
-        parts.append(f"## {section['title']}\n\n{str(section['advice']).strip()}\n\n" + "".join(f"- `{each}`\n" for each in mine))
+        listed = "".join(f"- `{each}`\n" for each in mine)
+        parts.append(f"## {section['title']}\n\n{str(section['advice']).strip()}\n\n{listed}")
     return "\n".join(parts)
 
 
