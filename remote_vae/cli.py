@@ -7,8 +7,7 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +16,26 @@ from PIL import Image
 
 from remote_vae import rescue
 from remote_vae.call import NOBODY, Answer, User, VaeCall
-from remote_vae.errors import EndpointError, MalformedAnswer, RemoteVaeError, RouteFailed, SettingsError
+from remote_vae.errors import RemoteVaeError, SettingsError
 from remote_vae.history import Record
-from remote_vae.remote.client import Deadlines, beside, client_for, shown
 from remote_vae.remote.endpoints import endpoint_for
-from remote_vae.remote.trial import family_said
 from remote_vae.router import Router
 from remote_vae.server.config import add_flags, config_of
 from remote_vae.server.logs import set_format
-from remote_vae.settings import Option, Settings, load_options
-from remote_vae.tools import plan
+from remote_vae.settings import Settings
+from remote_vae.tools import check, plan
+from remote_vae.tools.asking import family_of
+from remote_vae.tools.flags import add_options, settings_of
 from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
-from remote_vae.vae.families import Family, find_family, load_families
+from remote_vae.vae.families import Family
 from remote_vae.vae.packed import batch_norm_of
 from remote_vae.version import __version__
-from remote_vae.wire import DecodeAnswer, EncodeAnswer, Info
+from remote_vae.wire import DecodeAnswer, EncodeAnswer
 from remote_vae.wire.pixels import image_to_pixels, open_picture, to_uint8, write_mp4
 
 log = logging.getLogger("remote_vae")
 
-# Of the panel's options, those that make no sense in a command that does one call and ends.
-PANEL_ONLY = frozenset(
-    {"enabled", "decode", "encode", "when_vae_differs", "cooldown", "rescue_folder", "share", "name_endpoint"}
-)
 _MP4 = ".mp4"
-# Sides of the picture that "check" asks for, and of its latents.
-_CHECK_SIDE = 256
-_FEWEST_CELLS = 8
 # What "serve" and "decode --vae" need: one of them missing, the others are hardly there.
 _SERVER = ("accelerate", "diffusers", "fastapi", "uvicorn")
 
@@ -105,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve a VAE to other machines"))
     _add_decode(commands.add_parser("decode", help="make pictures of a file of latents"))
     _add_encode(commands.add_parser("encode", help="make a file of latents of a picture"))
-    _add_check(commands.add_parser("check", help="say whether an endpoint works"))
+    check.add_arguments(commands.add_parser("check", help="say whether an endpoint works"))
     plan.add_arguments(commands.add_parser("plan", help="say how many cards so many UIs need"))
     report = commands.add_parser("diagnosis", help="print what a report of a problem should have in it")
     report.set_defaults(run=_diagnosis)
@@ -135,7 +127,7 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
         help="picture to write; of several or of frames -0, -1 ...; .mp4: a video (FILE.png, or another if that is there)",
     )
     parser.add_argument("--vae", help="decode on this machine with this VAE instead of an endpoint")
-    _add_options(parser)
+    add_options(parser)
     parser.set_defaults(run=_decode)
 
 
@@ -143,41 +135,8 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a picture")
     parser.add_argument("--out", type=Path, help="file to write (FILE.safetensors, or another if that is there)")
     parser.add_argument("--family", help="whose VAE the endpoint has, where it does not say so itself: sd1, sdxl, flux ...")
-    _add_options(parser)
+    add_options(parser)
     parser.set_defaults(run=_encode)
-
-
-def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", help="whose VAE is asked for: where the endpoint has several, or does not say (sd1)")
-    parser.add_argument(
-        "--vae", help="yours: folder, .safetensors file or Hugging Face id, to compare with those of the endpoint"
-    )
-    _add_options(parser)
-    parser.set_defaults(run=_check)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of options.toml, each as a flag."""
-    group = parser.add_argument_group("options (those of the settings panel)")
-    for option in load_options().values():
-        if option.key not in PANEL_ONLY:
-            _add_option(group, option)
-
-
-def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
-    flag = "--" + option.key.replace("_", "-")
-    text = f"{option.label}. {option.help}".replace("%", "%%")
-    if isinstance(option.default, bool):
-        group.add_argument(flag, dest=option.key, action="store_const", const=True, help=text)
-    else:
-        unit = option.unit or ("URL" if option.key.endswith("endpoint") else "TEXT")
-        metavar = "{" + ",".join(option.choices) + "}" if option.choices else unit.upper()
-        group.add_argument(flag, dest=option.key, metavar=metavar, help=text)
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    given = {key: getattr(options, key, None) for key in load_options() if key not in PANEL_ONLY}
-    return Settings.from_mapping({key: value for key, value in given.items() if value is not None})
 
 
 # --- serve, demo ---------------------------------------------------------------------------------------------------------
@@ -215,7 +174,7 @@ def _decode(options: argparse.Namespace) -> int:
     """Make pictures of the latents in a file, remotely or, with ``--vae``, on this machine, and print where they are."""
     if options.out:
         _check_picture_name(options.out)
-    settings, rescued = _settings(options), rescue.load_latents(options.file)
+    settings, rescued = settings_of(options), rescue.load_latents(options.file)
     if options.vae:
         pixels = _decode_here(rescued, options.vae, settings)
     elif endpoint_for("decode", rescued.family, settings)[0]:
@@ -238,10 +197,10 @@ def _encode(options: argparse.Namespace) -> int:
     """Encode a picture at an endpoint, save the raw latents (the posterior's mean) and print where they are."""
     if options.out:
         _check_name(options.out, options.out.suffix == ".safetensors", "name a .safetensors file")
-    settings = _settings(options)
+    settings = settings_of(options)
     # Before anybody is asked.
     picture = open_picture(options.file, alpha=True)
-    family = _family("encode", options.family, settings)
+    family = family_of("encode", options.family, settings)
     pixels = _for(family, image_to_pixels(picture, family.pixel_channels))
     latents = _ask("encode", pixels, family, settings, _mean)
     path = options.out or options.file.with_suffix(".safetensors")
@@ -312,26 +271,6 @@ def _decode_here(rescued: rescue.Rescued, source: str, settings: Settings) -> to
     return outcome.value
 
 
-def _family(op: Op, named: str | None, settings: Settings, otherwise: str = "") -> Family:
-    """The family that was named, else the one that the endpoint says it has, else ``otherwise``."""
-    if named:
-        return find_family(named)
-    # Any family: only for public endpoints, which do not say theirs, it makes a difference.
-    url, _ = endpoint_for(op, find_family("sd1"), settings)
-    if not url:
-        raise SettingsError("no endpoint is set; use --endpoint http://HOST:7870")
-    info = Info()
-    # What else is wrong with the endpoint, the call itself will say.
-    with suppress(EndpointError, MalformedAnswer):
-        info = client_for(beside(url, "info")).info(Deadlines.of(settings).quick)
-    found = family_said(info)
-    if found is not None:
-        return found
-    if otherwise:
-        return find_family(otherwise)
-    raise SettingsError(f"{shown(url)} does not say which VAE it has; name it with --family, for example --family sd1")
-
-
 def _check_picture_name(path: Path) -> None:
     Image.init()
     is_picture = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
@@ -357,75 +296,3 @@ def _written(path: Path, write: Callable[[Path], object], *, named: bool) -> Pat
         why = getattr(error, "strerror", None) or str(error)
         raise RemoteVaeError(f"{path} cannot be written: {why}; name another place with --out") from None
     return path
-
-
-# --- check ---------------------------------------------------------------------------------------------------------------
-
-
-def _check(options: argparse.Namespace) -> int:
-    """Print which VAEs the endpoint has; ask it for one small decode and encode, and print what came of each."""
-    settings, good = _settings(options), True
-    url, public = endpoint_for("decode", find_family(options.family or "sd1"), settings)
-    if url and not public:
-        with suppress(RouteFailed):  # the calls will say it
-            info = client_for(beside(url, "info")).info(Deadlines.of(settings).quick)
-            for line in _vaes(info):
-                print(line)
-            if options.vae:
-                line, good = _compared(options.vae, options.family, info)
-                print(line)
-    for op in ("decode", "encode"):
-        line, works = _checked(op, options.family, settings)
-        print(f"{op}: {line}")
-        good = good and works
-    return 0 if good else 1
-
-
-def _vaes(info: Info) -> Iterator[str]:
-    for each in info.models:
-        family = load_families().get(each.family)
-        named = dict.fromkeys((each.name, family.label if family else each.family or "family not known yet", each.model))
-        prints = [f"fingerprint {print_}" for print_ in list(each.fingerprints.values())[:1]]
-        yield f"VAE: {', '.join([*filter(None, named), *prints, *([] if each.is_loaded else ['loaded when it is asked for'])])}"
-
-
-def _compared(source: str, family: str | None, info: Info) -> tuple[str, bool]:
-    """Whether the user's VAE is among those of the endpoint, in words."""
-    from remote_vae.server.models import load_vae
-
-    own = set(load_vae(source, family=family, device="cpu").fingerprints.values())
-    same = [each for each in info.models or [info] if own & set(each.fingerprints.values())]
-    if same:
-        return f"yours: the same as {same[0].name or 'its own'}", True
-    if any(not each.fingerprints for each in info.models or [info]):
-        return "yours: not among those that are known; one that was never loaded may be it", True
-    return f"yours: another one; your UI would make its pictures itself. Serve it: remote-vae serve --vae {source}", False
-
-
-def _checked(op: Op, named: str | None, settings: Settings) -> tuple[str, bool]:
-    if not endpoint_for(op, find_family(named or "sd1"), settings)[0]:
-        return "no endpoint is set; use --endpoint http://HOST:7870", False
-    try:
-        family = _family(op, named, settings, otherwise="sd1")
-    except RouteFailed as error:
-        return f"failed: {error}", False
-    # As large as those of an 8x VAE, whatever the VAE.
-    cells = max(_FEWEST_CELLS, _CHECK_SIDE // family.downscale)
-    size = cells * family.downscale
-    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
-    colours = [x, y, x * y, torch.ones_like(x)][: family.pixel_channels]
-    pixels = _for(family, torch.stack(colours).unsqueeze(0))
-    latents = _for(family, torch.zeros(1, family.latent_channels, cells, cells, dtype=torch.float16))
-    records: list[Record] = []
-    try:
-        user = User(recorded=records.append)
-        _ask(op, latents if op == "decode" else pixels, family, settings, lambda answer: answer, user)
-    except RouteFailed as error:
-        return f"failed: {error}", False
-    return f"works, {family.label}, {size} x {size}{''.join(map(_cost, records))}", True
-
-
-def _cost(record: Record) -> str:
-    moved, there = record.bytes_up + record.bytes_down, record.vae_ms
-    vae = f" ({there:.0f} in the VAE, {moved / max(record.ms - there, 0.1) / 1e3:.1f} MB/s on the way)" if there else ""
-    return f", {record.ms:.0f} ms{vae}, {record.bytes_up} bytes up, {record.bytes_down} down"
