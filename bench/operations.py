@@ -29,10 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from bench import vae_call
-from remote_vae.tiled import exact
+from remote_vae.tiled import exact, offload
 from remote_vae.tiled.budget import whole_values
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from remote_vae.tiled.offload import HostMemory, TemporaryFiles
+from remote_vae.tiled.pinned import PinnedMemory
 from remote_vae.tiled.policy import CARD
 
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "resize_"}
@@ -150,7 +151,8 @@ class _Unread(TorchDispatchMode):
 @contextmanager
 def without_values() -> Iterator[None]:
     """Within, tensors have shapes and no values, and a whole decode takes neither time nor memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Unread():
+    # What is taken of the host's memory has no values either, and is for nobody after it.
+    with patch.object(offload, "PINNED", PinnedMemory()), FakeTensorMode(allow_non_fake_inputs=True), _Unread():
         yield
 
 

@@ -27,12 +27,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from remote_vae.tiled import memory, offload, pinned
+
 DEVICE = torch.device("cuda", 0)
 LATENTS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 PIXELS = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(2)) * 2 - 1
 _FACTORIES = {"empty", "zeros", "ones", "full", "arange", "tensor", "as_tensor", "linspace", "rand", "randn", "eye"}
 # These would need the values where the processor can see them.
 _OUTSIDE = {"numpy", "__array__", "__dlpack__", "data_ptr", "share_memory_"}
+# The host has to wait for them.
+_LOOKS = {"item", "tolist", "__bool__", "__float__", "__int__", "nonzero", "equal"}
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__", "__ixor__"}
 # They change the tensor object itself, not what is in its memory.
 _OF_THE_OBJECT = {"__set__", "requires_grad_", "detach_"}
@@ -95,20 +99,45 @@ class Stream:
             raise ValueError(f"a stream of {device}")
         self.clock = 0
         self.seen: dict[Stream, int] = {}
-        self.pending: list[Callable[[], Any]] = []
+        self.pending: list[tuple[int, Callable[[], Any]]] = []
+
+    def record_event(self) -> Event:
+        return Event(self, self.clock, dict(self.seen))
+
+    def wait_event(self, event: Event) -> None:
+        event.finish()
+        for stream, clock in (*event.seen.items(), (event.stream, event.clock)):
+            self.seen[stream] = max(self.seen.get(stream, 0), clock)
 
     def wait_stream(self, other: Stream) -> None:
-        other._finish()
-        self.seen[other] = other.clock
+        self.wait_event(other.record_event())
 
     def synchronize(self) -> None:
-        self._finish()
+        _card().waits += 1
         for stream in _card().streams:
-            stream.seen[self] = self.clock
+            stream.wait_stream(self)
 
-    def _finish(self) -> None:
-        while self.pending:
-            self.pending.pop(0)()
+    def finish(self, until: int) -> None:
+        """Everything that was asked for up to a time is done."""
+        while self.pending and self.pending[0][0] <= until:
+            self.pending.pop(0)[1]()
+
+
+@dataclass
+class Event:
+    """As ``torch.cuda.Event``: a time of a stream, and what that had seen of others."""
+
+    stream: Stream
+    clock: int
+    seen: dict[Stream, int]
+
+    def query(self) -> bool:
+        return not self.stream.pending or self.stream.pending[0][0] > self.clock
+
+    def finish(self) -> None:
+        for stream, clock in self.seen.items():
+            stream.finish(clock)
+        self.stream.finish(self.clock)
 
 
 @dataclass
@@ -118,14 +147,14 @@ class _Block:
     Attributes:
         owner: the stream that it was taken in.
         writer, written: the stream that wrote it last, and when.
-        users, recorded: the streams that have used it, and those that it is kept for.
+        users, recorded: the streams that have used it and when, and those that it is kept for.
     """
 
     size: int
     owner: Stream
     writer: Stream
     written: int
-    users: set[Stream] = field(default_factory=set)
+    users: dict[Stream, int] = field(default_factory=dict)
     recorded: set[Stream] = field(default_factory=set)
 
 
@@ -138,6 +167,7 @@ class Card(TorchFunctionMode):
         put_away: bytes that were copied to pinned memory without waiting for it.
         most_pinned: how many bytes the system lets be pinned.
         pinned_bytes, kept_pinned_bytes: those in use, and those that torch keeps for the next who asks.
+        waits: how often the host has waited for the card.
         mistakes: what a real card might have answered with a wrong picture.
     """
 
@@ -149,6 +179,7 @@ class Card(TorchFunctionMode):
         self.live = self.peak = self.put_away = 0
         self.most_pinned = 1 << 40
         self.pinned_bytes = self.kept_pinned_bytes = 0
+        self.waits = 0
         self.mistakes: list[str] = []
         self.streams = [Stream()]
         self._current = [self.streams[0]]
@@ -247,6 +278,8 @@ class Card(TorchFunctionMode):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu: {name}")
         for tensor in ours:
             self._read(tensor)
+        if name in _LOOKS:
+            self.waits += 1
         result = func(*tree_map(_values, args), **tree_map(_values, kwargs))
         if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
             target = kwargs.get("out", args[0] if args else None)
@@ -304,7 +337,9 @@ class Card(TorchFunctionMode):
         if is_ours and moved.dtype != values.dtype:
             self._wrap(moved.clone())
         result = self._wrap(moved) if goes else moved
-        if non_blocking:
+        if not non_blocking:
+            self.waits += 1
+        else:
             if not goes:
                 raise NotImplementedError("a copy to memory that torch would pin by itself")
             self._later(result, values, waits=not self._is_pinned(values))
@@ -317,6 +352,8 @@ class Card(TorchFunctionMode):
         crosses = isinstance(target, OnCard) is not isinstance(source, OnCard)
         if crosses and isinstance(source, OnCard) and target.dtype != source.dtype:
             self._wrap(_values(source).to(target.dtype))
+        if crosses and not non_blocking:
+            self.waits += 1
         if non_blocking and crosses:
             outside = source if isinstance(target, OnCard) else target
             self._later(target, _values(source), waits=not self._is_pinned(outside))
@@ -328,13 +365,18 @@ class Card(TorchFunctionMode):
     def _later(self, target: torch.Tensor, source: torch.Tensor, *, waits: bool) -> None:
         """Copy when the current stream comes to it; ``waits``: for memory that is not pinned that is at once."""
         stream, values = self._current[-1], _values(target)
-        if not waits and not isinstance(target, OnCard):
+        is_ours = isinstance(target, OnCard)
+        if not waits and not is_ours:
             self.put_away += target.nbytes
         if waits:
+            self.waits += 1
             values.copy_(source)
         else:
+            # What is on the card is kept by those who have it alone, and the mistake noted where they do not.
+            given = source if is_ours else source.clone()
             values.fill_(torch.nan if values.is_floating_point() else 0)
-            stream.pending.append(lambda: values.copy_(source))
+            stream.clock += 1
+            stream.pending.append((stream.clock, lambda: values.copy_(given)))
         self._write(target)
 
     def _replace(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
@@ -365,7 +407,9 @@ class Card(TorchFunctionMode):
     def _free(self, key: int) -> None:
         block = self._blocks.pop(key)
         self.live -= block.size
-        if block.users - block.recorded - {block.owner}:
+        owner = block.owner
+        others = block.users.keys() - block.recorded - {owner}
+        if any(owner.seen.get(stream, 0) < block.users[stream] for stream in others):
             self.mistakes.append("memory was let go of that another stream may still be using")
 
     def _block(self, tensor: torch.Tensor) -> _Block:
@@ -373,15 +417,20 @@ class Card(TorchFunctionMode):
 
     def _read(self, tensor: torch.Tensor) -> None:
         stream, block = self._current[-1], self._block(tensor)
-        block.users.add(stream)
+        stream.clock += 1
+        block.users[stream] = stream.clock
         if block.writer is not stream and stream.seen.get(block.writer, 0) < block.written:
             self.mistakes.append("a stream reads what it has not waited for")
 
     def _write(self, tensor: Any) -> None:
-        if isinstance(tensor, OnCard):
-            stream, block = self._current[-1], self._block(tensor)
-            stream.clock += 1
-            block.writer, block.written = stream, stream.clock
+        if not isinstance(tensor, OnCard):
+            return
+        stream, block = self._current[-1], self._block(tensor)
+        if any(stream.seen.get(user, 0) < clock for user, clock in block.users.items() if user is not stream):
+            self.mistakes.append("a stream overwrites what another may still be using")
+        stream.clock += 1
+        block.writer, block.written = stream, stream.clock
+        block.users[stream] = stream.clock
 
 
 def on_card(card: Card, vae: Any, op: str, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -425,6 +474,10 @@ def _key(tensor: torch.Tensor) -> int:
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     """A card, which ``torch.cuda`` speaks of. At the end there must not have been a mistake."""
     card = Card()
+    # Nothing that was pinned for another card.
+    fresh = pinned.PinnedMemory()
+    for module in (pinned, offload, memory):
+        monkeypatch.setattr(module, "PINNED", fresh)
     faces: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,

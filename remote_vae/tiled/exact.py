@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Union
@@ -20,7 +20,6 @@ from remote_vae.errors import InvalidRequest
 from remote_vae.tiled.budget import Budget, plan_budget
 from remote_vae.tiled.executor import build
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
-from remote_vae.tiled.memory import free_pinned_memory
 from remote_vae.tiled.normed import own_moments, raw_latents
 from remote_vae.tiled.plan import Plan
 from remote_vae.tiled.policy import Policy, policy_of
@@ -142,9 +141,7 @@ def run(
 
     # Not all devices know autocast, not even that it should be off.
     plain = nullcontext() if autocast is None else torch.autocast(device.type, enabled=False)
-    with torch.no_grad(), plain, ExitStack() as at_the_end:
-        # Once for all pictures and both precisions, as pinning takes long.
-        at_the_end.callback(_unpin, device, limits)
+    with torch.no_grad(), plain:
         # On a device that the caller names, layers are copied one by one, and the VAE need not be brought to one that is full.
         if limits.device is None:
             bring_in(vae)
@@ -255,12 +252,6 @@ class _Work:
             progress=report,
             cancelled=self.cancelled,
         )
-
-
-def _unpin(device: torch.device, limits: Limits) -> None:
-    # Without a limit no strip is put away.
-    if device.type == "cuda" and limits.max_bytes is not None:
-        free_pinned_memory()
 
 
 def _copy_rows(rows: Rows, result: torch.Tensor) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from remote_vae.tiled.pinned import PINNED
+
 # The words of the CPU, CUDA and its libraries, Apple, Intel and DirectML for no memory; then those for what is too large for a
 # device or for its kernels' indices, and those of cuDNN, oneDNN and MIOpen, which seldom tell why there is no way.
 _OOM_TEXT = re.compile(
@@ -61,18 +63,7 @@ def free_memory() -> None:
         with suppress(RuntimeError):
             if api is not None and (torch.backends.mps if name == "mps" else api).is_available():
                 api.empty_cache()
-    free_pinned_memory()
-
-
-def free_pinned_memory() -> None:
-    """Give back what torch keeps of the host's memory that was pinned for copies, which the system cannot swap out.
-
-    A decode at 2048 px in a tenth of the whole VAE's bytes leaves up to 4.7 GB of it (float16, H100). torch before 2.5 keeps it
-    for good.
-    """
-    empty = getattr(torch._C, "_host_emptyCache", None)  # noqa: SLF001
-    if empty is not None and torch.cuda.is_available():
-        empty()
+    PINNED.give_back()
 
 
 def trim_heap() -> None:

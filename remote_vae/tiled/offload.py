@@ -11,14 +11,18 @@ import logging
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from remote_vae.errors import OutOfMemory
+from remote_vae.tiled.pinned import PINNED, Piece, PinnedMemory
+from remote_vae.tiled.policy import Policy
 
 log = logging.getLogger("remote_vae")
 
@@ -28,65 +32,133 @@ _FILE_BYTES = 256 << 20
 _DISK_RESERVE = 1 << 30
 
 
+@dataclass
+class _InHost:
+    """A strip in the host's memory.
+
+    Attributes:
+        tensor: its values, when the copy has arrived.
+        piece: of the pinned memory; None: it is in other memory.
+        written, read: what a stream has to wait for before it reads it, and before others may have its memory.
+    """
+
+    tensor: torch.Tensor
+    piece: Piece | None
+    written: Any = None
+    read: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+
 class HostMemory:
-    """For the strips of a GPU: pinned memory of the host, into and out of which is copied while the GPU goes on."""
+    """For the strips of a GPU: pinned memory of the host, into and out of which is copied while the GPU goes on.
 
-    def __init__(self, device: torch.device) -> None:
+    The host waits for nothing. Copies out and back have a stream each, and wait for events: a copy out for the strip to be
+    made, a copy back for it to be away. The memory of a strip on the GPU belongs to the stream that computes: that one waits
+    for the copy before it may have it again, so that a strip need not be kept for longer.
+    """
+
+    def __init__(self, device: torch.device, policy: Policy) -> None:
         self._device = device
-        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._pins = self._copies is not None
-        self.fetches_ahead = self._copies is not None
+        self._pins = policy.pins
+        self._has_streams = device.type == "cuda"
+        self.fetches_ahead = self._has_streams
+        self._out: Any = None
+        self._back: Any = None
+        # The strip that is on its way out, and what ends it.
+        self._leaving: tuple[torch.Tensor, Any] | None = None
+        self._coming: dict[int, tuple[torch.Tensor, Any]] = {}
+        # Pieces that may still be read.
+        self._ending: list[tuple[Piece, Any]] = []
+        self._at_the_end = ExitStack()
 
-    def put(self, strip: torch.Tensor) -> torch.Tensor:
+    def put(self, strip: torch.Tensor) -> _InHost:
         """A copy of ``strip`` in the host's memory."""
-        copies = self._copies
-        if copies is None:
-            return torch.empty_like(strip, device="cpu").copy_(strip)
-        # One strip on its way at a time: it takes up memory until it has arrived.
-        copies.synchronize()
-        stored = self._allocate(strip)
-        copies.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(copies):
-            stored.copy_(strip, non_blocking=stored.is_pinned())
-        strip.record_stream(copies)
+        stored = self._take(strip)
+        if not self._has_streams or stored.piece is None:
+            stored.tensor.copy_(strip, non_blocking=stored.piece is not None)
+            return stored
+        computes = torch.cuda.current_stream(self._device)
+        if self._out is None:
+            self._out, self._back = (torch.cuda.Stream(self._device) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._let_go(computes)
+        self._out.wait_stream(computes)
+        with torch.cuda.stream(self._out):
+            stored.tensor.copy_(strip, non_blocking=True)
+        stored.written = self._out.record_event()
+        self._leaving = (strip, stored.written)
         return stored
 
-    def _allocate(self, strip: torch.Tensor) -> torch.Tensor:
-        if self._pins:
-            try:
-                return torch.empty_like(strip, device="cpu", pin_memory=True)
-            except RuntimeError as error:
-                # Systems limit how much may be pinned, WSL to little. A copy to other memory makes the GPU wait.
-                log.info("no more pinned memory: %s", error)
-                self._pins = False
-        return torch.empty_like(strip, device="cpu")
+    def _let_go(self, computes: Any) -> None:
+        """The strip before: what computes may have its memory when it has left."""
+        if self._leaving is not None:
+            computes.wait_event(self._leaving[1])
+            self._leaving = None
 
-    def fetch(self, stored: torch.Tensor) -> torch.Tensor:
+    def _take(self, strip: torch.Tensor) -> _InHost:
+        piece = None
+        if self._pins:
+            self._give(lambda event: bool(event.query()))
+            piece = self._pinned.take(strip.nbytes, pin=self._has_streams)
+        tensor = torch.empty_like(strip, device="cpu") if piece is None else piece.like(strip)
+        return _InHost(tensor, piece)
+
+    @cached_property
+    def _pinned(self) -> PinnedMemory:
+        return self._at_the_end.enter_context(PINNED.used())
+
+    def _give(self, has_ended: Callable[[Any], bool]) -> None:
+        ending, self._ending = self._ending, []
+        for piece, event in ending:
+            if has_ended(event):
+                self._pinned.give(piece)
+            else:
+                self._ending.append((piece, event))
+
+    def fetch(self, stored: _InHost) -> torch.Tensor:
         """Back to the GPU; begins at once, and ``arrived`` has to be called before the strip is used."""
-        copies = self._copies
-        if copies is None:
-            return stored.to(self._device)
-        # Not further ahead of the computation than one strip.
-        copies.synchronize()
-        copies.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(copies):
-            return stored.to(self._device, non_blocking=stored.is_pinned())
+        strip = torch.empty_like(stored.tensor, device=self._device)
+        if not self._has_streams or stored.piece is None:
+            return strip.copy_(stored.tensor, non_blocking=stored.piece is not None)
+        self._back.wait_stream(torch.cuda.current_stream(self._device))
+        self._back.wait_event(stored.written)
+        with torch.cuda.stream(self._back):
+            strip.copy_(stored.tensor, non_blocking=True)
+        stored.read = self._back.record_event()
+        self._coming[id(strip)] = (strip, stored.read)
+        return strip
 
     def arrived(self, strip: torch.Tensor) -> torch.Tensor:
         """Make what follows wait for a strip that is being fetched."""
-        if self._copies is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._copies)
-            strip.record_stream(current)
+        coming = self._coming.pop(id(strip), None)
+        if coming is not None:
+            torch.cuda.current_stream(self._device).wait_event(coming[1])
         return strip
 
-    def drop(self, stored: torch.Tensor) -> None:
-        """Its memory goes when nobody has it any more."""
+    def drop(self, stored: _InHost) -> None:
+        """Nobody will fetch it any more: its memory is free when the last copy of it has ended."""
+        if stored.piece is not None:
+            event = stored.read or stored.written
+            if event is None:
+                self._pinned.give(stored.piece)
+            else:
+                self._ending.append((stored.piece, event))
 
     def close(self) -> None:
         """Wait for the copies that are on their way."""
-        if self._copies is not None:
-            self._copies.synchronize()
+        if self._out is not None:
+            computes = torch.cuda.current_stream(self._device)
+            computes.wait_stream(self._out)
+            computes.wait_stream(self._back)
+            computes.synchronize()
+        self._leaving, self._coming = None, {}
+
+    def leave(self) -> None:
+        """Nothing is stored any more: what was pinned is for the next who asks."""
+        self._give(lambda _: True)
+        self._at_the_end.close()
 
 
 @dataclass
@@ -185,6 +257,9 @@ class TemporaryFiles:
         """Nothing will be fetched any more."""
         for file in self._open:
             file.file.close()
+
+    def leave(self) -> None:
+        """All strips are dropped."""
 
 
 def _bytes(dense: torch.Tensor) -> memoryview:

@@ -31,7 +31,7 @@ class Store:
         self.limit = limit
         self.used = 0
         # Their stored forms are their own, hence Any.
-        self.elsewhere: Any = TemporaryFiles() if policy.files else HostMemory(device)
+        self.elsewhere: Any = TemporaryFiles() if policy.files else HostMemory(device, policy)
         self._trims = policy.files
         self._since_trim = 0
         self._trim_every = max(_TRIM_EVERY, largest // _TRIMS_A_PICTURE)
@@ -49,6 +49,7 @@ class Store:
         for queue in self._queues:
             queue.clear()
         self._queues = []
+        self.elsewhere.leave()
 
     def added(self, size: int) -> None:
         """``size`` bytes more wait somewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from remote_vae import tiled
 from remote_vae.errors import CallCancelled
+from remote_vae.tiled import pinned
 from tests import layouts
 from tests.nearness import psnr, psnr_of_moments
 from tests.pretend_gpu import LATENTS, Card, OnCard, on_card
@@ -21,6 +23,7 @@ CALLS: dict[str, tuple[Any, Any]] = {"decode": (tiled.decode, psnr), "encode": (
 @pytest.fixture(autouse=True)
 def thin_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_strips(monkeypatch, 256 << 10, "cuda")
+    monkeypatch.setattr(pinned, "_SLAB_BYTES", 1 << 20)
 
 
 @pytest.fixture
@@ -42,7 +45,6 @@ def test_a_call_on_the_card_is_the_processors_and_keeps_to_its_bytes(
     assert nearness(result.cpu(), true) >= 100
     assert limit is None or card.peak - before <= limit
     assert (card.put_away > 0) is (limit is not None)
-    assert (card.pinned_bytes, card.kept_pinned_bytes) == (0, 0)
     del result
     assert card.live == before
 
@@ -53,7 +55,6 @@ def test_a_batch_is_put_away_and_fetched_picture_by_picture(card: Card, vae: Any
     assert psnr(result[1:].cpu(), true) >= 100
     assert torch.equal(result[0], result[1])
     assert card.put_away > 0
-    assert (card.pinned_bytes, card.kept_pinned_bytes) == (0, 0)
 
 
 def test_where_the_system_pins_no_more_strips_wait_in_other_memory(
@@ -73,7 +74,50 @@ def test_a_call_that_is_cancelled_leaves_nothing_on_the_card_and_nothing_pinned(
     with pytest.raises(CallCancelled):
         tiled.decode(vae, given, max_bytes=int(0.15 * taken), cancelled=lambda: card.put_away > 1 << 20)
     assert card.live == before
+    pinned.PINNED.give_back()
     assert (card.pinned_bytes, card.kept_pinned_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("share", [None, 0.3, 0.15])
+def test_the_host_waits_for_the_card_at_most_three_times_a_picture(card: Card, vae: Any, op: str, share: float | None) -> None:
+    given, _, taken = on_card(card, vae, op)
+    call, _ = CALLS[op]
+    before = card.waits
+    call(vae, given, max_bytes=None if share is None else int(share * taken))
+    assert card.waits - before <= 3
+
+
+def test_half_precision_is_looked_at_once_at_the_end(card: Card, vae: Any) -> None:
+    given = card.put(LATENTS.half())
+    card.put_module(vae.half())
+    before = card.waits
+    tiled.decode(vae, given)
+    assert card.waits - before == 1
+
+
+def test_what_is_pinned_serves_the_next_call_and_is_given_back_when_nobody_calls(
+    card: Card, vae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, _, taken = on_card(card, vae, "decode")
+    limit = int(0.15 * taken)
+    tiled.decode(vae, given, max_bytes=limit)
+    kept = card.pinned_bytes
+    assert 0 < kept <= 32 << 20
+    monkeypatch.setattr(pinned, "_IDLE_SECONDS", 0.05)
+    tiled.decode(vae, given, max_bytes=limit)
+    assert card.pinned_bytes == kept
+    deadline = time.monotonic() + 10
+    while card.pinned_bytes + card.kept_pinned_bytes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (card.pinned_bytes, card.kept_pinned_bytes) == (0, 0)
+
+
+def test_no_more_is_pinned_than_a_part_of_the_hosts_memory(card: Card, vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, true, taken = on_card(card, vae, "decode")
+    monkeypatch.setattr(pinned, "_most_bytes", lambda: 2 << 20)
+    assert psnr(tiled.decode(vae, given, max_bytes=int(0.15 * taken)).cpu(), true) >= 100
+    assert card.pinned_bytes <= 2 << 20
 
 
 def test_half_precision_that_overflows_on_the_card_is_done_again_in_float32(

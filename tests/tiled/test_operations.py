@@ -18,6 +18,7 @@ def test_a_decode_of_1024_px_takes_as_few_operations_as_the_memory_allows(share:
     assert made.operations <= MOST[share]
     assert (made.to_store > 0) is (share is not None)
     assert made.from_store == made.to_store
+    assert made.synchronisations == 0
 
 
 @pytest.mark.parametrize("share", MOST)
