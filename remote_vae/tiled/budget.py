@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -35,7 +35,8 @@ _ROWS_AT_WORK = 6
 # its copy, in a window and in the convolution's own order.
 _FEW = 2
 _STRIPS_OF_ONE = 4
-# Half-precision strips are normalised in float32.
+# Half-precision strips are normalised in float32: twice as large, and what comes out too.
+_STRIPS_WIDENED = 4
 _WORK_ITEM = 4
 # In how many phases a strip is used.
 _LIVES = 3
@@ -81,7 +82,7 @@ class _Needs:
         row: bytes of a row, which a strip has at least.
         rows: bytes of the rows that are kept.
         keys: bytes of what attention has of the whole picture.
-        strips, more: how many strips are at work; ``more`` of them as what comes before an upsampling.
+        strips, more: how many strips are at work; ``more`` of them for what changes the size.
         convolutions: that are at work together.
     """
 
@@ -150,7 +151,7 @@ def plan_budget(
     step = 1 if plan.frames is None else plan.frames.step
     at_once = frames + step - 1
     if max_bytes is None:
-        needs = _phases(plan, frames, height, width, dtype, is_all=True)
+        needs = _phases(plan, frames, height, width, dtype, policy, is_all=True)
         target = None
         if policy.share is not None:
             target = int(policy.share * whole_values(plan, height, width) * frames * dtype.itemsize) - result_bytes
@@ -158,7 +159,7 @@ def plan_budget(
         return Budget(tuple(Phase(strip, None, each.keeps) for strip, each in zip(strips, needs, strict=True)), at_once)
     least = 0
     for count in _counts(at_once, step):
-        needs = _phases(plan, min(count, frames), height, width, dtype, is_all=count == at_once)
+        needs = _phases(plan, min(count, frames), height, width, dtype, policy, is_all=count == at_once)
         least = result_bytes + max(each.least(policy) for each in needs)
         if least <= max_bytes:
             return Budget(_limited(needs, policy, max_bytes - result_bytes), count)
@@ -238,11 +239,14 @@ def _rows_in_windows(step: LinearAttention) -> int:
     return sum(each.kernel[0] - 1 for scale in step.scales for each in scale)
 
 
-def _phases(plan: Plan, frames: int, height: int, width: int, dtype: torch.dtype, *, is_all: bool) -> list[_Needs]:
+def _phases(
+    plan: Plan, frames: int, height: int, width: int, dtype: torch.dtype, policy: Policy, *, is_all: bool
+) -> list[_Needs]:
     """For ``frames`` frames at a time, which ``is_all`` that there are, above the result."""
     walk = _Walk(plan, (frames, height, width), dtype, is_all=is_all)
     walk.through(plan.steps)
-    return walk.end()
+    more = _STRIPS_WIDENED if policy.widens and dtype.itemsize < _WORK_ITEM else 0
+    return [replace(each, strips=each.strips + more) for each in walk.end()]
 
 
 class _Walk:
@@ -302,8 +306,8 @@ class _Walk:
             self._now.rows += taken * self._item * (step.kernel[0] - 1 if isinstance(step, Conv) else 1)
             self._now.strips += 1
             self._now.convolutions += 1
-        if isinstance(step, Upsample):
-            # The strips before are a part of the picture that is so much larger.
+        if isinstance(step, (Upsample, Local)):
+            # The strips before are a part of the picture that is so much larger; a function copies what it puts elsewhere.
             self._now.more += 1
         self._taken = row
 

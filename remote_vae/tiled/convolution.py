@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 
 import torch
 from torch.nn.functional import conv2d, conv3d
@@ -53,8 +54,9 @@ class SlidingConv:
         made = source.rows_of(self._out_width, step.module.out_channels * self._frames, self._row_flops) * step.stride
         window = source.rows_of(self._width, self._channels * (self._past + self._frames))
         self._piece_rows = max(1, min(made, window) // scale)
-        # A strip is a few rows larger where those before were smaller: it is not cut for them.
-        self._most_rows = self._piece_rows + self._piece_rows // _SLACK
+        # A strip is a few rows larger where those before were smaller: it is not cut for them, save where somebody waits.
+        slack = 0 if isfinite(run.policy.strip_flops) and made < window else self._piece_rows // _SLACK
+        self._most_rows = self._piece_rows + slack
         self._keeps = source.phase.keeps
         self._pending: list[torch.Tensor] = []
         self._received = self._produced = 0

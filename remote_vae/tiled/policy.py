@@ -23,6 +23,7 @@ class Policy:
         least_bytes: what a strip has at least where there is no limit, however small the picture is.
         share: of the whole VAE's memory, how much a call without a limit takes; None: strips of ``strip_bytes``.
         looks: whether values are looked at on the way. On a card the host would wait for all that it has asked for before.
+        widens: whether strips of half precision are copied to float32 for a norm; CUDA's kernels take them as they are.
         writes_parts: whether operations write rightly into a part of a tensor.
         exact: what sums over the whole picture are kept in.
         files: whether strips that find no room wait in files, else in the host's memory.
@@ -37,6 +38,7 @@ class Policy:
     least_bytes: int = 16 << 20
     share: float | None = None
     looks: bool = False
+    widens: bool = True
     writes_parts: bool = True
     exact: torch.dtype = torch.float64
     files: bool = False
@@ -46,7 +48,7 @@ class Policy:
 # Strips that stay in the processor's cache.
 CPU = Policy(8 << 20, strip_flops=16e9, spilled_bytes=8 << 20, work_share=3, looks=True, files=True)
 # As large as memory allows: with 256 MB a decode takes the time of the whole VAE (float16, 1024 px, H100), with 16 MB 1.7 x it.
-CARD = Policy(256 << 20, moving=4, share=0.45, pins=True)
+CARD = Policy(256 << 20, moving=4, share=0.45, widens=False, pins=True)
 # Apple's GPUs have written wrong values into a part of a tensor. They, Intel's and DirectML have no float64.
 OTHER = Policy(256 << 20, share=0.45, writes_parts=False, exact=torch.float32)
 

@@ -14,8 +14,9 @@ from bench.live_bytes import STORE, LiveBytes
 from remote_vae import tiled
 from remote_vae.errors import OutOfMemory
 from remote_vae.tiled.budget import Budget, plan_budget
+from remote_vae.tiled.exact import Limits, run
 from remote_vae.tiled.layouts import decoder_plan
-from remote_vae.tiled.policy import CPU
+from remote_vae.tiled.policy import CPU, OTHER, Policy
 from tests import layouts
 from tests.nearness import psnr, psnr_of_moments
 from tests.tiled.strips import cut_strips
@@ -67,6 +68,15 @@ def test_an_encode_keeps_to_its_bytes_and_gives_the_same_moments(vae: Any, whole
     counter, moments = live(lambda: tiled.encode(vae, PIXELS, max_bytes=limit))
     assert counter.peak["cpu"] <= limit
     assert psnr_of_moments(moments, true) >= 100
+
+
+@pytest.mark.parametrize("policy", [CPU, OTHER], ids=["a processor", "another device"])
+def test_half_precision_keeps_to_its_bytes(whole_decode: Any, policy: Policy) -> None:
+    half = layouts.plain_kl(block_out_channels=(32, 64, 64, 64), layers_per_block=2).bfloat16()
+    limit = int(0.4 * whole_decode[0] / 2)
+    limits = Limits(limit, policy=replace(policy, files=True))
+    counter, _ = live(lambda: run(decoder_plan(half), half, LATENTS.bfloat16(), limits))
+    assert counter.peak["cpu"] <= limit
 
 
 def test_without_a_limit_it_needs_much_less_than_the_whole_vae(
