@@ -1,4 +1,4 @@
-"""The command line: remote-vae serve | decode | encode | check | plan | demo."""
+"""The command line: remote-vae serve | decode | encode | check | bench | plan | demo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from remote_vae.router import Router
 from remote_vae.server.config import add_flags, config_of
 from remote_vae.server.logs import set_format
 from remote_vae.settings import Settings
-from remote_vae.tools import check, plan
+from remote_vae.tools import bench, check, plan
 from remote_vae.tools.asking import family_of
 from remote_vae.tools.flags import add_options, settings_of
 from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_decode(commands.add_parser("decode", help="make pictures of a file of latents"))
     _add_encode(commands.add_parser("encode", help="make a file of latents of a picture"))
     check.add_arguments(commands.add_parser("check", help="say whether an endpoint works"))
+    bench.add_arguments(commands.add_parser("bench", help="measure how fast an endpoint is"))
     plan.add_arguments(commands.add_parser("plan", help="say how many cards so many UIs need"))
     report = commands.add_parser("diagnosis", help="print what a report of a problem should have in it")
     report.set_defaults(run=_diagnosis)
