@@ -81,6 +81,8 @@ def spills(device: torch.device) -> bool:
 def _of_card(device: torch.device) -> int:
     # As torch.cuda; the devices that are neither do not tell.
     api: Any = getattr(torch, device.type)
+    # torch before 2.3 does not say what is free of a card without a number, as "cuda" of A1111's --medvram is.
+    device = torch.device(device.type, _index(api, device))
     reserved, used = int(api.memory_reserved(device)), int(api.memory_allocated(device))
     try:
         free, size = (int(each) for each in api.mem_get_info(device))

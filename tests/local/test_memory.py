@@ -59,6 +59,20 @@ def test_on_a_gpu_what_torch_holds_and_does_not_use_counts_as_free(monkeypatch: 
     assert available_memory(torch.device(kind, 0)) == 5_400
 
 
+def test_a_card_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(device: torch.device) -> tuple[int, int]:
+        # As torch 2.1.
+        if device.index is None:
+            raise ValueError("Expected a torch.device with a specified index or an integer, but got:cuda")
+        return 5_000 + device.index, 24_000
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert available_memory(torch.device("cuda")) == 5_001
+
+
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("3000000\n")
