@@ -29,6 +29,9 @@ _TIMES = 10
 _SECONDS = 5.0
 # So many times the memory that was free at a slow call, and it may be another matter.
 _MORE_FREE = 1.25
+# After so many times what it took it is tried again: what was slow for once is not held to it, and where it is slow every time,
+# a twentieth of the time is lost.
+_TRIED_AFTER = 20
 
 
 @cache
@@ -43,10 +46,14 @@ def card_name(device: torch.device) -> str:
 
 @dataclass
 class _Slow:
-    """A call of so many ``pixels`` was slow; then so many bytes were ``free``, None: that was not known."""
+    """A call of so many ``pixels`` was slow; then so many bytes were ``free``, None: that was not known.
+
+    ``until`` the clock says so, it counts.
+    """
 
     pixels: int
     free: int | None
+    until: float
 
 
 @dataclass
@@ -87,7 +94,7 @@ class Pace:
         """Whether a call of the size of ``call``, or a smaller one, was far slower than expected with no less memory free."""
         with self._lock:
             slow = self._known(call).slow
-        if slow is None or _pixels(call) < slow.pixels:
+        if slow is None or _pixels(call) < slow.pixels or self.clock() >= slow.until:
             return False
         return free is None or slow.free is None or free < _MORE_FREE * slow.free
 
@@ -105,9 +112,12 @@ class Pace:
         with self._lock:
             known = self._known(call)
             if expected is not None and seconds > max(_SECONDS, _TIMES * expected):
-                known.slow = _Slow(pixels, free)
+                if call.vae.device.type == "cpu":
+                    # Other programs were at work: a call that would not fit is not begun, and tiles would have been as slow.
+                    return
+                known.slow = _Slow(pixels, free, self.clock() + _TRIED_AFTER * seconds)
                 log.warning(
-                    "the whole VAE took %.0f s where %.1f s were to be expected; the next %s of this size is done in tiles",
+                    "the whole VAE took %.0f s where %.1f s were expected; for a while, %ss of this size are made in tiles",
                     seconds,
                     expected,
                     call.op,

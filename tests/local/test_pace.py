@@ -27,9 +27,11 @@ class Machine:
         self.vae = plain_kl()
         self.pace = Pace(clock=lambda: self.now, card=lambda _: card)
 
-    def call(self, side: int = SIDE, op: Op = "decode", family: str = "sd1", vae: Any = None) -> VaeCall[str]:
+    def call(
+        self, side: int = SIDE, op: Op = "decode", family: str = "sd1", vae: Any = None, device: str = "meta"
+    ) -> VaeCall[str]:
         shape = (1, 4, side, side) if op == "decode" else (1, 3, 8 * side, 8 * side)
-        at_work = VaeAtWork(vae or self.vae, find_family(family))
+        at_work = VaeAtWork(vae or self.vae, find_family(family), torch.device(device))
         return VaeCall(op, torch.empty(shape, device="meta"), at_work, adopt=lambda _: "adopted")
 
     def takes(self, seconds: float, call: VaeCall[str], free: int | None = None) -> str:
@@ -79,6 +81,26 @@ def test_with_more_memory_free_than_then_it_may_be_tried_again_and_is_forgotten_
     assert not machine.pace.is_too_slow(machine.call(), 1300)
     machine.takes(0.1, machine.call(), free=1300)
     assert not machine.pace.is_too_slow(machine.call(), 1000)
+
+
+def test_a_card_that_was_slow_for_once_is_tried_again_after_twenty_times_as_long() -> None:
+    machine = Machine()
+    machine.takes(0.1, machine.call())
+    machine.takes(60.0, machine.call())
+    machine.now += 1199.0
+    assert machine.pace.is_too_slow(machine.call(), None)
+    machine.now += 2.0
+    assert not machine.pace.is_too_slow(machine.call(), None)
+    machine.takes(60.0, machine.call())
+    assert machine.pace.is_too_slow(machine.call(), None)
+
+
+def test_a_processor_that_was_busy_is_not_held_to_it() -> None:
+    machine = Machine()
+    machine.takes(0.1, machine.call(device="cpu"))
+    machine.takes(60.0, machine.call(device="cpu"))
+    assert not machine.pace.is_too_slow(machine.call(device="cpu"), None)
+    assert machine.pace.seconds(machine.call(device="cpu")) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
