@@ -18,17 +18,18 @@ log = logging.getLogger("remote_vae")
 
 @dataclass(frozen=True)
 class _Copy:
-    """``module`` is a copy of ``original``, which had the weights of ``weights``."""
+    """``module`` is a copy of ``original``, which had the weights of ``weights`` and was set as in ``switches``."""
 
     original: weakref.ref[Any]
     weights: Excerpt | None
+    switches: tuple[tuple[str, bool | str], ...]
     device: torch.device
     dtype: torch.dtype | None
     module: Any
 
 
 class Copies:
-    """One copy a process: it is made anew when the host has loaded another VAE or other weights. For many threads."""
+    """One copy a process, made anew for another VAE, other weights, or where the host has set it otherwise. For any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,20 +41,20 @@ class Copies:
         Raises:
             UnsupportedLayout: its weights are not at hand. And what torch raises where there is no room.
         """
-        weights = excerpt(original)
+        weights, switches = excerpt(original), _switches(original)
         with self._lock:
             kept = self._kept
             if (
                 kept is not None
                 and weights is not None
                 and kept.original() is original
-                and (kept.weights, kept.device, kept.dtype) == (weights, device, dtype)
+                and (kept.weights, kept.switches, kept.device, kept.dtype) == (weights, switches, device, dtype)
             ):
                 return kept.module
             # Before the next one is made: both together may find no room.
             self._kept = kept = None
             module = copied(original, device, dtype)
-            self._kept = _Copy(weakref.ref(original, self._forget), weights, device, dtype, module)
+            self._kept = _Copy(weakref.ref(original, self._forget), weights, switches, device, dtype, module)
             log.info("a copy of %s is kept on %s", type(original).__name__, device)
             return module
 
@@ -75,6 +76,13 @@ class Copies:
 
 
 copies = Copies()
+
+
+def _switches(original: Any) -> tuple[tuple[str, bool | str], ...]:
+    """What a host may set between two calls: the padding of convolutions (A1111's Tiling), the VAE's own tiles (diffusers)."""
+    return tuple(
+        (name, value) for part in original.modules() for name, value in vars(part).items() if isinstance(value, (bool, str))
+    )
 
 
 def picked_device(name: str, own: torch.device) -> torch.device | None:

@@ -139,6 +139,21 @@ def test_the_copy_is_made_anew_for_other_weights_and_for_another_vae(copies: Cop
     assert copies.has(other, CPU)
 
 
+def test_the_copy_is_made_anew_where_the_host_has_set_the_vae_otherwise(copies: Copies) -> None:
+    vae = plain_kl()
+    first = copies.of(vae, CPU, torch.float32)
+    # As A1111 does for pictures that are to be tiles.
+    for layer in vae.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.padding_mode = "circular"
+    second = copies.of(vae, CPU, torch.float32)
+    assert second is not first
+    assert torch.equal(whole(second), whole(vae))
+    vae.enable_tiling()
+    assert copies.of(vae, CPU, torch.float32).use_tiling
+    assert copies.of(vae, CPU, torch.float32) is copies.of(vae, CPU, torch.float32)
+
+
 def test_the_copy_goes_with_its_vae_and_before_the_next_one_is_made(copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = plain_kl()
     gone = weakref.ref(copies.of(vae, CPU, torch.float32))
