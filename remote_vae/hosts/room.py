@@ -31,7 +31,10 @@ _OTHERS = ("_hf_hook", "_diffusers_hook", "hf_quantizer", "is_quantized", "quant
 
 
 class _Away:
-    """A module whose tensors wait in the host's memory. Whoever uses it meanwhile, in another thread, has it back at once."""
+    """A module whose tensors wait in the host's memory. Whoever uses it meanwhile, in another thread, has it back at once.
+
+    Within torch's inference mode (SD.Next's pipelines) a copy would make a tensor that can never be trained, nor leave again.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.name = type(module).__name__
@@ -42,14 +45,14 @@ class _Away:
 
     def put(self, tensor: torch.Tensor) -> None:
         """One more of its tensors. Raises what torch raises where there is no room; then the tensor stays where it is."""
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             home = tensor.device
             tensor.data = tensor.detach().to("cpu")
             self._tensors.append((tensor, home))
 
     def bring_back(self) -> None:
         """Everything to its place. Raises what torch raises where there is no room; then the rest comes the next time."""
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             while self._tensors:
                 tensor, home = self._tensors[-1]
                 tensor.data = tensor.detach().to(home)

@@ -154,6 +154,18 @@ def test_who_uses_a_model_that_waits_has_it_back_at_once(card: Card) -> None:
     assert not unet._forward_pre_hooks
 
 
+def test_what_left_and_came_back_in_inference_mode_is_trained_and_leaves_as_before(card: Card) -> None:
+    unet = model(card)
+    made = room_of(unet)
+    with torch.inference_mode():
+        assert made.make(1, 1) == size(unet)
+        made.restore()
+    assert is_there(unet)
+    assert not any(tensor.is_inference() for tensor in (*unet.parameters(), *unet.buffers()))
+    assert made.make(1, 1) == size(unet)
+    made.restore()
+
+
 def test_what_goes_wrong_half_way_comes_back_all_the_same(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = model(card)
     to, moved = Card._to, []
