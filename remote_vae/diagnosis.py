@@ -106,7 +106,20 @@ def _without_names(text: str) -> str:
     """Hosts that others could find become HOST; the home's folder becomes ~."""
     home = str(Path.home())
     text = text.replace(home, "~") if len(home) > 1 else text
-    return _URLS.sub(lambda found: _masked(found.group()), text)
+    hosts = {_host(url) for url in _URLS.findall(text)}
+    text = _URLS.sub(lambda found: _masked(found.group()), text)
+    # The line of state has them without a scheme.
+    for host in sorted(filter(None, hosts), key=len, reverse=True):
+        if not _is_private(host):
+            text = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", "HOST", text, flags=re.IGNORECASE)
+    return text
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _masked(url: str) -> str:

@@ -38,7 +38,7 @@ def test_no_token_no_user_name_no_public_host_and_no_key_of_an_address_is_in_it(
     home = str(Path.home())
     text = diagnosis(
         Settings(endpoint="https://vae.company.example/path?key=secret-key", rescue_folder=f"{home}/rescued"),
-        [f"loaded from {home}/webui"],
+        [f"loaded from {home}/webui", "state: on: vae.company.example:8443, same VAE"],
         [record("https://vae.company.example/path/decode", "https://vae.company.example:8443 answered 503")],
     )
     for secret in ("secret", "company", "someone", "password", home):
@@ -46,6 +46,7 @@ def test_no_token_no_user_name_no_public_host_and_no_key_of_an_address_is_in_it(
     assert "REMOTE_VAE_TOKEN, HTTPS_PROXY" in text
     assert "endpoint = https://HOST/path" in text
     assert "https://HOST:8443 answered" in text
+    assert "state: on: HOST:8443, same VAE" in text
 
 
 def test_without_settings_and_calls_it_is_still_of_use() -> None:
