@@ -212,6 +212,9 @@ async def _encode(engine: Engine, request: Request, name: str | None) -> _Wanted
     if ENCODING.lower() in headers:
         # It will be as long as it was before it was compressed.
         length = limit
+    if head is not None and not head.dtype.is_floating_point:
+        # What waits is made of them: as many values of float32.
+        length += 4 * head.nbytes
     # Of a picture's file nobody knows how much it holds.
     place = engine.admission.enter("encode", taken.pixels if taken else length, length, entry.name)
     place.size = taken

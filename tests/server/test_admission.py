@@ -228,6 +228,18 @@ def test_bytes_are_taken_before_a_body_comes_and_given_back_with_its_connection(
         wait_until(lambda: another.post("/decode", (1, 4, 32, 32), 16_384).answer()[0] == 200)
 
 
+def test_what_is_made_of_levels_is_counted_before_they_come(serving: Callable[..., ServerThread]) -> None:
+    """They wait as float32: five times what was sent."""
+    nbytes = 3 * 64 * 64
+    server = serving(max_bytes=6 * nbytes, patience=60)
+    head = f"POST /encode?shape=1&shape=3&shape=64&shape=64&dtype=uint8 HTTP/1.1\r\nHost: x\r\nContent-Length: {nbytes}\r\n\r\n"
+    with Raw(server) as first, Raw(server) as second:
+        first.send(head.encode() + bytes(1))
+        wait_until(lambda: health(server)["waiting"] == 0 and not server.engine.admission.is_empty)
+        assert second.send(head.encode()).answer()[0] == 503
+        assert first.send(bytes(nbytes - 1)).answer()[0] == 200
+
+
 def test_a_hang_up_is_one_line_and_no_error(server: ServerThread, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG"):
         with Raw(server) as connection:
