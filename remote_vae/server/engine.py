@@ -106,7 +106,7 @@ class Engine:
                     return entry
                 # Who waits for it hears at /health that his call is not forgotten.
                 with self._counted("_inside"):
-                    await asyncio.wrap_future(self.catalogue.load(entry, self._emptiest()))
+                    await self._loaded(entry)
             except NoModel as error:
                 # Whether it would have been the one is not known; another one may be.
                 failure = error
@@ -145,7 +145,7 @@ class Engine:
             try:
                 with self._counted("_reading"):
                     if not any(entry.is_at(device) for device in self.catalogue.devices):
-                        await asyncio.wrap_future(self.catalogue.load(entry, self._emptiest()))
+                        await self._loaded(entry, watch)
                     jobs.append(await asyncio.wrap_future(self._readers.submit(self._read, place, entry, request, body)))
                     # A client that left meanwhile is seen when its turn comes.
                     self._batcher.put(self._started(jobs[0]))
@@ -258,8 +258,9 @@ class Engine:
             frames = shape[2] if len(shape) == VIDEO_DIMENSIONS else 1
             place.size = Size(shape[0], frames, *shape[-2:])
             place.pixels = place.size.pixels
-        if vae.device.type == "cuda" and self._batcher.bytes_ahead() + values.nbytes <= _AHEAD_BYTES:
-            values = _ahead(worker.mover, values.to(vae.dtype))
+        is_on_card = worker.device is not None and vae.device.type == "cuda"
+        if is_on_card and self._batcher.bytes_ahead() + values.nbytes <= _AHEAD_BYTES:
+            values = _ahead(worker.mover, values, vae.dtype)
         return Job(place, entry, request, vae.family, values, shape)
 
     def _nearest(self, entry: Entry) -> Worker:
@@ -309,6 +310,21 @@ class Engine:
         if done.cancelled() or done.exception() is not None:
             self._no_room[entry, worker.device] = time.monotonic()
         self._batcher.wake()
+
+    async def _loaded(self, entry: Entry, leaving: asyncio.Future[None] | None = None) -> None:
+        """Wait for a VAE that others may wait for as well: who goes does not end their load.
+
+        Raises:
+            ClientGone: ``leaving`` has ended before. NoModel.
+        """
+        loading = asyncio.wrap_future(self.catalogue.load(entry, self._emptiest()))
+        # Where nobody waits any more, nobody asks why it failed.
+        loading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        waiting: set[asyncio.Future[None]] = {loading} if leaving is None else {loading, leaving}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            raise ClientGone("the client hung up while the VAE was loaded")
+        loading.result()
 
     def _emptiest(self) -> Device:
         """The device with the fewest VAEs."""
@@ -360,10 +376,13 @@ class Engine:
                 setattr(self, name, getattr(self, name) - 1)
 
 
-def _ahead(mover: Mover, values: torch.Tensor) -> torch.Tensor:
-    """``values`` on their way to the device; where the calls at work have all of its memory, they wait for that here."""
+def _ahead(mover: Mover, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``values`` on their way to the device in ``dtype``.
+
+    Where the calls at work have all of its memory they wait here as they were sent: they may have to be made in float32.
+    """
     try:
-        return mover.up(values)
+        return mover.up(values.to(dtype))
     except Exception as error:
         if not is_out_of_memory(error):
             raise

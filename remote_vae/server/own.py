@@ -128,8 +128,10 @@ class OwnVae:
 
     def learn(self, loaded: LoadedVae) -> None:
         """What a load has shown of it."""
-        self._family, self._fingerprints = loaded.family, loaded.about
         self._info = {**info_of(loaded.current()), **loaded.about}
+        self._fingerprints = loaded.about
+        # The last, as others look meanwhile: from here on it counts as known.
+        self._family = loaded.family
         self.called = self.called or self._owner.free_name(loaded.family.key)
 
 

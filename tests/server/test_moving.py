@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from remote_vae.server import moving
-from remote_vae.server.catalogue import OneVae
+from remote_vae.server.admission import Place
+from remote_vae.server.catalogue import Device, OneVae
+from remote_vae.server.engine import Engine
 from remote_vae.server.models import LoadedVae
 from remote_vae.server.moving import Mover
 from remote_vae.wire import DecodeRequest, EncodeRequest, HttpResponse, Output
@@ -124,3 +126,20 @@ def test_what_was_brought_in_half_precision_is_brought_anew_for_float32(card: Ca
     with torch.inference_mode():
         expected = loaded.vae.decode(latents(1)).sample
     assert torch.equal(values_of(job.answer.result(), expected), expected)
+
+
+@pytest.mark.parametrize("device", [DEVICE, None], ids=["no-room-there", "of-a-host"])
+def test_what_is_not_brought_ahead_waits_as_it_was_sent(card: Card, loaded: LoadedVae, device: Device) -> None:
+    """It may have to be made in float32, after a NaN."""
+    vae = card.put_module(copy.deepcopy(loaded.vae).half())
+    catalogue = OneVae(_Halved(vae, loaded.family, loaded.source, loaded.fingerprints))
+    catalogue.devices = (device,)
+    card.size = card.live
+    engine = Engine(catalogue)
+    job = engine._job(Place("decode", 1, 1), catalogue, DecodeRequest(latents(1)))
+    assert torch.equal(job.values, latents(1))
+    engine.close()
+
+
+class _Halved(_OnCard):
+    dtype = torch.float16  # type: ignore[assignment]

@@ -14,11 +14,11 @@ import requests
 import torch
 
 from remote_vae.errors import InvalidRequest, SettingsError
-from remote_vae.server.admission import Place
+from remote_vae.server.admission import ClientGone, Place
 from remote_vae.server.catalogue import NoModel, UnknownModel, pick
 from remote_vae.server.engine import Engine
 from remote_vae.server.models import LoadedVae, devices_of, load_vae
-from remote_vae.server.own import OwnVaes, Source
+from remote_vae.server.own import OwnVae, OwnVaes, Source
 from remote_vae.vae.fingerprint import fingerprint
 from remote_vae.wire import DecodeRequest, Output
 from tests.conftest import ServerThread
@@ -336,3 +336,78 @@ def test_nothing_is_asked_of_who_is_not_named(make: Callable[..., OwnVaes]) -> N
     assert pick(make("sdxl=@xl").entries(), family=None).name == "sdxl"
     with pytest.raises(NoModel):
         make("sdxl=@xl").entries()[0].require()
+
+
+# --- who waits for a load --------------------------------------------------------------------------------------------------
+
+
+async def run(engine: Engine, entry: Any, leaving: Any = None) -> Any:
+    async def stays() -> None:
+        await asyncio.Event().wait()
+
+    def read(_: bytearray) -> DecodeRequest:
+        return DecodeRequest(LATENTS, Output.TENSOR)
+
+    return await engine.run(Place("decode", 1, 1), entry, read, bytearray(), (leaving or stays)())
+
+
+def test_who_leaves_while_a_vae_is_loaded_does_not_wait_for_it(make: Callable[..., OwnVaes], loading: Loading) -> None:
+    vaes = make("sdxl=@xl")
+    engine = Engine(vaes)
+    loading.held.clear()
+
+    async def gone() -> None:
+        while not loading.loaded:
+            await asyncio.sleep(0.01)
+
+    async def leaves() -> None:
+        call = asyncio.ensure_future(run(engine, vaes.entries()[0], gone))
+        assert (await asyncio.wait({call}, timeout=5))[0]
+        with pytest.raises(ClientGone):
+            await call
+
+    try:
+        # Not by the end of the load, which comes later.
+        asyncio.run(leaves())
+        assert engine.health() == {"status": "ok", "running": False, "waiting": 0}
+    finally:
+        loading.held.set()
+    engine.close()
+
+
+def test_a_request_that_is_cancelled_does_not_end_the_load_for_the_others(
+    make: Callable[..., OwnVaes], loading: Loading
+) -> None:
+    vaes = make("sdxl=@xl", "flux=@flux")
+    sdxl, flux = vaes.entries()
+    engine = Engine(vaes)
+    loading.held.clear()
+
+    async def both() -> Any:
+        # One VAE is loaded at a time: the load of the other still lies in the queue.
+        vaes.load(flux, None)
+        first, second = (asyncio.ensure_future(run(engine, sdxl)) for _ in range(2))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        await asyncio.wait({first})
+        loading.held.set()
+        return await second
+
+    assert asyncio.run(both()).status == 200
+    engine.close()
+
+
+def test_what_is_known_of_a_vae_is_known_all_at_once(make: Callable[..., OwnVaes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else who asks in that moment for its weights gets another one's pictures."""
+    vaes, seen = make("sdxl=@xl"), []
+    entry = vaes.entries()[0]
+
+    def set_and_look(self: OwnVae, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if name != "_owner" and self.is_known:
+            seen.append((name, bool(self.fingerprints), "model" in self.info()))
+
+    monkeypatch.setattr(OwnVae, "__setattr__", set_and_look)
+    vaes.load(entry, None).result(20)
+    assert seen
+    assert all(each[1:] == (True, True) for each in seen)
