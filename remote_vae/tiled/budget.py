@@ -338,7 +338,7 @@ class _Walk:
         now = self._now
         now.waiting = max(self._before, after)
         is_short = now.convolutions <= _FEW and not now.keys
-        now.strips = _STRIPS_AT_WORK + now.more if is_short else now.strips + _STRIPS_OF_ONE
+        now.strips = now.more + (_STRIPS_AT_WORK if is_short else now.strips + _STRIPS_OF_ONE)
         self._past.append(now)
 
     def _bytes(self, made: Made | None = None) -> int:
