@@ -8,14 +8,14 @@ import re
 import sys
 import threading
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from remote_vae.tiled.host_memory import available_host_memory
+
 log = logging.getLogger("remote_vae")
 
-_CGROUP = Path("/sys/fs/cgroup")
 _RATIO = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"
 # What CUDA's allocator says when there is no room, and of its limit, where one is set: "... 1.50 GiB allowed; ...".
 _NO_ROOM = re.compile(r"out of memory.*?GPU (\d+)\b", re.DOTALL)
@@ -60,10 +60,7 @@ def available_memory(device: torch.device) -> int | None:
     """
     try:
         if device.type == "cpu":
-            # The web UIs ship it; without it the memory is found out by trying.
-            import psutil
-
-            return _within_container(int(psutil.virtual_memory().available))
+            return available_host_memory()
         return _of_mps() if device.type == "mps" else _of_card(device)
     except Exception as error:  # no answer must cost a picture
         log.debug("the free memory of %s is not known: %s", device, error)
@@ -126,19 +123,3 @@ def _of_mps() -> int:
     taken, used = int(api.driver_allocated_memory()), int(api.current_allocated_memory())
     room = min(int(size) - taken, int(psutil.virtual_memory().available))
     return max(0, room) + taken - used
-
-
-def _within_container(available: int) -> int:
-    """``available`` bytes, or what the limit of the container (cgroup v2) leaves of them.
-
-    psutil does not know of it: in a container of 4 GB on a machine with 64 GB free, the whole VAE, which takes 16 GB for
-    2048 px, would be tried and the process be killed.
-    """
-    try:
-        limit, used, stat = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
-        # The cache of files is let go of when memory is wanted.
-        cached = next(int(line.split()[1]) for line in stat.splitlines() if line.startswith("file "))
-        return min(available, max(0, int(limit) - int(used) + cached))
-    except (OSError, ValueError, StopIteration):
-        # No container, or none with a limit ("max").
-        return available

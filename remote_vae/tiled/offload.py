@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from remote_vae.errors import OutOfMemory
-from remote_vae.tiled.pinned import PINNED, Piece, PinnedMemory
+from remote_vae.tiled.host_memory import available_host_memory
+from remote_vae.tiled.pinned import PINNED, RESERVE, Piece, PinnedMemory
 from remote_vae.tiled.policy import Policy
 
 log = logging.getLogger("remote_vae")
@@ -75,7 +76,11 @@ class HostMemory:
         self._at_the_end = ExitStack()
 
     def put(self, strip: torch.Tensor) -> _InHost:
-        """A copy of ``strip`` in the host's memory."""
+        """A copy of ``strip`` in the host's memory.
+
+        Raises:
+            OutOfMemory: there is too little of it.
+        """
         stored = self._take(strip)
         if not self._has_streams or stored.piece is None:
             stored.tensor.copy_(strip, non_blocking=stored.piece is not None)
@@ -102,8 +107,14 @@ class HostMemory:
         if self._pins:
             self._give(lambda event: bool(event.query()))
             piece = self._pinned.take(strip.nbytes, pin=self._has_streams)
-        tensor = torch.empty_like(strip, device="cpu") if piece is None else piece.like(strip)
-        return _InHost(tensor, piece)
+        if piece is not None:
+            return _InHost(piece.like(strip), piece)
+        available = available_host_memory()
+        if available is not None and available < strip.nbytes + RESERVE:
+            # A system that has promised its memory ends the process.
+            message = f"only a part of this picture fits on {self._device}, and the host has no memory left for the rest"
+            raise OutOfMemory(message, reason="out of memory")
+        return _InHost(torch.empty_like(strip, device="cpu"), None)
 
     @cached_property
     def _pinned(self) -> PinnedMemory:

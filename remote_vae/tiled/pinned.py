@@ -10,6 +10,8 @@ from threading import Lock, Timer
 
 import torch
 
+from remote_vae.tiled.host_memory import available_host_memory
+
 log = logging.getLogger("remote_vae")
 
 # What is pinned at a time, and at the most: the system cannot swap it out.
@@ -17,6 +19,8 @@ _SLAB_BYTES = 128 << 20
 _MOST_SHARE = 3
 _MOST_BYTES = 4 << 30
 _ALIGNED = 512
+# What has to stay free of the host's memory.
+RESERVE = 512 << 20
 # After so many seconds without a call it is given back.
 _IDLE_SECONDS = 60.0
 
@@ -122,6 +126,9 @@ class PinnedMemory:
 
     def _new(self, size: int, *, pin: bool) -> Slab | None:
         if self._is_refused or sum(slab.memory.nbytes for slab in self._slabs) + size > _most_bytes():
+            return None
+        available = available_host_memory()
+        if available is not None and available < size + RESERVE:
             return None
         try:
             return Slab(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin), [(0, size)])

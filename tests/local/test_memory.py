@@ -11,6 +11,7 @@ import torch
 
 from remote_vae.local import memory
 from remote_vae.local.memory import available_memory
+from remote_vae.tiled import host_memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -74,7 +75,7 @@ def test_a_card_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
     (tmp_path / "memory.stat").write_text("anon 700000\nfile 300000\nkernel 1\n")

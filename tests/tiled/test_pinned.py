@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from remote_vae.errors import OutOfMemory
 from remote_vae.tiled import offload, pinned
 from remote_vae.tiled.offload import HostMemory
 from remote_vae.tiled.pinned import PinnedMemory
@@ -67,6 +68,25 @@ def test_what_is_in_use_is_not_given_back() -> None:
     memory.give(piece)
     memory.give_back()
     assert memory._slabs == []
+
+
+def test_where_the_host_has_no_memory_left_nothing_is_pinned_and_the_call_ends_before_the_process_does(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "PINNED", PinnedMemory())
+    strip = card.put(torch.ones(1, 2, 3, 4))
+    for module in (pinned, offload):
+        monkeypatch.setattr(module, "available_host_memory", lambda: pinned.RESERVE + strip.nbytes)
+    memory = HostMemory(DEVICE, CARD)
+    stored = memory.put(strip)
+    assert stored.piece is None
+    assert torch.equal(memory.arrived(memory.fetch(stored)), strip)
+    for module in (pinned, offload):
+        monkeypatch.setattr(module, "available_host_memory", lambda: pinned.RESERVE)
+    with pytest.raises(OutOfMemory, match="the host has no memory left"):
+        memory.put(strip)
+    memory.close()
+    memory.leave()
 
 
 def test_a_piece_that_a_call_still_reads_is_not_for_another_call(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
