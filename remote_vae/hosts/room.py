@@ -41,11 +41,15 @@ class _Away:
         # Each with its place.
         self._tensors: list[tuple[torch.Tensor, torch.device]] = []
         self._lock = threading.Lock()
+        self._is_wanted = False
         self._hook = module.register_forward_pre_hook(lambda *_: self.bring_back())
 
     def put(self, tensor: torch.Tensor) -> None:
         """One more of its tensors. Raises what torch raises where there is no room; then the tensor stays where it is."""
         with self._lock, torch.inference_mode(False):
+            if self._is_wanted:
+                # Somebody uses the module who came while it was leaving.
+                return
             home = tensor.device
             tensor.data = tensor.detach().to("cpu")
             self._tensors.append((tensor, home))
@@ -53,6 +57,7 @@ class _Away:
     def bring_back(self) -> None:
         """Everything to its place. Raises what torch raises where there is no room; then the rest comes the next time."""
         with self._lock, torch.inference_mode(False):
+            self._is_wanted = True
             while self._tensors:
                 tensor, home = self._tensors[-1]
                 tensor.data = tensor.detach().to(home)

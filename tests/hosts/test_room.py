@@ -154,6 +154,17 @@ def test_who_uses_a_model_that_waits_has_it_back_at_once(card: Card) -> None:
     assert not unet._forward_pre_hooks
 
 
+def test_who_uses_a_model_that_is_leaving_has_all_of_it(card: Card) -> None:
+    unet = model(card)
+    first, *others = unet.parameters()
+    away = room._Away(unet)
+    away.put(first)
+    unet(card.put(torch.randn(3, 64)))
+    for tensor in others:
+        away.put(tensor)
+    assert is_there(unet)
+
+
 def test_what_left_and_came_back_in_inference_mode_is_trained_and_leaves_as_before(card: Card) -> None:
     unet = model(card)
     made = room_of(unet)
