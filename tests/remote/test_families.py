@@ -108,9 +108,8 @@ def test_levels_are_within_one_of_the_vaes_own(name: str, frames: int, batch: in
     is_lossy = transfer == "jpg" and frames == 1 and it.family.pixel_channels == 3
     off = to_uint8(pixels.flatten(2, -2)).int() - to_uint8(whole.flatten(2, -2)).int()
     assert off.abs().max() <= (80 if is_lossy else 1)
-    # Videos go one by one, and so do pictures in files.
-    one_by_one = transfer != "u8" or it.family.video
-    assert len(it.chaos.requests) == (batch if one_by_one else 1)
+    # Videos go one by one.
+    assert len(it.chaos.requests) == (batch if it.family.video else 1)
 
 
 @pytest.mark.parametrize("transfer", ["u8", "png"])
