@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from remote_vae.errors import SettingsError
@@ -17,7 +18,7 @@ from remote_vae.server.config import ServerConfig
 from remote_vae.server.engine import Engine
 from remote_vae.server.fast import Fast
 from remote_vae.server.metrics import metrics
-from remote_vae.server.models import devices_of
+from remote_vae.server.models import LoadedVae, devices_of
 from remote_vae.server.own import OwnVaes
 from remote_vae.server.page import lines_to_enter
 from remote_vae.server.process import Server, Tls, make_server
@@ -45,7 +46,7 @@ def serve(config: ServerConfig) -> None:
     try:
         devices = devices_of(",".join(config.device))
         fast = Fast(config.fast, config.sizes)
-        vaes = OwnVaes(config.vaes, devices=devices, load=fast.load)
+        vaes = OwnVaes(config.vaes, devices=devices, load=partial(_loaded, fast, shows_device=len(devices) > 1))
         engine = Engine(vaes, config.limits, batch_pixels=config.batch_pixels, batch_wait=config.batch_wait, watcher=metrics())
         engine.admission.closed = _LOADING
         addresses = endpoints(listener, config.host, "https" if tls else "http")
@@ -80,9 +81,6 @@ class _Start:
         while not self._server.started and not self._server.is_stopping:
             # From then on a signal ends it well, and who asks hears that it loads.
             time.sleep(0.01)
-        sources = [each.source for each in self._config.vaes if self._loads_all or each.name is None]
-        if sources:
-            print(f"loading {', '.join(sources)} ...", flush=True)
         try:
             self._vaes.start(preload=self._loads_all)
             self._fast.is_starting = False
@@ -97,6 +95,15 @@ class _Start:
         """Raises what has kept it from being ready."""
         if self._error is not None:
             raise self._error
+
+
+def _loaded(fast: Fast, source: str, *, shows_device: bool, **options: Any) -> LoadedVae:
+    """As ``fast.load``; who watches the start sees what it is at."""
+    if fast.is_starting:
+        where = f" on {options['device']}" if shows_device else ""
+        more = ", and compiling it, which takes minutes" if fast.mode == "compile" else ""
+        print(f"loading {source}{where}{more} ...", flush=True)
+    return fast.load(source, **options)
 
 
 def _end(engine: Engine, vaes: OwnVaes) -> None:

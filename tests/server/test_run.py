@@ -316,11 +316,12 @@ def test_a_process_that_is_told_to_end_by_its_supervisor_ends_well(
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        lines = [process.stdout.readline().rstrip() for _ in range(8)]
-        assert re.fullmatch(r"Remote VAE serves one \(custom VAE, .*\), two \(custom VAE, .*\)\. Enter in your UI.*", lines[1])
-        (url,) = re.findall(r"^Endpoint: (https://127\.0\.0\.1:\d+)$", lines[2])
-        assert lines[4:6] == [f"Endpoint: {url}/one", f"Endpoint: {url}/two"]
-        assert "https" in lines[6]
+        lines = [process.stdout.readline().rstrip() for _ in range(9)]
+        assert [lines.pop(0) for _ in range(2)] == [f"loading {DEMO_VAE} ..."] * 2
+        assert re.fullmatch(r"Remote VAE serves one \(custom VAE, .*\), two \(custom VAE, .*\)\. Enter in your UI.*", lines[0])
+        (url,) = re.findall(r"^Endpoint: (https://127\.0\.0\.1:\d+)$", lines[1])
+        assert lines[3:5] == [f"Endpoint: {url}/one", f"Endpoint: {url}/two"]
+        assert "https" in lines[5]
         latents = torch.randn(1, 4, 8, 8)
         params = {**head(latents), "output_type": "pt"}
         for name in ("one", "two"):
