@@ -117,11 +117,15 @@ class PinnedMemory:
 
     def give_back(self) -> None:
         """To the system what no call has a part of."""
-        with self._lock:
-            self._slabs = [slab for slab in self._slabs if slab.free != [(0, slab.memory.nbytes)]]
-            self._is_refused = False
         empty = getattr(torch._C, "_host_emptyCache", None)  # noqa: SLF001
-        if empty is not None and torch.cuda.is_available():
+        has_card = torch.cuda.is_available()
+        with self._lock:
+            self._is_refused = False
+            if has_card and empty is None:
+                # A torch such as 2.1 would keep it, where the next call could not count on it.
+                return
+            self._slabs = [slab for slab in self._slabs if slab.free != [(0, slab.memory.nbytes)]]
+        if has_card and empty is not None:
             empty()
 
     def _new(self, size: int, *, pin: bool) -> Slab | None:

@@ -70,6 +70,21 @@ def test_what_is_in_use_is_not_given_back() -> None:
     assert memory._slabs == []
 
 
+def test_a_torch_that_keeps_what_was_pinned_leaves_it_to_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As 2.1, which A1111 brings.
+    monkeypatch.delattr(torch._C, "_host_emptyCache", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    memory = PinnedMemory()
+    piece = memory.take(100, pin=False)
+    assert piece is not None
+    memory.give(piece)
+    memory.give_back()
+    monkeypatch.setattr(pinned, "available_host_memory", lambda: 0)
+    again = memory.take(100, pin=False)
+    assert again is not None
+    assert again.slab is piece.slab
+
+
 def test_where_the_host_has_no_memory_left_nothing_is_pinned_and_the_call_ends_before_the_process_does(
     card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
