@@ -88,7 +88,12 @@ def test_an_interrupt_prints_what_there_is(
         return measured(self, cell)
 
     monkeypatch.setattr(Crowd, "measured", interrupted)
-    assert main(["bench", server.url, *SMALL, "--formats", "raw,u8", "--clients", "1"]) == 130
+    # A shell starts what is to run in the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["bench", server.url, *SMALL, "--formats", "raw,u8", "--clients", "1"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [row[1] for row in rows_of(capsys.readouterr().out)] == ["raw"]
 
 
