@@ -128,7 +128,7 @@ FLAGS: tuple[Flag, ...] = (
         choices=("off", "exact", "compile"),
     ),
     Flag("fast-sizes", "list", ("512", "1024"), "sizes in pixels that --fast prepares: 512,1024x1536 (WIDTHxHEIGHT)"),
-    Flag("batch-pixels", "whole", BATCH_PIXELS, "pixels of one batch at the most; 0: no batches"),
+    Flag("batch-pixels", "whole", None, f"pixels of one batch at the most; 0: no batches ({BATCH_PIXELS}, on CPUs alone 0)"),
     Flag("batch-wait", "number", BATCH_WAIT, "seconds that a call may wait for others of its size", most=1),
     Flag("max-pixels", "whole", _LIMITS.max_pixels, "largest picture or frame, width x height", least=1),
     Flag("max-batch", "whole", _LIMITS.max_batch, "pictures, or videos, in a request", least=1),
@@ -165,7 +165,7 @@ class ServerConfig:
     log_format: str = "text"
     fast: str = "exact"
     fast_sizes: tuple[str, ...] = ("512", "1024")
-    batch_pixels: int = BATCH_PIXELS
+    batch_pixels: int | None = None
     batch_wait: float = BATCH_WAIT
     limits: Limits = field(default_factory=Limits)
 

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def process(folder: Path) -> Iterator[Server]:
-    server = Server(folder, "--device", "cpu", "--max-waiting", str(QUEUE))
+    server = Server(folder, "--device", "cpu", "--max-waiting", str(QUEUE), "--batch-pixels", "1048576")
     yield server
     server.close()
 

@@ -18,7 +18,7 @@ MEMORY = 200
 @pytest.fixture(scope="module")
 def process() -> Iterator[Server]:
     # A batch takes as much as one picture of its pixels would, which is not what this is about.
-    server = Server(ROOT / "assets" / "demo_vae", "--batch-pixels", "0")
+    server = Server(ROOT / "assets" / "demo_vae")
     assert decode(server).ok
     yield server
     server.close()
