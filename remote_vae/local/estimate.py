@@ -13,7 +13,8 @@ import torch
 
 from remote_vae.call import VaeCall
 from remote_vae.settings import read_toml
-from remote_vae.tiled.plan import Conv, Plan, Residual
+from remote_vae.tiled.budget import whole_values
+from remote_vae.tiled.plan import Conv, Plan
 from remote_vae.vae.at_work import Op, is_of
 
 _DATA = "vae_memory.toml"
@@ -82,7 +83,7 @@ def whole_bytes(plan: Plan, shape: torch.Size, dtype: torch.dtype) -> int:
     """
     batch, frames, (height, width) = shape[0], _frames(shape), shape[-2:]
     if plan.frames is None:
-        values = _in_a_block(plan, height, width)
+        values = whole_values(plan, height, width)
     elif _is_apart(plan, shape):
         made = plan.sizes(height, width)
         values = frames * _OF_A_FRAME * max(each.channels * each.rows * each.columns for each in made)
@@ -120,15 +121,6 @@ def mask_bytes(call: VaeCall[Any]) -> int:
         frames, rows, columns = family.latent_frames(frames), rows // family.downscale, columns // family.downscale
     # HunyuanVideo makes its mask of whole numbers, and in float32 first.
     return int((frames * rows * columns) ** 2 * (2 * call.vae.dtype.itemsize + 4))
-
-
-def _in_a_block(plan: Plan, height: int, width: int) -> int:
-    peak = 0
-    for made in plan.sizes(height, width):
-        if isinstance(made.step, Residual):
-            entered = next(part.module.in_channels for part in made.step.main if isinstance(part, Conv))
-            peak = max(peak, (entered + 4 * made.channels) * made.rows * made.columns)
-    return peak
 
 
 def _of_a_video(plan: Plan, frames: int, height: int, width: int) -> int:

@@ -119,13 +119,6 @@ class Batcher:
             self._jobs.remove(job)
             return True
 
-    def take_all_of(self, entry: Entry) -> list[Job]:
-        """All calls of one VAE, which is not to be had."""
-        with self._changed:
-            taken = [job for job in self._jobs if job.entry is entry]
-            self._jobs = [job for job in self._jobs if job.entry is not entry]
-            return taken
-
     def wake(self) -> None:
         """Something has changed for those who wait in ``take``."""
         with self._changed:

@@ -43,6 +43,16 @@ def crossed(card: Card, entry: OneVae, requests: list[Any]) -> list[HttpResponse
     return [job.answer.result() for job in jobs]
 
 
+def there_and_back(mover: Mover, values: torch.Tensor) -> torch.Tensor:
+    """One more than the values, made on the card."""
+    there = mover.up(values)
+    mover.arrived(there)
+    made = there + 1
+    mover.leaves(made)
+    with mover.leaving():
+        return mover.down(made)
+
+
 def values_of(answer: HttpResponse, like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(bytearray(answer.body), dtype=torch.float32).reshape(like.shape)
 
@@ -85,24 +95,14 @@ def test_no_more_is_pinned_than_a_piece_each_way_however_much_crosses(
 ) -> None:
     monkeypatch.setattr(moving, "_PINNED_BYTES", 1024)
     mover, values = Mover(DEVICE), torch.arange(size, dtype=torch.uint8)
-    there = mover.up(values)
-    mover.arrived(there)
-    made = there + 1
-    mover.leaves(made)
-    with mover.leaving():
-        assert torch.equal(mover.down(made), values + 1)
+    assert torch.equal(there_and_back(mover, values), values + 1)
     assert card.pinned_bytes == 2048
 
 
 def test_where_nothing_can_be_pinned_it_crosses_all_the_same(card: Card) -> None:
     card.most_pinned = 1000
     mover, values = Mover(DEVICE), torch.randn(3, 5)
-    there = mover.up(values)
-    mover.arrived(there)
-    made = there + 1
-    mover.leaves(made)
-    with mover.leaving():
-        assert torch.equal(mover.down(made), values + 1)
+    assert torch.equal(there_and_back(mover, values), values + 1)
     assert card.pinned_bytes == 0
 
 
