@@ -13,8 +13,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from remote_vae.errors import RemoteVaeError
 from remote_vae.server.access import Access, by_token
-from remote_vae.server.calls import Call, check_name, error_answer
-from remote_vae.server.catalogue import NoModel
+from remote_vae.server.calls import Call, error_answer
+from remote_vae.server.catalogue import NoModel, named
 from remote_vae.server.docs import docs_page
 from remote_vae.server.engine import Engine
 from remote_vae.server.metrics import Metrics
@@ -75,10 +75,10 @@ class _Paths:
         name = _name(request)
         if name in ("decode", "encode"):
             raise HTTPException(405)
-        check_name(self._engine, name)
+        named(self._engine.catalogue.entries(), name)
         said = None
         with suppress(NoModel):
-            said = await self._info(None)
+            said = await self._engine.ask_info()
         return HTMLResponse(status_page(said, self._engine.status(), self._endpoints), headers=HEADERS)
 
     async def health(self, request: Request) -> Response:
@@ -100,7 +100,7 @@ class _Paths:
 
     async def info(self, request: Request) -> Response:
         about = {"server": "remote-vae", "version": __version__, "extras": own_extras()}
-        return JSONResponse({**about, **await self._info(_name(request))})
+        return JSONResponse({**about, **await self._engine.ask_info(_name(request))})
 
     async def metrics(self, _: Request) -> Response:
         watcher = self._engine.watcher
@@ -130,17 +130,6 @@ class _Paths:
 
         answered = _with_errors(answer)
         return guarded
-
-    async def _info(self, name: str | None) -> dict[str, Any]:
-        """Of all VAEs, or as if the one called ``name`` were the only one. Raises UnknownModel."""
-        check_name(self._engine, name)
-        said = await self._engine.ask_info()
-        if name is None:
-            return said
-        models = [each for each in said["models"] if each["name"] == name]
-        own = {key: value for key, value in models[0].items() if key not in ("name", "loaded")}
-        of_server = {key: value for key, value in said.items() if key not in said["models"][0]}
-        return {**of_server, **own, "models": models}
 
 
 def _add_pages(app: FastAPI, paths: _Paths) -> None:

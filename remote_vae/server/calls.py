@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,25 +17,32 @@ from starlette.responses import Response
 from remote_vae.errors import InvalidRequest, NotFinite, OutOfMemory, RemoteVaeError, SettingsError
 from remote_vae.server import logs
 from remote_vae.server.admission import Busy, ClientGone, Place, Receive, Stalled, TooLarge, read_body
-from remote_vae.server.catalogue import Entry, NoModel, UnknownModel
+from remote_vae.server.catalogue import Entry, NoModel, UnknownModel, named
 from remote_vae.server.engine import Engine
+from remote_vae.server.heads import (
+    BASE64_OVERHEAD,
+    FILE_BYTES_PER_PIXEL,
+    SLACK,
+    Send,
+    asked_size,
+    body_length,
+    fits_of,
+    leaving,
+    send_head,
+)
 from remote_vae.server.late import Late
 from remote_vae.server.metrics import Metrics
 from remote_vae.vae.at_work import Op
-from remote_vae.vae.families import Family
 from remote_vae.wire import (
     DecodeRequest,
     EncodeRequest,
     HttpResponse,
     Output,
     TensorHead,
-    decode_size,
-    encode_size,
     error_detail,
     error_response,
     tensor_head,
 )
-from remote_vae.wire.errors import one_line
 from remote_vae.wire.extras import ENCODING, Extras
 from remote_vae.wire.http import BASE64_TYPE
 from remote_vae.wire.late import late_head
@@ -43,14 +50,8 @@ from remote_vae.wire.timing import timing_header
 
 log = logging.getLogger("remote_vae")
 
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Read = Callable[[bytearray], Union[DecodeRequest, EncodeRequest]]
 
-# JSON and base64 around the values of a legacy body.
-_BASE64_OVERHEAD = 4 / 3
-_SLACK = 4096
-# A PNG of noise is a little larger than its values, which are 3 or 4.
-_IMAGE_BYTES_PER_PIXEL = 4
 # Of noise, at the quality that is made; a film takes a tenth of it.
 _MP4_BYTES_PER_PIXEL = 2
 # Of pixels, at the most: with alpha.
@@ -98,7 +99,7 @@ class Call(Response):
         if refused is None:
             try:
                 self._engine.admission.check()
-                check_name(self._engine, self._name)
+                named(self._engine.catalogue.entries(), self._name)
                 wanted = await _WANTED[self._op](self._engine, request, self._name)
             except asyncio.CancelledError:
                 if self._engine.admission.closed is None:
@@ -133,7 +134,7 @@ class Call(Response):
         received = len(body)
         late = Late(send, is_wanted=wanted.extras.late)
         try:
-            answer = await late.until(self._engine.run(place, wanted.entry, wanted.read, body, _leaving(receive)))
+            answer = await late.until(self._engine.run(place, wanted.entry, wanted.read, body, leaving(receive)))
         except ClientGone as error:
             _note(request, place, _CLIENT_GONE, received, error=str(error))
             watcher.call_ended(place, _CLIENT_GONE, received, 0)
@@ -156,13 +157,6 @@ class Call(Response):
             log.debug("%s does not read its answer", _client(request))
         place.stages["send"] = time.monotonic() - started
         watcher.call_ended(place, answer.status, received, len(answer.body))
-
-
-def check_name(engine: Engine, name: str | None) -> None:
-    """Raises UnknownModel: a path names a VAE that there is not."""
-    names = [entry.name for entry in engine.catalogue.entries()]
-    if name is not None and name not in names:
-        raise UnknownModel(f"this server has no VAE called {one_line(name, 80)}; it has {', '.join(names)}")
 
 
 # --- by the head of the request ------------------------------------------------------------------------------------------
@@ -188,12 +182,11 @@ async def _decode(engine: Engine, request: Request, name: str | None) -> _Wanted
     headers = {name.lower(): value for name, value in request.headers.items()}
     accept = headers.get("accept", "").lower()
     output = Output.from_http(values, accept)
-    size = _whole(values.get("height")), _whole(values.get("width"))
-    entry = await engine.pick(name, values.get("family"), values.get("fingerprint"), partial(_decodes, head, *size))
-    made = engine.check_decode(entry, head, *size, output)
-    answer = made.pixels * _bytes_per_pixel(output, head) * (_BASE64_OVERHEAD if BASE64_TYPE in accept else 1)
-    limit = int(head.nbytes * _BASE64_OVERHEAD) + _SLACK
-    place = engine.admission.enter("decode", made.pixels, _length(request, limit) + int(answer), entry.name)
+    entry = await engine.pick(name, values.get("family"), values.get("fingerprint"), fits_of("decode", head, values))
+    made = engine.check_decode(entry, head, *asked_size(values), output)
+    answer = made.pixels * _bytes_per_pixel(output, head) * (BASE64_OVERHEAD if BASE64_TYPE in accept else 1)
+    limit = int(head.nbytes * BASE64_OVERHEAD) + SLACK
+    place = engine.admission.enter("decode", made.pixels, body_length(request, limit) + int(answer), entry.name)
     place.size = made
     return _Wanted(place, limit, entry, partial(DecodeRequest.from_http, query, headers), Extras.from_headers(headers))
 
@@ -203,12 +196,11 @@ async def _encode(engine: Engine, request: Request, name: str | None) -> _Wanted
     head = tensor_head(query)
     limits = engine.limits
     values = dict(query)
-    fits = partial(_encodes, head) if head is not None else None
-    entry = await engine.pick(name, values.get("family"), values.get("fingerprint"), fits)
+    entry = await engine.pick(name, values.get("family"), values.get("fingerprint"), fits_of("encode", head, values))
     taken = engine.check_encode(entry, head)
-    limit = (head.nbytes if head is not None else limits.max_pixels * _IMAGE_BYTES_PER_PIXEL) + _SLACK
+    limit = (head.nbytes if head is not None else limits.max_pixels * FILE_BYTES_PER_PIXEL) + SLACK
     headers = {name.lower(): value for name, value in request.headers.items()}
-    length = _length(request, limit)
+    length = body_length(request, limit)
     if ENCODING.lower() in headers:
         # It will be as long as it was before it was compressed.
         length = limit
@@ -225,22 +217,6 @@ async def _encode(engine: Engine, request: Request, name: str | None) -> _Wanted
 _WANTED: dict[Op, Callable[[Engine, Request, str | None], Awaitable[_Wanted]]] = {"decode": _decode, "encode": _encode}
 
 
-def _decodes(head: TensorHead, height: int | None, width: int | None, family: Family) -> bool:
-    """Whether latents are for a VAE of ``family``."""
-    with suppress(InvalidRequest):
-        decode_size(head.shape, height, width, family)
-        return True
-    return False
-
-
-def _encodes(head: TensorHead, family: Family) -> bool:
-    """Whether pixels are for a VAE of ``family``."""
-    with suppress(InvalidRequest):
-        encode_size(head.shape, family)
-        return True
-    return False
-
-
 def _bytes_per_pixel(output: Output, head: TensorHead) -> int:
     """Of a decode's answer, at the most."""
     if output is Output.MP4:
@@ -249,20 +225,6 @@ def _bytes_per_pixel(output: Output, head: TensorHead) -> int:
         # Whole numbers are answered in the dtype of the VAE.
         return _CHANNELS * (head.dtype.itemsize if head.dtype.is_floating_point else 4)
     return _CHANNELS
-
-
-def _length(request: Request, limit: int) -> int:
-    """Bytes of the body, as far as the head says them. Raises TooLarge."""
-    declared = request.headers.get("content-length", "")
-    if not declared.isdigit():
-        return limit if "transfer-encoding" in request.headers else 0
-    if len(declared) > len(str(limit)) or int(declared) > limit:
-        raise TooLarge(f"a body of {declared[:20]} bytes, and at most {limit} belong to this request")
-    return int(declared)
-
-
-def _whole(text: str | None) -> int | None:
-    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= 6 else None
 
 
 # --- the answer ----------------------------------------------------------------------------------------------------------
@@ -289,7 +251,7 @@ async def _refuse(request: Request, answer: HttpResponse, receive: Receive, send
     path = request.scope["path"]
     logs.write(logs.CallLine(path, _client(request), answer.status, error=error_detail(answer.body)))
     answer = replace(answer, headers={**answer.headers, "Connection": "close"})
-    await _send_head(answer, send)
+    await send_head(answer, send)
     await send({"type": "http.response.body", "body": bytes(answer.body), "more_body": True})
     with suppress(asyncio.TimeoutError):
         # To close at once what still sends would tear the answer down with it.
@@ -323,26 +285,11 @@ async def _begin(answer: HttpResponse, send: Send, late: Late) -> None:
     if late.has_begun:
         await send({"type": "http.response.body", "body": late_head(answer), "more_body": True})
     else:
-        await _send_head(answer, send)
-
-
-async def _send_head(answer: HttpResponse, send: Send) -> None:
-    headers = {**answer.headers, "Content-Length": str(len(answer.body))}
-    raw = [(name.lower().encode("latin1"), value.encode("latin1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": answer.status, "headers": raw})
+        await send_head(answer, send)
 
 
 async def _discard(receive: Receive) -> None:
     while (await receive()).get("more_body", False):
-        pass
-
-
-async def _leaving(receive: Receive) -> None:
-    """Ends when the client hangs up; to be awaited after the body was read.
-
-    Not ``request.is_disconnected``, which never tells behind the middleware of the web UIs (Starlette's BaseHTTPMiddleware).
-    """
-    while (await receive())["type"] != "http.disconnect":
         pass
 
 

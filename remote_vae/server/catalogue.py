@@ -15,6 +15,7 @@ from remote_vae.vae.families import CUSTOM, Family, find_family
 from remote_vae.vae.fingerprint import fingerprint_of
 from remote_vae.vae.packed import batch_norm_of
 from remote_vae.wire import FINGERPRINT_KEYS
+from remote_vae.wire.errors import one_line
 
 Fits = Callable[[Family], bool]
 # None: wherever the provider has its VAE.
@@ -255,8 +256,11 @@ def pick(
     Raises:
         UnknownModel: none is called so. InvalidRequest, SettingsError: none is of that family.
     """
-    if name is not None:
-        return _by_name(entries, name, family)
+    called = named(entries, name)
+    if called is not None:
+        if called.family is not None:
+            check_family(called.family, family)
+        return called
     candidates = list(entries) if family is None or len(entries) == 1 else _of_family(entries, family, fits)
     if len(candidates) == 1:
         own = candidates[0].family
@@ -275,13 +279,15 @@ def pick(
     return candidates[0]
 
 
-def _by_name(entries: Sequence[One], name: str, family: str | None) -> One:
-    entry = next((each for each in entries if each.name == name), None)
-    if entry is None:
-        raise UnknownModel(f"this server has no VAE called {name[:40]}; it has {', '.join(each.name for each in entries)}")
-    if entry.family is not None:
-        check_family(entry.family, family)
-    return entry
+def named(entries: Sequence[One], name: str | None) -> One | None:
+    """The one that is called ``name``; None where that is None. Raises UnknownModel."""
+    if name is None:
+        return None
+    found = next((each for each in entries if each.name == name), None)
+    if found is None:
+        called = ", ".join(each.name for each in entries)
+        raise UnknownModel(f"this server has no VAE called {one_line(name, 80)}; it has {called}")
+    return found
 
 
 def _of_family(entries: Sequence[One], name: str, fits: Fits | None) -> list[One]:

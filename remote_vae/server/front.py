@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -19,33 +19,34 @@ from typing import Any, Protocol
 import numpy as np
 from starlette.requests import Request
 
-from remote_vae.errors import InvalidRequest, MalformedAnswer, RemoteVaeError
+from remote_vae.errors import MalformedAnswer, RemoteVaeError
 from remote_vae.server.access import by_token
 from remote_vae.server.admission import Admission, Busy, ClientGone, Limits, Receive, Stalled, TooLarge, read_body
 from remote_vae.server.calls import error_answer
-from remote_vae.server.catalogue import NoModel, UnknownModel, check_family, pick
+from remote_vae.server.catalogue import NoModel, check_family, named, pick
+from remote_vae.server.heads import (
+    BASE64_OVERHEAD,
+    FILE_BYTES_PER_PIXEL,
+    SLACK,
+    Send,
+    body_length,
+    fits_of,
+    leaving,
+    send_head,
+    size_of,
+)
 from remote_vae.vae.at_work import Op
 from remote_vae.vae.families import Family, load_families
 from remote_vae.version import __version__
-from remote_vae.wire import HttpResponse, TensorHead, decode_size, encode_size, error_response, expect_info, tensor_head
+from remote_vae.wire import HttpResponse, TensorHead, error_response, expect_info, tensor_head
 
 log = logging.getLogger("remote_vae")
 
 Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
 
 _RETRY_AFTER = {"Retry-After": "1"}
 # After a replica that died under a call another is asked, once: a call that ends every replica is to end no more of them.
 _TRIES = 2
-# JSON and base64 around the values of a legacy body, and a little for those that are compressed.
-_OVERHEAD = 4 / 3
-_SLACK = 4096
-# More is no length of a body.
-_DIGITS = 16
-# Of packed latents, in pixels.
-_SIDES = ("height", "width")
-# A PNG of noise.
-_FILE_BYTES_PER_PIXEL = 4
 # What is known of a VAE is asked for anew after so many seconds: it may have been updated.
 _KNOWN_SECONDS = 10.0
 # Whoever asks how busy it is gets what was so this many seconds ago, at the most.
@@ -171,8 +172,7 @@ class Front:
             return _json({"status": health["status"]} if refused else health, status)
         if refused is not None:
             return _last(refused)
-        if name is not None and name not in self._vaes:
-            raise UnknownModel(f"this server has no VAE called {name[:40]}; it has {', '.join(self._vaes)}")
+        named(list(self._known.values()), name)
         if request.method == "POST" and rest in ("/", "/decode", "/encode"):
             await self._call(request, name, rest, receive, send)
             return None
@@ -198,11 +198,7 @@ class Front:
         head = tensor_head(request.query_params.multi_items())
         known = await self._pick(request, name, op, head)
         vae, limit = self._vaes[known.name], self._limit(known, request, op, head)
-        declared = request.headers.get("content-length", "")
-        nbytes = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < _DIGITS else limit
-        if nbytes > limit:
-            raise TooLarge(f"a body of {nbytes} bytes, and at most {limit} belong to this request")
-        place = self._admission.enter(op, 0, nbytes)
+        place = self._admission.enter(op, 0, body_length(request, limit))
         self._working += 1
         try:
             body = await read_body(receive, place, limit, self._limits.stall)
@@ -218,12 +214,7 @@ class Front:
         """The VAE of a request: see ``catalogue.pick``. Raises InvalidRequest, SettingsError: there is none of its family."""
         query = dict(request.query_params)
         await self._ask()
-
-        def fits(family: Family) -> bool:
-            with suppress(InvalidRequest):
-                return head is not None and bool(_size(op, head, query, family))
-            return False
-
+        fits = fits_of(op, head, query)
         return pick(list(self._known.values()), name, query.get("family"), query.get("fingerprint"), fits)
 
     def _limit(self, known: _Known, request: Request, op: Op, head: TensorHead | None) -> int:
@@ -233,11 +224,11 @@ class Front:
             InvalidRequest: more pixels, pictures or frames than the limits allow, or a tensor that is not for this VAE.
         """
         if head is None:
-            return self._limits.max_pixels * _FILE_BYTES_PER_PIXEL + _SLACK
+            return self._limits.max_pixels * FILE_BYTES_PER_PIXEL + SLACK
         if known.family is not None:
             check_family(known.family, request.query_params.get("family"))
-            self._limits.check(*_size(op, head, dict(request.query_params), known.family))
-        return min(int(head.nbytes * _OVERHEAD), self._limits.max_bytes) + _SLACK
+            self._limits.check(*size_of(op, head, dict(request.query_params), known.family))
+        return min(int(head.nbytes * BASE64_OVERHEAD), self._limits.max_bytes) + SLACK
 
     async def _forward(self, vae: Replicas, head: Head, body: bytes | bytearray, receive: Receive, send: Send) -> None:
         """Send the answer of one of the replicas.
@@ -246,7 +237,7 @@ class Front:
             ClientGone, Busy, NoModel. ReplicaGone: before the answer had begun. ConnectionAbortedError: after that.
         """
         call = asyncio.ensure_future(self._tried(vae, head, body, send))
-        gone = asyncio.ensure_future(_gone(receive))
+        gone = asyncio.ensure_future(leaving(receive))
         try:
             await asyncio.wait({call, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
@@ -339,12 +330,6 @@ def _head(request: Request, path: str) -> Head:
     )
 
 
-async def _gone(receive: Receive) -> None:
-    """Ends when the client hangs up."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _soon(answers: Awaitable[Sequence[Mapping[str, Any]]]) -> Sequence[Mapping[str, Any]]:
     """What replicas say; nothing, where they do not say it in time."""
     try:
@@ -373,14 +358,6 @@ def _model(known: _Known) -> dict[str, Any]:
     return {**own[0], "name": known.name, "loaded": True}
 
 
-def _size(op: Op, head: TensorHead, query: Mapping[str, str], family: Family) -> tuple[int, int, int, int]:
-    """What a request makes or takes: pictures, or videos, frames, height, width. Raises InvalidRequest: not for ``family``."""
-    if op == "encode":
-        return encode_size(head.shape, family)
-    height, width = (int(text) if text.isdigit() and len(text) <= 6 else None for text in map(query.get, _SIDES, ("", "")))
-    return decode_size(head.shape, height, width, family)
-
-
 def _last(answer: HttpResponse) -> HttpResponse:
     """``answer`` as the last over its connection: nobody reads the body that still comes."""
     return replace(answer, headers={**answer.headers, "Connection": "close"})
@@ -392,7 +369,5 @@ def _json(document: Mapping[str, Any], status: int = 200) -> HttpResponse:
 
 
 async def _send(answer: HttpResponse, send: Send) -> None:
-    headers = {**answer.headers, "Content-Length": str(len(answer.body))}
-    raw = [(name.lower().encode("latin1"), value.encode("latin1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": answer.status, "headers": raw})
+    await send_head(answer, send)
     await send({"type": "http.response.body", "body": bytes(answer.body), "more_body": False})
