@@ -277,10 +277,15 @@ def _made(said: dict[str, Any]) -> ServerConfig:
     return config
 
 
+def is_name(text: str) -> bool:
+    """Whether a VAE may be called so: as a part of a path, and none of the server's own."""
+    return _NAME.fullmatch(text) is not None and text not in RESERVED
+
+
 def _check_names(vaes: Sequence[Source]) -> None:
     names = [each.name for each in vaes if each.name]
     for name in names:
-        if not _NAME.fullmatch(name) or name in RESERVED:
+        if not is_name(name):
             raise SettingsError(
                 f"--vae {one_line(name, 80)}=...: a VAE's name has letters, digits, '.', '_', '-', at most 64, and is none of "
                 f"{', '.join(sorted(RESERVED))}"

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -40,6 +40,11 @@ _FILE_BYTES_A_PIXEL = 20
 # A device that had no room for a copy of a VAE is not tried again for so long (seconds).
 _NO_ROOM = 60.0
 _THREADS = max(2, min(8, os.cpu_count() or 2))
+
+
+def batch_pixels_on(devices: Iterable[torch.device]) -> int:
+    """How many pixels are best made at once: on CPUs alone none, as they make four pictures more slowly than one by one."""
+    return BATCH_PIXELS if any(device.type != "cpu" for device in devices) else 0
 
 
 class Engine:

@@ -32,7 +32,8 @@ from remote_vae.errors import SettingsError
 from remote_vae.server.admission import Limits
 from remote_vae.server.app import create_app
 from remote_vae.server.catalogue import NoModel, OneVae
-from remote_vae.server.engine import Engine
+from remote_vae.server.config import is_name
+from remote_vae.server.engine import Engine, batch_pixels_on
 from remote_vae.server.front import AllBusy, Front, Head, Message, ReplicaGone, Replicas
 from remote_vae.server.models import load_vae
 from remote_vae.tokens import TOKEN_VARIABLE
@@ -40,8 +41,6 @@ from remote_vae.tokens import TOKEN_VARIABLE
 log = logging.getLogger("remote_vae")
 
 FRONT = "front"
-# Of a server of one VAE, which no VAE may be called.
-_PATHS = ("decode", "encode", "info", "health", "metrics", "docs")
 # Of the front, which only passes on what it gets.
 _FRONT_ONGOING = 1000
 # A replica that is told to end may finish what it has begun, and an update waits for that (seconds).
@@ -127,7 +126,7 @@ def _named(vaes: object) -> dict[str, Mapping[str, Any]]:
         said = {"source": said} if isinstance(said, str) else said
         if not isinstance(said, Mapping) or not said.get("source"):
             raise SettingsError(f"vaes: {name} has no source, {example}")
-        if not str(name).replace("-", "").replace("_", "").replace(".", "").isalnum() or name in (FRONT, *_PATHS):
+        if not is_name(str(name)) or name == FRONT:
             raise SettingsError(f"vaes: {name} cannot be the name of a VAE: letters, digits, dots and dashes, and not {FRONT}")
         found[str(name)] = said
     return found
@@ -186,7 +185,7 @@ class _Replica:
 
     def __init__(self, name: str, vae: Vae, limits: Limits) -> None:
         loaded = load_vae(vae.source, family=vae.family, dtype=vae.dtype, device=vae.device)
-        self._engine = Engine(OneVae(loaded, name, loaded.about), limits)
+        self._engine = Engine(OneVae(loaded, name, loaded.about), limits, batch_pixels=batch_pixels_on([loaded.device]))
         # The front has let the caller in, and nobody else gets here.
         self._app = create_app(self._engine)
 

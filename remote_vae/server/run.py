@@ -15,7 +15,7 @@ from remote_vae.errors import SettingsError
 from remote_vae.server.addresses import endpoints
 from remote_vae.server.admission import Closed
 from remote_vae.server.config import ServerConfig
-from remote_vae.server.engine import BATCH_PIXELS, Engine
+from remote_vae.server.engine import Engine, batch_pixels_on
 from remote_vae.server.fast import Fast
 from remote_vae.server.metrics import metrics
 from remote_vae.server.models import LoadedVae, devices_of
@@ -47,10 +47,7 @@ def serve(config: ServerConfig) -> None:
         devices = devices_of(",".join(config.device))
         fast = Fast(config.fast, config.sizes)
         vaes = OwnVaes(config.vaes, devices=devices, load=partial(_loaded, fast, shows_device=len(devices) > 1))
-        batch_pixels = config.batch_pixels
-        if batch_pixels is None:
-            # A CPU makes four pictures at once more slowly than one after the other (bench/server.py).
-            batch_pixels = BATCH_PIXELS if any(device.type != "cpu" for device in devices) else 0
+        batch_pixels = batch_pixels_on(devices) if config.batch_pixels is None else config.batch_pixels
         engine = Engine(vaes, config.limits, batch_pixels=batch_pixels, batch_wait=config.batch_wait, watcher=metrics())
         engine.admission.closed = _LOADING
         addresses = endpoints(listener, config.host, "https" if tls else "http")
