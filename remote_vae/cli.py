@@ -244,7 +244,7 @@ def _decode_here(rescued: rescue.Rescued, source: str, settings: Settings) -> to
     from remote_vae.local.own import own_tiling
     from remote_vae.server.models import load_vae
 
-    loaded = load_vae(source, family=rescued.family.key if rescued.family.is_known else None)
+    loaded = load_vae(source, family=rescued.family.known_key)
     latents, norm = rescued.latents.to(loaded.device, loaded.dtype), batch_norm_of(loaded.vae)
     if norm is not None and latents.shape[1] == norm.channels:
         # Of Load Remote VAE in ComfyUI, which has no numbers to undo Flux.2's norm by.

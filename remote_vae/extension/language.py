@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from remote_vae.settings import read_toml
 
 # The option of the host that names its language: AUTOMATIC1111 and the Forges have a file by the user's name for it
@@ -29,9 +27,5 @@ def language_of(*names: object) -> str:
 
 def say(word: str, in_language: str | None = None) -> str:
     """The text that stands in words.toml as ``word``."""
-    return _words()[word][in_language or language()]
-
-
-@lru_cache(maxsize=1)
-def _words() -> dict[str, dict[str, str]]:
-    return read_toml("words.toml")
+    text: str = read_toml("words.toml")[word][in_language or language()]
+    return text

@@ -227,15 +227,11 @@ class _Asking:
         except (RouteFailed, InvalidRequest) as error:
             return error
 
-    @property
-    def _key(self) -> str | None:
-        return self._family.key if self._family.is_known else None
-
     def _decode(self, latents: torch.Tensor) -> Reply[Answer]:
         request = DecodeRequest(
             latents,
             _OUTPUTS[self._form],
-            family=self._key,
+            family=self._family.known_key,
             fingerprint=self._fingerprint,
             truncate=self._truncate,
             extras=self._extras,
@@ -249,7 +245,7 @@ class _Asking:
             image,
             posterior=not self._packed,
             packed=self._packed,
-            family=self._key,
+            family=self._family.known_key,
             fingerprint=self._fingerprint,
             alpha=True,
             extras=self._extras,

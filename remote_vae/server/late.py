@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from remote_vae.server.heads import Send
 from remote_vae.wire.late import DOT, LATE_AFTER, LATE_EVERY, LATE_TYPE
 
 T = TypeVar("T")
-
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # nginx hands pieces on as they come where it is told so.
 _HEADERS = {"content-type": LATE_TYPE, "cache-control": "no-store", "x-accel-buffering": "no"}

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{op}: {outcomes[-1].text}")
     failures = [outcome.error for outcome in outcomes if outcome.error is not None]
     if not failures and all(outcome.seconds < _QUICK for outcome in outcomes):
-        print(f"line: {_line(options.family, settings)}")
+        print(f"line: {_line(outcomes, settings)}")
     print(f"next: {_advice(failures, settings, has_mine=has_mine, compared=bool(options.vae))}")
     return 0 if has_mine and not failures else 1
 
@@ -95,25 +95,27 @@ def _compared(source: str, family: str | None, info: Info) -> tuple[str, bool]:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of one small call: the line that is printed, and its seconds or its error."""
+    """What came of one small call: the line that is printed, whose VAE made it in how many seconds, or the error."""
 
+    op: Op
     text: str
+    family: Family | None = None
     seconds: float = 0.0
     error: RouteFailed | None = None
 
 
 def _tried(op: Op, named: str | None, settings: Settings) -> _Outcome:
     if not endpoint_for(op, find_family(named or "sd1"), settings)[0]:
-        return _Outcome(_NO_ENDPOINT, error=NotOffered(_NO_ENDPOINT))
+        return _Outcome(op, _NO_ENDPOINT, error=NotOffered(_NO_ENDPOINT))
     records: list[Record] = []
     try:
         family = family_of(op, named, settings, otherwise="sd1")
         made(op, sample(op, family, _SIDE), family, settings, User(recorded=records.append))
     except RouteFailed as error:
-        return _Outcome(f"failed: {error}", error=error)
+        return _Outcome(op, f"failed: {error}", error=error)
     side = side_of(family, _SIDE)
     text = f"works, {family.label}, {side} x {side}{''.join(map(_cost, records))}"
-    return _Outcome(text, sum(record.ms for record in records) / 1000)
+    return _Outcome(op, text, family, sum(record.ms for record in records) / 1000)
 
 
 def _cost(record: Record) -> str:
@@ -122,30 +124,26 @@ def _cost(record: Record) -> str:
     return f", {record.ms:.0f} ms{vae}, {record.bytes_up} bytes up, {record.bytes_down} down"
 
 
-def _line(named: str | None, settings: Settings) -> str:
+def _line(outcomes: Sequence[_Outcome], settings: Settings) -> str:
     """How quick the way is, by a picture that goes as raw values."""
     rates = []
-    for op in ("decode", "encode"):
-        with suppress(RouteFailed):
-            rates.append(_rate(op, named, settings))
+    for outcome in outcomes:
+        if outcome.family is not None:
+            with suppress(RouteFailed):
+                rates.append(_rate(outcome.op, outcome.family, settings))
     return ", ".join(filter(None, rates)) or "not measured"
 
 
-def _rate(op: Op, named: str | None, settings: Settings) -> str:
-    family = family_of(op, named, settings, otherwise="sd1")
+def _rate(op: Op, family: Family, settings: Settings) -> str:
     url, public = endpoint_for(op, family, settings)
     client, deadlines = client_for(url, public=public), Deadlines.of(settings, _LARGE_SIDE**2)
     tensor = sample(op, family, _LARGE_SIDE)
     if op == "decode":
-        down = client.decode(DecodeRequest(tensor, Output.TENSOR, family=_key(family)), deadlines)
+        down = client.decode(DecodeRequest(tensor, Output.TENSOR, family=family.known_key), deadlines)
         return _per_second("down", down.bytes_down, down.seconds_down)
-    up = client.encode(EncodeRequest(tensor, family=_key(family)), deadlines)
+    up = client.encode(EncodeRequest(tensor, family=family.known_key), deadlines)
     # What the server says of it: what the system here has taken over is not over the line yet.
     return _per_second("up", up.bytes_up, up.stages["read"]) if "read" in up.stages else ""
-
-
-def _key(family: Family) -> str | None:
-    return family.key if family.is_known else None
 
 
 def _per_second(way: str, nbytes: int, seconds: float) -> str:

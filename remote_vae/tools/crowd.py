@@ -127,7 +127,7 @@ class Crowd:
 
     def _asking(self, cell: Cell, stop: threading.Event) -> Callable[[EndpointClient], _Reply]:
         """One call of ``cell``. Raises InvalidRequest: the protocol has none such."""
-        key = self._family.key if self._family.is_known else None
+        key = self._family.known_key
         deadlines = Deadlines.of(Settings(), cell.side**2)
         if cell.form == "encode":
             encode = EncodeRequest(sample("encode", self._family, cell.side), family=key)

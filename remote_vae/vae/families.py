@@ -57,6 +57,11 @@ class Family:
         return self.key != CUSTOM
 
     @property
+    def known_key(self) -> str | None:
+        """By which a server of ours knows it; None: a custom one."""
+        return self.key if self.is_known else None
+
+    @property
     def shape(self) -> Shape:
         return Shape(self.latent_channels, self.downscale, self.pixel_channels, self.video, self.frame_scale)
 
