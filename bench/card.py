@@ -12,7 +12,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
 
 from remote_vae import local, tiled
 from remote_vae.call import User, VaeCall
@@ -78,31 +77,6 @@ class Measured:
     result: torch.Tensor | None = field(default=None, repr=False)
     failure: str = ""
     made_by: str = ""
-
-
-SD = (128, 256, 512, 512)
-NARROW = (32, 64, 64, 64)
-
-
-def random_vae(widths: tuple[int, ...]) -> Any:
-    """Stable Diffusion's VAE in other ``widths``, those of ``SD`` are its own; random weights, float32, on the processor."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=widths,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=32,
-        sample_size=TILE,
-    )
-    for module in vae.modules():
-        if isinstance(module, nn.GroupNorm):
-            nn.init.normal_(module.weight, 1.0, 0.1)
-            nn.init.normal_(module.bias, 0.0, 0.1)
-    return vae.eval().requires_grad_(False)
 
 
 def measure(call: Callable[[], torch.Tensor], *, seconds: float, most: int = 5) -> Measured:

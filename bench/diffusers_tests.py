@@ -22,20 +22,12 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import constants
 from PIL import Image
 
-from remote_vae.server.models import LoadedVae
+from bench.vaes import of_the_public_endpoints
 from remote_vae.wire import DecodeRequest
 from tests.conftest import ServerThread
-from tests.vaes import loaded, small_kl, small_vae
 
-# As narrow as they can be, as the tests decode 1024 x 1024 px some thirty times.
-NARROW: dict[str, object] = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
 # diffusers' name of each endpoint, less DECODE_ENDPOINT_ or ENCODE_ENDPOINT_.
-VAES: dict[str, LoadedVae] = {
-    "SD_V1": loaded(small_kl("sd1", **NARROW), "sd1"),
-    "SD_XL": loaded(small_kl("sdxl", **NARROW), "sdxl"),
-    "FLUX": loaded(small_kl("flux", use_quant_conv=False, use_post_quant_conv=False, **NARROW), "flux"),
-    "HUNYUAN_VIDEO": loaded(small_vae("hunyuan-video", **NARROW), "hunyuan-video"),
-}
+VAES = dict(zip(("SD_V1", "SD_XL", "FLUX", "HUNYUAN_VIDEO"), of_the_public_endpoints().values(), strict=True))
 
 
 class AgainstOurs:

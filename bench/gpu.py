@@ -29,6 +29,7 @@ import torch
 
 from bench import card
 from bench.card import DEVICE, GB, IS_CARD, Case, Measured
+from bench.vaes import NARROW, SD, random_vae
 from remote_vae.hosts.room import Room
 from remote_vae.local.estimate import Need, whole_need
 from remote_vae.local.memory import available_memory
@@ -171,7 +172,7 @@ def counts(bench: Bench) -> Iterator[None]:
     side = bench.sizes.counted
     for op in OPS:
         with torch.no_grad(), without_values():
-            vae, batch = card.random_vae(card.SD), torch.empty(Case(op, side, torch.float32).shape)
+            vae, batch = random_vae(SD, card.TILE), torch.empty(Case(op, side, torch.float32).shape)
             with Operations() as of_the_whole:
                 whole_diffusers(vae, op, batch)
         bench.add("counts", f"{op} {side} whole", **_as_counted(of_the_whole))
@@ -410,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = _about()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     sizes = Sizes() if IS_CARD else Sizes.of_a_processor()
-    vae = card.random_vae(card.SD if IS_CARD else card.NARROW)
+    vae = random_vae(SD if IS_CARD else NARROW, card.TILE)
     bench = Bench(vae, sizes, folder, began + given.seconds, about)
     try:
         run(bench, [name for name in given.only.split(",") if name])

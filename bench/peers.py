@@ -30,18 +30,11 @@ from diffusers.utils import remote_utils
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from remote_vae.server.models import LoadedVae
+from bench.vaes import of_the_public_endpoints
 from remote_vae.server.own import OwnVaes, Source
 from tests.conftest import ServerThread
-from tests.vaes import loaded, small_kl, small_vae
 
-NARROW: dict[str, object] = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
-VAES: dict[str, LoadedVae] = {
-    "sd1": loaded(small_kl("sd1", **NARROW), "sd1"),
-    "sdxl": loaded(small_kl("sdxl", **NARROW), "sdxl"),
-    "flux": loaded(small_kl("flux", use_quant_conv=False, use_post_quant_conv=False, **NARROW), "flux"),
-    "hunyuan-video": loaded(small_vae("hunyuan-video", **NARROW), "hunyuan-video"),
-}
+VAES = of_the_public_endpoints()
 HEIGHT, WIDTH = 128, 160
 FRAMES = 9
 # What the peers' own tests send.

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from bench.load import ROOT, Server
+from bench.vaes import SD, random_vae
 from remote_vae.server.engine import BATCH_PIXELS
 from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.wire.pixels import to_uint8
@@ -244,18 +245,6 @@ def verdicts(row: Row) -> list[str]:
     return broken
 
 
-def random_sd(folder: Path) -> Path:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, norm_num_groups=32,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    vae.save_pretrained(folder)
-    return folder
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", default=str(DEMO), help=f"folder or file; {RANDOM_SD}: Stable Diffusion's architecture")
@@ -265,7 +254,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        source = random_sd(Path(folder)) if options.vae == RANDOM_SD else Path(options.vae)
+        source = Path(options.vae)
+        if options.vae == RANDOM_SD:
+            source = Path(folder)
+            random_vae(SD).save_pretrained(source)
         server = Server(source, "--device", options.device)
         try:
             with process(bare, str(source), options.device) as vae:

@@ -20,6 +20,7 @@ from torch import nn
 
 from bench import peer_tilevae
 from bench.live_bytes import STORE, LiveBytes
+from bench.vaes import SD, random_vae
 from remote_vae.tiled import exact
 
 DEMO_VAE = Path(__file__).resolve().parent.parent / "assets" / "demo_vae"
@@ -101,21 +102,7 @@ def load(name: str) -> Any:
     """The VAE in float32 on the CPU."""
     if name == "small":
         return AutoencoderKL.from_pretrained(DEMO_VAE, torch_dtype=torch.float32).eval()
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=32,
-        sample_size=512,
-    )
-    for module in vae.modules():
-        if isinstance(module, nn.GroupNorm):
-            nn.init.normal_(module.weight, 1.0, 0.1)
-            nn.init.normal_(module.bias, 0.0, 0.1)
-    return vae.eval()
+    return random_vae(SD)
 
 
 # --- what a child process does --------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ import torch
 
 from bench import card, gpu
 from bench.card import Case
+from bench.vaes import NARROW, random_vae
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> gpu.Bench:
-    vae = card.random_vae(card.NARROW)
+    vae = random_vae(NARROW, card.TILE)
     sizes = gpu.Sizes((torch.float32,), (64,), ((64, 0.001),), counted=64)
     return gpu.Bench(vae, sizes, tmp_path_factory.mktemp("bench"), time.perf_counter() + 600, {"device": "processor"})
 
