@@ -15,6 +15,15 @@ from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
 _FOUR_DOWN = ("DownEncoderBlock2D",) * 4
 _FOUR_UP = ("UpDecoderBlock2D",) * 4
 _WIDTHS = (32, 32, 64, 64)
+# What Wan 2.2's VAE is beside Wan 2.1's, whatever its width.
+WAN22: dict[str, Any] = {
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
 
 
 def small_kl(family: str, **changes: object) -> diffusers.AutoencoderKL:
@@ -98,12 +107,7 @@ SMALL: dict[str, Callable[..., torch.nn.Module]] = {
         "AutoencoderKLWan",
         base_dim=8,
         decoder_base_dim=12,
-        z_dim=48,
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=16,
+        **WAN22,
         latents_mean=[index / 48 - 0.5 for index in range(48)],
         latents_std=[index / 48 + 0.5 for index in range(48)],
     ),

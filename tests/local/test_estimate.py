@@ -18,7 +18,7 @@ from remote_vae.tiled.plan import Plan
 from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.families import find_family
 from tests.layouts import plain_kl
-from tests.vaes import small_vae
+from tests.vaes import WAN22, small_vae
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PLANS = {"decode": decoder_plan, "encode": encoder_plan}
@@ -36,12 +36,7 @@ def real(name: str) -> Any:
             return diffusers.AutoencoderKLWan(
                 base_dim=160,
                 decoder_base_dim=256,
-                z_dim=48,
-                is_residual=True,
-                in_channels=12,
-                out_channels=12,
-                patch_size=2,
-                scale_factor_spatial=16,
+                **WAN22,
                 latents_mean=[0.0] * 48,
                 latents_std=[1.0] * 48,
             )
