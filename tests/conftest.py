@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 
 from remote_vae.server.admission import Limits
 from remote_vae.server.catalogue import Catalogue, OneVae
-from remote_vae.server.engine import Engine
+from remote_vae.server.engine import Engine, batch_pixels_on
 from remote_vae.server.metrics import metrics
 from remote_vae.server.models import LoadedVae, load_vae
 from remote_vae.server.process import Tls, make_server
@@ -79,7 +79,8 @@ class ServerThread:
         tls: Tls | None = None,
     ) -> None:
         self.loaded = loaded
-        self.engine = Engine(catalogue or OneVae(loaded, about=loaded.about), limits, watcher=metrics())
+        vaes, most = catalogue or OneVae(loaded, about=loaded.about), batch_pixels_on([loaded.device])
+        self.engine = Engine(vaes, limits, batch_pixels=most, watcher=metrics())
         listener = listen("127.0.0.1", 0)
         self.port: int = listener.getsockname()[1]
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"

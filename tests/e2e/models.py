@@ -82,7 +82,7 @@ class Row:
 def _serve(folder: str, parent: Connection, holds: bool) -> None:
     """This project's server of the VAE in ``folder``. ``holds``: its VAE says when it is at work, and never ends."""
     from remote_vae.server.catalogue import OneVae
-    from remote_vae.server.engine import Engine
+    from remote_vae.server.engine import Engine, batch_pixels_on
     from remote_vae.server.models import load_vae
     from remote_vae.server.process import make_server
     from remote_vae.server.run import listen
@@ -99,7 +99,9 @@ def _serve(folder: str, parent: Connection, holds: bool) -> None:
             part.register_forward_pre_hook(hold)
     listener = listen("127.0.0.1", 0)
     parent.send(listener.getsockname()[1])
-    make_server(Engine(OneVae(loaded, about=loaded.about))).run(sockets=[listener])
+    make_server(Engine(OneVae(loaded, about=loaded.about), batch_pixels=batch_pixels_on([loaded.device]))).run(
+        sockets=[listener]
+    )
 
 
 @contextmanager
