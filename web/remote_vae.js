@@ -76,7 +76,7 @@ app.registerExtension({
     {
       id: "RemoteVAE.status",
       name: "State",
-      tooltip: "VAE decode and encode on another machine; whatever fails there is done here. Start a server there: remote-vae serve --vae YOUR-CHECKPOINT",
+      tooltip: "VAE decode and encode on another machine; whatever fails there is done here. Settings, Remote VAE has the commands that start a server there",
       category: [PAGE, options[0]?.group ?? PAGE, "State"],
       type: status,
       defaultValue: null,

@@ -117,7 +117,7 @@ class SameVae:
         if found.is_same is None:
             message = f"{does_it}; the endpoint is asked again soon. To take its pictures all the same, set {label!r} to remote"
             raise VaeNotConfirmed(message, reason=found.reason, was_said=not is_news)
-        advice = "Run a server that has your VAE (remote-vae serve --vae)"
+        advice = "Run a server that has your VAE"
         message = f"{does_it}. {advice}, or set {label!r} to remote to take the endpoint's pictures"
         raise AnotherVae(message, reason=found.reason, was_said=not is_news)
 

@@ -165,12 +165,12 @@ def _compared(reached: str, info: Info, vae: VaeAtWork | None, settings: Setting
     differs = f"{reached} It is another VAE than the one used here last"
     if settings.when_vae_differs == "remote":
         return Trial(True, f"{differs}; you have chosen to take its pictures all the same.")
-    return Trial(False, f"{differs}, so pictures are made here. Serve yours: remote-vae serve --vae YOUR-CHECKPOINT")
+    return Trial(False, f"{differs}, so pictures are made here. Serve yours there: the commands stand on this page.")
 
 
 def _advice(error: RouteFailed, name: str) -> str:
     if isinstance(error, EndpointUnreachable):
-        return f"Is the server running there (remote-vae serve), is {name} its address, and does its firewall let it through?"
+        return f"Is the server running there, is {name} its address, and does its firewall let it through?"
     if isinstance(error, DeadlineExceeded):
         return "It may be starting, or busy: try again in a minute."
     if isinstance(error, EndpointError) and error.status in (401, 403):
