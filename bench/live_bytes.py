@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_flatten
 
 from remote_vae.tiled.offload import HostMemory, TemporaryFiles
 
@@ -93,6 +93,6 @@ def _key(storage: torch.UntypedStorage) -> int:
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    for leaf in tree_iter(tree):
+    for leaf in tree_flatten(tree)[0]:
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             yield leaf.untyped_storage()

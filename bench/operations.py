@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_flatten
 
 from bench import vae_call
 from remote_vae.tiled import exact, offload
@@ -90,7 +90,7 @@ class Operations(TorchDispatchMode):
         flags = [each for each in args if isinstance(each, bool)]
         if kwargs.get("non_blocking", flags[-1] if flags else False):
             return False
-        devices = {leaf.device.type for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        devices = {leaf.device.type for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)}
         devices |= {torch.device(kwargs["device"]).type} if kwargs.get("device") is not None else set()
         # A processor that plays a card copies from memory to memory.
         return len(devices) > 1 or self._is_storing

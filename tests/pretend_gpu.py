@@ -3,7 +3,7 @@
 The values are computed on the processor. Beside them, as CUDA does it:
 
 - an operation on tensors of both devices is an error, and so is a look at a tensor of the card from outside;
-- the card has a size: what finds no room in it is ``torch.OutOfMemoryError``;
+- the card has a size: what finds no room in it is ``torch.cuda.OutOfMemoryError``;
 - what crosses over into another dtype is converted before, where it comes from, and needs room there;
 - a copy that does not block is done when somebody waits for its stream, and its target is NaN until then;
 - mistakes that a real card answers with wrong pictures, now and then, are noted: reading in a stream what another has not
@@ -395,7 +395,7 @@ class Card(TorchFunctionMode):
         if key not in self._blocks:
             size = storage.nbytes()
             if self.live + size > self.size:
-                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
+                raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
             stream.clock += 1
             self._blocks[key] = _Block(size, stream, stream, stream.clock)
             self.live += size

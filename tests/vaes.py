@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -11,6 +12,7 @@ import torch
 from remote_vae.server.models import LoadedVae
 from remote_vae.vae.families import find_family
 from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
+from tests.versions import missing, of_diffusers
 
 _FOUR_DOWN = ("DownEncoderBlock2D",) * 4
 _FOUR_UP = ("UpDecoderBlock2D",) * 4
@@ -67,12 +69,20 @@ def _kl(family: str, **fixed: object) -> Callable[..., torch.nn.Module]:
     return lambda **changes: small_kl(family, **{"block_out_channels": _WIDTHS, **fixed, **changes})
 
 
-def _of(kind: str, **fixed: object) -> Callable[..., torch.nn.Module]:
-    def make(**changes: object) -> torch.nn.Module:
-        vae: torch.nn.Module = getattr(diffusers, kind)(**{**fixed, **changes})
+@dataclass(frozen=True)
+class _Of:
+    """Makes VAEs of a class of diffusers; ``kind`` is its name."""
+
+    kind: str
+    config: Mapping[str, object]
+
+    def __call__(self, **changes: object) -> torch.nn.Module:
+        vae: torch.nn.Module = of_diffusers(self.kind)(**{**self.config, **changes})
         return vae
 
-    return make
+
+def _of(kind: str, **config: object) -> _Of:
+    return _Of(kind, config)
 
 
 _flux2: dict[str, object] = {
@@ -203,6 +213,9 @@ SMALL: dict[str, Callable[..., torch.nn.Module]] = {
     "taesd3": _of("AutoencoderTiny", latent_channels=16),
     "taef2": _of("AutoencoderTiny", latent_channels=32),
 }
+
+# Those that the installed diffusers has, for tests of all of them at once.
+SMALL_HERE = [name for name, make in SMALL.items() if not (isinstance(make, _Of) and missing(make.kind))]
 
 
 def loaded(vae: torch.nn.Module, family: str) -> LoadedVae:

@@ -72,9 +72,9 @@ class Case:
 
     def make(self) -> Any:
         """The pipeline. The same weights every time."""
+        vae = small_vae(self.vae, **self.vae_config)
         torch.manual_seed(0)
         parts = {name: _made(part) for name, part in self.parts.items()}
-        vae = small_vae(self.vae, **self.vae_config)
         if self.calls is not None:
             return OnlyCalls(vae, self.calls)
         pipe = getattr(diffusers, self.pipeline)(vae=vae, **dict.fromkeys(self.without), **parts)

@@ -21,8 +21,6 @@ from tests.vaes import small_vae
 
 # A video's latent frames.
 FRAMES = 2
-# Its convolutions take one.
-_OF_ONE_FRAME = diffusers.AutoencoderKLQwenImage21
 
 
 @cache
@@ -56,6 +54,11 @@ def proxies() -> Iterator[Callable[[str], Chaos]]:
         list(pool.map(lambda each: each.close(), started))
 
 
+def is_of_one_frame(vae: Any) -> bool:
+    """Whether its convolutions take one frame."""
+    return type(vae).__name__ == "AutoencoderKLQwenImage21"
+
+
 def is_temporal(vae: Any) -> bool:
     """Whether frames are a batch to it."""
     return isinstance(vae, diffusers.AutoencoderKLTemporalDecoder)
@@ -67,14 +70,14 @@ def latents_of(vae: Any, frames: int = FRAMES, batch: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     if is_temporal(vae):
         return torch.randn(batch * frames, family.latent_channels, 2, 3, generator=generator)
-    axes = (1 if isinstance(vae, _OF_ONE_FRAME) else frames,) if family.video else ()
+    axes = (1 if is_of_one_frame(vae) else frames,) if family.video else ()
     return torch.randn(batch, family.latent_channels, *axes, 2, 3, generator=generator)
 
 
 def pixels_of(vae: Any, frames: int = FRAMES) -> torch.Tensor:
     """As the VAE's own encode takes them."""
     family = family_of(vae)
-    count = 1 if isinstance(vae, _OF_ONE_FRAME) else family.frames(frames)
+    count = 1 if is_of_one_frame(vae) else family.frames(frames)
     axes = (count,) if family.video and not is_temporal(vae) else ()
     side = 2 * family.downscale
     return torch.rand(1, family.pixel_channels, *axes, side, side, generator=torch.Generator().manual_seed(2)) * 2 - 1

@@ -100,14 +100,14 @@ class VAE:
     def decode(self, samples_in: torch.Tensor, vae_options: Any = {}) -> torch.Tensor:  # noqa: B006
         try:
             return self._decoded(samples_in, **vae_options)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             pass
         return self.decode_tiled_(samples_in)
 
     def encode(self, pixel_samples: torch.Tensor, not_video: Any = None) -> torch.Tensor:
         try:
             return self._encoded(pixel_samples, self.not_video if not_video is None else not_video)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             pass
         return self.encode_tiled(pixel_samples)
 

@@ -242,7 +242,7 @@ def out_of_memory_for(calls: int, vae: AutoencoderKL, op: str, monkeypatch: pyte
         if self is vae:
             seen.append("tiling" if self.use_tiling else "whole")
             if len(seen) <= calls:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(AutoencoderKL, op, limited)

@@ -17,13 +17,13 @@ from remote_vae.vae.at_work import has_posterior
 from tests.chaos import Chaos
 from tests.hosts.of_families import arguments, latents_in, latents_of, pixels_of, the_vae
 from tests.nearness import no_room_for_the_whole, out_of_memory, psnr
-from tests.vaes import SMALL
+from tests.vaes import SMALL, SMALL_HERE
 
 
 @pytest.fixture(autouse=True)
 def detached() -> Iterator[None]:
     yield
-    for name in SMALL:
+    for name in SMALL_HERE:
         for op in ("decode", "encode"):
             vars(the_vae(name)).pop(op, None)
 
@@ -306,7 +306,7 @@ def test_a_vae_that_is_not_known_is_refused_with_the_reason_or_the_list_of_what_
 
 
 def test_what_an_encode_gives_is_known_of_every_class() -> None:
-    for name in SMALL:
+    for name in SMALL_HERE:
         vae = the_vae(name)
         encoded = vae.encode(pixels_of(vae))[0]
         is_posterior = isinstance(encoded, diffusers.models.autoencoders.vae.DiagonalGaussianDistribution)

@@ -205,7 +205,7 @@ def test_what_finds_no_room_to_come_back_comes_when_it_is_used(card: Card, caplo
     made.restore()
     assert "could not come back" in caplog.text
     assert is_there(text)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         unet(batch)
     card.size = LARGE
     assert torch.equal(unet(card.put(batch)).cpu(), expected)

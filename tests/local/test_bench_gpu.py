@@ -73,6 +73,6 @@ def test_a_call_that_takes_too_long_or_runs_out_of_memory_is_a_row_and_not_the_e
     assert math.isnan(long.seconds)
 
     def oom() -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     assert card.measure(oom, seconds=1).failure == "out of memory"

@@ -19,6 +19,7 @@ from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.vae.families import find_family
 from tests.layouts import plain_kl
 from tests.vaes import WAN22, small_vae
+from tests.versions import of_diffusers
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PLANS = {"decode": decoder_plan, "encode": encoder_plan}
@@ -27,20 +28,18 @@ OPS: tuple[Op, ...] = ("decode", "encode")
 
 def real(name: str) -> Any:
     """A VAE of the real architecture without weights."""
-    import diffusers
-
     with torch.device("meta"):
         if name == "sd":
             return plain_kl(block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32)
         if name == "wan22":
-            return diffusers.AutoencoderKLWan(
+            return of_diffusers("AutoencoderKLWan")(
                 base_dim=160,
                 decoder_base_dim=256,
                 **WAN22,
                 latents_mean=[0.0] * 48,
                 latents_std=[1.0] * 48,
             )
-        return diffusers.AutoencoderKLQwenImage()
+        return of_diffusers("AutoencoderKLQwenImage")()
 
 
 def peak(call: Any) -> int:

@@ -36,7 +36,7 @@ UNKNOWN = kl_with_extra_parameter()
 
 
 def oom() -> Exception:
-    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def given_to(op: Op) -> torch.Tensor:

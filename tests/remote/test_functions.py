@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import remote_utils
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
@@ -27,8 +26,18 @@ from remote_vae.wire import DecodeRequest, pack_latents
 from tests.chaos import Chaos
 from tests.conftest import ServerThread
 from tests.vaes import loaded, small_vae, tiny_flux, tiny_video
+from tests.versions import missing
 
 SCALE = 0.08489
+
+
+def diffusers_own() -> Any:
+    """The module of diffusers' two functions."""
+    if why := missing("remote_decode"):
+        pytest.skip(why)
+    from diffusers.utils import remote_utils
+
+    return remote_utils
 
 
 def same(ours: Any, theirs: Any) -> bool:
@@ -66,7 +75,7 @@ def test_decode_gives_what_diffusers_gives(server: ServerThread, latents: torch.
     arguments = {"endpoint": f"{server.url}/decode", "tensor": latents.to(dtype), **COMBINATIONS[name]}
     if COMBINATIONS[name].get("scaling_factor"):
         arguments["tensor"] = arguments["tensor"] * SCALE
-    assert same(remote_vae.remote_decode(**arguments), remote_utils.remote_decode(**arguments))
+    assert same(remote_vae.remote_decode(**arguments), diffusers_own().remote_decode(**arguments))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,7 @@ def test_the_deprecated_arguments_warn_and_work_as_in_diffusers(
     assert [str(warning.message) for warning in caught] == [message]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert same(ours, remote_utils.remote_decode(f"{server.url}/decode", **call))
+        assert same(ours, diffusers_own().remote_decode(f"{server.url}/decode", **call))
 
 
 @pytest.mark.parametrize("arguments", [{"output_type": "pil"}, {"output_type": "pil", "image_format": "png"}])
@@ -109,7 +118,7 @@ def test_a_batch_through_the_processor_comes_back_whole(server: ServerThread) ->
     images = remote_vae.remote_decode(f"{server.url}/decode", batch, **call)
     assert isinstance(images, list)
     # diffusers gives the first and drops the others.
-    assert same(images[0], remote_utils.remote_decode(f"{server.url}/decode", batch, **call))
+    assert same(images[0], diffusers_own().remote_decode(f"{server.url}/decode", batch, **call))
     assert len(images) == 3
 
 
@@ -163,7 +172,7 @@ def test_encode_gives_what_diffusers_gives(
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (66, 97, 3), dtype=np.uint8))
     image = picture if kind == "picture" else pixels.half()
     ours = remote_vae.remote_encode(f"{server.url}/encode", image, **factors)
-    assert same(ours, remote_utils.remote_encode(f"{server.url}/encode", image, **factors))
+    assert same(ours, diffusers_own().remote_encode(f"{server.url}/encode", image, **factors))
 
 
 def test_a_seed_gives_the_same_sample_whatever_the_batch(server: ServerThread, loaded: LoadedVae, pixels: torch.Tensor) -> None:
@@ -204,7 +213,7 @@ def test_packed_flux_latents_decode_as_with_diffusers_and_as_unpacked_ones(other
     call = {"endpoint": other_server.url, **COMBINATIONS[name], **FLUX}
     packed = {**call, "tensor": pack_latents(latents), "height": 48, "width": 80}
     ours = remote_vae.remote_decode(**packed)
-    assert same(ours, remote_utils.remote_decode(**packed))
+    assert same(ours, diffusers_own().remote_decode(**packed))
     assert same(ours, remote_vae.remote_decode(**call, tensor=latents))
 
 
@@ -220,7 +229,7 @@ def test_video_decodes_as_with_diffusers(other_server: ServerThread) -> None:
         {"output_type": "mp4", "return_type": "mp4"},
     ):
         call: dict[str, Any] = {"endpoint": other_server.url, "tensor": latents, "scaling_factor": factor, **arguments}
-        ours, theirs = remote_vae.remote_decode(**call), remote_utils.remote_decode(**call)
+        ours, theirs = remote_vae.remote_decode(**call), diffusers_own().remote_decode(**call)
         assert type(ours) is type(theirs)
         assert arguments["output_type"] == "mp4" or same(ours, theirs), arguments
 

@@ -284,7 +284,7 @@ def test_for_a_call_that_does_not_fit_others_are_put_away_before_it_is_made_in_l
     def decode(z: torch.Tensor, **given: Any) -> Any:
         tried.append(flux.is_loaded)
         if flux.is_loaded:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
         return whole(z, **given)
 
     module.decode = decode

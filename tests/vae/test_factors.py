@@ -7,23 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    CogVideoXPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    LTXPipeline,
-    QwenImageImg2ImgPipeline,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-    WanPipeline,
-    WanTransformer3DModel,
-)
-from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import QwenImage21Pipeline
+from diffusers import CogVideoXPipeline, FlowMatchEulerDiscreteScheduler, LTXPipeline
 
 from remote_vae.errors import InvalidRequest
 from remote_vae.vae.factors import model_of, raw_of
 from remote_vae.vae.families import family_of, find_family
 from remote_vae.wire import DecodeRequest
 from tests.vaes import small_vae
+from tests.versions import of_diffusers
 
 LATENTS = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(5)) * 3
 
@@ -41,18 +32,19 @@ def seen_by(vae: Any, run: Any) -> torch.Tensor:
 
 
 def wan() -> Any:
-    transformer = WanTransformer3DModel(
+    transformer = of_diffusers("WanTransformer3DModel")(
         num_attention_heads=1, attention_head_dim=12, text_dim=8, freq_dim=16, ffn_dim=8, num_layers=1, rope_max_seq_len=32
     )
-    return WanPipeline(None, None, vae=small_vae("wan"), scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return of_diffusers("WanPipeline")(None, None, vae=small_vae("wan"), scheduler=scheduler, transformer=transformer)
 
 
 def qwen() -> Any:
-    transformer = QwenImageTransformer2DModel(
+    transformer = of_diffusers("QwenImageTransformer2DModel")(
         num_layers=1, attention_head_dim=8, num_attention_heads=1, joint_attention_dim=8, axes_dims_rope=(4, 2, 2)
     )
     scheduler = FlowMatchEulerDiscreteScheduler()
-    return QwenImagePipeline(scheduler, small_vae("qwen-image"), None, None, transformer)
+    return of_diffusers("QwenImagePipeline")(scheduler, small_vae("qwen-image"), None, None, transformer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,14 +87,14 @@ def test_qwen_image_decodes_its_packed_latents_as_its_pipeline_does() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("pipeline", "name", "drawn"),
-    [(QwenImageImg2ImgPipeline, "qwen-image", True), (QwenImage21Pipeline, "qwen-image-2.1", False)],
+    [("QwenImageImg2ImgPipeline", "qwen-image", True), ("QwenImage21Pipeline", "qwen-image-2.1", False)],
 )
-def test_latents_of_a_picture_are_scaled_as_in_its_pipeline(pipeline: Any, name: str, drawn: bool, dtype: torch.dtype) -> None:
+def test_latents_of_a_picture_are_scaled_as_in_its_pipeline(pipeline: str, name: str, drawn: bool, dtype: torch.dtype) -> None:
     vae = torch.nn.Module.to(small_vae(name), dtype)
     family = family_of(vae)
     image = torch.rand(1, family.pixel_channels, 1, 32, 48).to(dtype)
     pipe = SimpleNamespace(vae=vae, latent_channels=family.latent_channels)
-    theirs = pipeline._encode_vae_image(pipe, image, torch.Generator().manual_seed(1))
+    theirs = of_diffusers(pipeline)._encode_vae_image(pipe, image, torch.Generator().manual_seed(1))
     posterior = vae.encode(image).latent_dist
     raw = posterior.sample(torch.Generator().manual_seed(1)) if drawn else posterior.mode()
     assert torch.equal(model_of(raw, family), theirs)

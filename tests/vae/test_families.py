@@ -6,6 +6,7 @@ import pytest
 from remote_vae.errors import SettingsError, UnsupportedLayout
 from remote_vae.vae.families import family_of, find_family, load_families, public_max_pixels, recognise
 from tests.vaes import small_kl, tiny_video
+from tests.versions import of_diffusers
 
 # facts of the protocol: channels, scaling, shift, model, endpoint names
 TABLE = {
@@ -64,7 +65,7 @@ def test_a_class_that_was_made_of_a_known_one_is_recognised() -> None:
 
 def test_factors_are_the_vaes_own_and_not_the_tables() -> None:
     mean, std = [0.5] * 16, [2.0] * 16
-    vae = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, latents_mean=mean, latents_std=std)
+    vae = of_diffusers("AutoencoderKLWan")(base_dim=8, num_res_blocks=1, latents_mean=mean, latents_std=std)
     family = family_of(vae)
     assert family.key == "qwen-image"
     assert (family.latents_mean, family.latents_std) == (tuple(mean), tuple(std))

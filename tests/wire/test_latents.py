@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from diffusers import Flux2Pipeline, FluxPipeline, QwenImagePipeline
+from diffusers import FluxPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +13,7 @@ from remote_vae.vae.families import Family, find_family
 from remote_vae.vae.packed import BatchNormed
 from remote_vae.wire import DecodeRequest, decode_size, encode_size, pack_latents, unpack_latents
 from remote_vae.wire.latents import as_packed, as_the_vae_takes_them, is_packed
+from tests.versions import of_diffusers
 
 SIZES = st.integers(1, 6)
 FLUX2, QWEN = find_family("flux2"), find_family("qwen-image")
@@ -125,22 +126,23 @@ def test_a_head_is_measured_or_refused_whatever_it_says(
 
 def test_qwen_images_packed_latents_are_unpacked_as_in_its_pipeline() -> None:
     packed = torch.randn(2, 6, 64)
-    theirs = QwenImagePipeline._unpack_latents(packed, 32, 48, 8)
+    theirs = of_diffusers("QwenImagePipeline")._unpack_latents(packed, 32, 48, 8)
     assert torch.equal(as_the_vae_takes_them(packed, 32, 48, QWEN), theirs)
     assert torch.equal(as_packed(theirs, QWEN), packed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flux2s_packed_latents_become_raw_as_in_its_pipeline(dtype: torch.dtype) -> None:
-    """As ``Flux2Pipeline.__call__`` does it after its last step, from tokens and their places."""
+    """As ``pipeline.__call__`` does it after its last step, from tokens and their places."""
+    pipeline = of_diffusers("Flux2Pipeline")
     tokens = torch.randn(1, 6, 128).to(dtype)
-    places = Flux2Pipeline._prepare_latent_ids(torch.zeros(1, 128, 2, 3))
-    unpacked = Flux2Pipeline._unpack_latents_with_ids(tokens, places)
+    places = pipeline._prepare_latent_ids(torch.zeros(1, 128, 2, 3))
+    unpacked = pipeline._unpack_latents_with_ids(tokens, places)
     mean, deviation = (values.view(1, -1, 1, 1).to(dtype) for values in (NORM.mean, NORM.deviation))
-    theirs = Flux2Pipeline._unpatchify_latents(unpacked * deviation + mean)
+    theirs = pipeline._unpatchify_latents(unpacked * deviation + mean)
     assert torch.equal(as_the_vae_takes_them(tokens, 32, 48, FLUX2, NORM), theirs)
     assert torch.equal(as_the_vae_takes_them(unpacked, None, None, FLUX2, NORM), theirs)
-    assert torch.equal(as_packed(theirs, FLUX2, NORM), (Flux2Pipeline._patchify_latents(theirs) - mean) / deviation)
+    assert torch.equal(as_packed(theirs, FLUX2, NORM), (pipeline._patchify_latents(theirs) - mean) / deviation)
 
 
 def test_normalised_latents_are_refused_where_the_numbers_are_missing() -> None:

@@ -1,0 +1,59 @@
+"""What later versions brought than the oldest that is tested (requirements-oldest.txt): a test of it is skipped there.
+
+Where the installed version should have it and does not, that is an error as ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+# What diffusers did not have before, and the version that brought it.
+_CAME_WITH_DIFFUSERS = {
+    "AutoencoderKLWan": (0, 33),
+    "WanPipeline": (0, 33),
+    "WanTransformer3DModel": (0, 33),
+    "remote_decode": (0, 33),
+    "AutoencoderKLCosmos": (0, 34),
+    "AutoencoderKLQwenImage": (0, 35),
+    "QwenImageImg2ImgPipeline": (0, 35),
+    "QwenImagePipeline": (0, 35),
+    "QwenImageTransformer2DModel": (0, 35),
+    "AutoencoderKLFlux2": (0, 36),
+    "AutoencoderKLHunyuanImage": (0, 36),
+    "AutoencoderKLHunyuanImageRefiner": (0, 36),
+    "AutoencoderKLHunyuanVideo15": (0, 36),
+    "Flux2Pipeline": (0, 36),
+    "AutoencoderKLLTX2Video": (0, 37),
+    "AutoencoderKLQwenImage21": (0, 41),
+    "QwenImage21Pipeline": (0, 41),
+}
+
+
+def version(module: Any) -> tuple[int, int]:
+    major, minor = module.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def missing(name: str) -> str:
+    """Why the installed diffusers has no ``name``; empty where it has it."""
+    since = _CAME_WITH_DIFFUSERS.get(name, (0, 0))
+    if version(diffusers) >= since:
+        return ""
+    return f"{name} came with diffusers {since[0]}.{since[1]}, here is {diffusers.__version__}"
+
+
+def of_diffusers(name: str) -> Any:
+    """A class of diffusers. Called while a test or a fixture runs, it skips what an older diffusers has not."""
+    if why := missing(name):
+        pytest.skip(why)
+    return getattr(diffusers, name)
+
+
+def since_torch(major: int, minor: int, what: str) -> pytest.MarkDecorator:
+    """A mark for tests of what torch brought with this version."""
+    why = f"{what} came with torch {major}.{minor}, here is {torch.__version__}"
+    return pytest.mark.skipif(version(torch) < (major, minor), reason=why)
