@@ -7,11 +7,13 @@ RUN := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+OLDEST := .venv-oldest
+OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check
 # make serve VAE=/path/to/checkpoint.safetensors OPTIONS="--host 0.0.0.0"
 VAE ?= assets/demo_vae
 OPTIONS ?=
 
-.PHONY: demo test test-cluster lint coverage serve bench package clean
+.PHONY: demo test test-oldest test-cluster lint coverage serve bench package clean
 
 demo: $(VENV)/ready
 	$(RUN) -m remote_vae demo --out demo
@@ -21,6 +23,10 @@ serve: $(VENV)/ready
 
 test: $(VENV)/ready lint
 	$(RUN) -m pytest
+
+# The tests with the oldest of everything that UIs ship and pyproject.toml promises: make test-oldest PYTHON=python3.10
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest
 
 # A real cluster on this machine: Ray Serve, whose replicas are killed and updated under load.
 test-cluster: $(VENV)/cluster-ready
@@ -57,9 +63,17 @@ $(VENV)/ready: requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
+# As above, in the versions of which this Python is one.
+$(OLDEST)/ready: requirements-oldest.txt
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info[:2] == (3, 10) else 'the oldest packages want Python 3.10: make test-oldest PYTHON=python3.10')"
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST_PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) )torch==2.1.2
+	$(OLDEST_PIP) -r requirements-oldest.txt
+	touch $@
+
 $(VENV)/cluster-ready: $(VENV)/ready requirements-cluster.txt
 	$(PIP) -r requirements-cluster.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo bench/out build dist
+	rm -rf $(VENV) $(OLDEST) demo bench/out build dist

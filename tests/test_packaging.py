@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
-from remote_vae.settings import load_options
+from remote_vae.settings import load_options, read_toml
 from remote_vae.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,3 +58,17 @@ def test_the_demo_of_an_installed_package_says_where_it_can_be_run(wheel: Path, 
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "checkout" in result.stderr
+
+
+def test_the_lowest_version_that_is_allowed_of_a_package_is_the_one_that_test_oldest_installs() -> None:
+    project = read_toml(ROOT / "pyproject.toml")["project"]
+    extras = project["optional-dependencies"]
+    allowed = [*project["dependencies"], *(each for name in ("server", "video", "demo", "test") for each in extras[name])]
+    lines = (ROOT / "requirements-oldest.txt").read_text(encoding="utf-8").splitlines()
+    installed = dict(line.split("==") for line in lines if not line.startswith("#"))
+    (installed["torch"],) = re.findall(r"\$\(OLDEST_PIP\).*torch==(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    for each in map(Requirement, allowed):
+        if each.name == project["name"] or (each.marker and not each.marker.evaluate({"python_version": "3.10"})):
+            continue
+        (lowest,) = [Version(one.version).release for one in each.specifier if one.operator == ">="]
+        assert Version(installed[each.name]).release[: len(lowest)] == lowest, each.name

@@ -13,6 +13,7 @@ import torch
 
 # What diffusers did not have before, and the version that brought it.
 _CAME_WITH_DIFFUSERS = {
+    "AutoencoderKLMagvit": (0, 33),
     "AutoencoderKLWan": (0, 33),
     "WanPipeline": (0, 33),
     "WanTransformer3DModel": (0, 33),

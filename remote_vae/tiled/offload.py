@@ -288,7 +288,7 @@ def _folders() -> list[str]:
 def _is_memory(folder: str) -> bool:
     """Whether it is a Linux file system that lies in memory: nothing would be won there."""
     with suppress(OSError):
-        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        mounts = [line.split()[1:3] for line in os.fsdecode(Path("/proc/self/mounts").read_bytes()).splitlines()]
         device = os.stat(folder).st_dev
         for place, kind in mounts:
             with suppress(OSError):

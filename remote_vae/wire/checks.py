@@ -95,7 +95,8 @@ def check_float(head: TensorHead) -> None:
 def check_values(tensor: torch.Tensor, limit: float) -> None:
     """Raises MalformedAnswer: values that are not finite, or of a larger magnitude than ``limit``."""
     if not is_within(tensor, limit):
-        low, high = torch.aminmax(tensor)
+        # torch 2.1 has it of no float16 on processors.
+        low, high = torch.aminmax(tensor.float())
         raise MalformedAnswer(
             f"got values from {low.item():g} to {high.item():g}, expected at most {limit:g}: no VAE gives that"
         )

@@ -18,6 +18,7 @@ from tests.chaos import Chaos
 from tests.hosts.of_families import arguments, latents_in, latents_of, pixels_of, the_vae
 from tests.nearness import no_room_for_the_whole, out_of_memory, psnr
 from tests.vaes import SMALL, SMALL_HERE
+from tests.versions import of_diffusers
 
 
 @pytest.fixture(autouse=True)
@@ -299,7 +300,7 @@ def test_a_picture_of_another_size_that_the_vaes_own_tiling_gives_is_not_taken(
 def test_a_vae_that_is_not_known_is_refused_with_the_reason_or_the_list_of_what_is_known(
     kind: str, config: dict[str, Any]
 ) -> None:
-    vae = getattr(diffusers, kind)(**config)
+    vae = of_diffusers(kind)(**config)
     with pytest.raises(UnsupportedLayout, match=f"{kind}.*(cannot be done remotely: it|AutoencoderKLWan)"):
         remote_vae.attach(vae)
     assert "decode" not in vars(vae)

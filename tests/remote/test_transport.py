@@ -431,7 +431,8 @@ def test_a_kept_connection_that_has_died_is_made_anew(ending: str, secure: bool,
                 # It dies when the next request is already on its way.
                 connection.recv(1)
                 if ending == "reset":
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 else:
                     take_request(connection)
                 connection.close()
@@ -630,7 +631,7 @@ def test_file_descriptors_beyond_a_thousand_are_as_good_as_others(chaos: Chaos, 
     try:
         with contextlib.ExitStack() as stack:
             for _ in range(1100):
-                stack.enter_context(open(os.devnull))
+                stack.enter_context(open(os.devnull, "rb"))
             endpoint = fresh(f"{chaos.url}/decode")
             for _ in range(2):
                 assert endpoint.decode(request_, QUICK).bytes_down == 64 * 96 * 3

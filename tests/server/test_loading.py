@@ -19,6 +19,7 @@ from remote_vae.vae.families import family_of, load_families
 from remote_vae.vae.fingerprint import fingerprint
 from tests.original_names import ORIGINAL
 from tests.vaes import SMALL, small_vae
+from tests.versions import of_diffusers
 
 # Which one of several with the same names and shapes it is, a file does not say.
 ALIKE = {name: name for name in ("sd1", "sdxl", "sd3", "flux", "hunyuan-video-1.5", "hunyuan-image-refiner")}
@@ -192,7 +193,7 @@ def test_what_cannot_be_served_is_refused_with_what_can_be(
             "down_block_types": ("SpatialTemporalDownBlock3D",) * 2,
             "up_block_types": ("SpatialUpBlock3D",) * 2,
         }
-    getattr(diffusers, kind)(**arguments).save_pretrained(tmp_path)
+    of_diffusers(kind)(**arguments).save_pretrained(tmp_path)
     with pytest.raises(SettingsError, match=message):
         load_vae(str(tmp_path), device="cpu")
 
