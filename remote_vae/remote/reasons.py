@@ -33,6 +33,17 @@ def reason_of(error: BaseException, url: str) -> tuple[str, str]:
     return "connection failed", f": {one_line(str(error)) or type(error).__name__}"
 
 
+def advice_for(reason: str, url: str) -> str:
+    """What to do where ``reason`` tells more than that nobody was reached at ``url``; "" where it does not."""
+    if "is spoken there" in reason and "HTTP/2" not in reason:
+        return f"enter {_other_scheme(url)} as its address"
+    if reason.startswith("TLS failed"):
+        return "enter a name that its certificate is made for; the file of an authority of your own is named by REQUESTS_CA_BUNDLE"
+    if reason == CONNECTION_LOST and url.startswith("http://"):
+        return f"it hangs up: where it speaks https, enter {_other_scheme(url)}, else look at what the server prints"
+    return ""
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """``error`` and all that it was made of; urllib3 puts one error into the other."""
     seen: list[BaseException] = []

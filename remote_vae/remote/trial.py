@@ -21,6 +21,7 @@ from remote_vae.errors import (
 from remote_vae.history import Record
 from remote_vae.remote.client import Deadlines, beside, client_for, shown
 from remote_vae.remote.endpoints import endpoint_for
+from remote_vae.remote.reasons import advice_for
 from remote_vae.remote.route import RemoteRoute
 from remote_vae.remote.same_vae import SameVae, of_several
 from remote_vae.settings import Settings
@@ -122,7 +123,7 @@ def try_out(settings: Settings, vae: VaeAtWork | None) -> Trial:
         there = family_said(info) or family
         outcome, milliseconds = _measured(settings, there, same_vae)
     except RouteFailed as error:
-        return Trial(False, f"{name} does not work: {error.reason}. {_advice(error, name)}")
+        return Trial(False, f"{name} does not work: {error.reason}. {_advice(error, url)}")
     took = f"{milliseconds:.0f} ms there and back for {_CELLS * there.downscale} px"
     if outcome.vae_ms:
         took = f"{took}, {outcome.vae_ms:.0f} of them in the VAE"
@@ -168,9 +169,11 @@ def _compared(reached: str, info: Info, vae: VaeAtWork | None, settings: Setting
     return Trial(False, f"{differs}, so pictures are made here. Serve yours there: the commands stand on this page.")
 
 
-def _advice(error: RouteFailed, name: str) -> str:
+def _advice(error: RouteFailed, url: str) -> str:
     if isinstance(error, EndpointUnreachable):
-        return f"Is the server running there, is {name} its address, and does its firewall let it through?"
+        if known := advice_for(error.reason, url):
+            return f"{known[0].upper()}{known[1:]}."
+        return f"Is the server running there, is {urlsplit(url).netloc} its address, and does its firewall let it through?"
     if isinstance(error, DeadlineExceeded):
         return "It may be starting, or busy: try again in a minute."
     if isinstance(error, EndpointError) and error.status in (401, 403):

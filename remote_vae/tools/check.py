@@ -18,6 +18,7 @@ from remote_vae.errors import (
 from remote_vae.history import Record
 from remote_vae.remote.client import Deadlines, beside, client_for, shown
 from remote_vae.remote.endpoints import endpoint_for
+from remote_vae.remote.reasons import advice_for
 from remote_vae.settings import Settings
 from remote_vae.tools.asking import family_of, info_at, made, sample, side_of
 from remote_vae.tools.flags import add_options, settings_of
@@ -157,7 +158,7 @@ def _per_second(way: str, nbytes: int, seconds: float) -> str:
 
 def _advice(failures: Sequence[RouteFailed], settings: Settings, *, has_mine: bool, compared: bool) -> str:
     if failures:
-        return next(_for_failures(failures))
+        return next(_for_failures(failures, settings.endpoint or settings.decode_endpoint or settings.encode_endpoint))
     if not has_mine:
         return "serve the VAE that your UI uses: what another one makes is not taken"
     where = (
@@ -168,12 +169,13 @@ def _advice(failures: Sequence[RouteFailed], settings: Settings, *, has_mine: bo
     return where if compared else f"{where}; --vae YOUR-CHECKPOINT compares the VAE there with yours"
 
 
-def _for_failures(failures: Sequence[RouteFailed]) -> Iterator[str]:
+def _for_failures(failures: Sequence[RouteFailed], url: str) -> Iterator[str]:
     for error in failures:
         if isinstance(error, EndpointError) and error.status in (401, 403):
             yield "it wants a token: set REMOTE_VAE_TOKEN to the server's here"
         if isinstance(error, EndpointUnreachable):
-            yield "is the server running there (remote-vae serve), is this its address, does its firewall let you through?"
+            known = advice_for(error.reason, url)
+            yield known or "is the server running there (remote-vae serve), is this its address, does its firewall let you through?"
         if isinstance(error, (DeadlineExceeded, EndpointError)) and getattr(error, "status", 503) in (502, 503, 504):
             yield "it is starting, or busy: try again in a minute"
     yield _NO_ENDPOINT if str(failures[0]) == _NO_ENDPOINT else "look at what the server prints"

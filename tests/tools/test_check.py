@@ -3,10 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import trustme
 from diffusers import AutoencoderKL
 
 from remote_vae.cli import main
+from remote_vae.remote.trial import try_out
 from remote_vae.server.models import LoadedVae
+from remote_vae.server.process import Tls
+from remote_vae.settings import Settings
 from tests.chaos import Chaos
 from tests.conftest import DEMO_VAE, ServerThread
 
@@ -58,6 +62,29 @@ def test_what_is_wrong_says_what_to_do_next(chaos: Chaos, fault: str, words: str
     status, printed = checked(capsys, "--endpoint", url)
     assert status == 1
     assert words in printed.splitlines()[-1]
+
+
+def test_where_certificate_or_scheme_is_wrong_it_says_so_and_nothing_of_a_firewall(
+    loaded: LoadedVae, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trustme.CA().issue_cert("127.0.0.1")
+    made.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "both.pem"))
+    running = ServerThread(loaded, tls=Tls(str(tmp_path / "both.pem"), str(tmp_path / "both.pem")))
+    plain = running.url.replace("https", "http")
+    verdicts = {url: (checked(capsys, "--endpoint", url), try_out(Settings(endpoint=url), None)) for url in (running.url, plain)}
+    running.close()
+    for url, words in ((running.url, "REQUESTS_CA_BUNDLE"), (plain, f"where it speaks https, enter {running.url}")):
+        (status, printed), trial = verdicts[url]
+        assert status == 1
+        assert not trial.is_good
+        for advice in (printed.splitlines()[-1], trial.verdict):
+            assert words in advice
+            assert "firewall" not in advice
+
+
+def test_https_where_http_is_spoken_is_told_the_address(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
+    _, printed = checked(capsys, "--endpoint", server.url.replace("http", "https"))
+    assert printed.splitlines()[-1] == f"next: enter {server.url} as its address"
 
 
 def test_a_server_that_wants_a_token_says_so(loaded: LoadedVae, capsys: pytest.CaptureFixture[str]) -> None:
