@@ -50,3 +50,17 @@ def test_the_address_of_the_repository_is_one() -> None:
     assert len(addresses) > 5
     # The panel takes it from where this checkout was cloned from, where that is an address.
     assert set(addresses) - {PROJECT["urls"]["Repository"]} <= set(_ADDRESSED.findall(server_commands("", "")[0]))
+
+
+def test_the_chinese_readme_has_the_commands_files_and_links_of_the_english_one() -> None:
+    parts = README.partition("## What happens when things fail")
+    english = parts[0] + parts[2].partition("## Command line")[2]
+    for pattern in (
+        r"remote-vae (?:serve|check|bench|decode|encode|plan|diagnosis|demo)(?: --(?:vae|family) [\w.-]+)*",
+        r"(?:pip|apt|git|make) [a-z]+ [^`\n]*(?=[`\n])",
+        r"[\w.-]+\.safetensors",
+        r"`(\w+_\w+)`",
+    ):
+        found = {one.replace("YOUR-CHECKPOINT", "您的模型").strip() for one in re.findall(pattern, english)}
+        assert found
+        assert [one for one in sorted(found) if one not in CHINESE] == []
