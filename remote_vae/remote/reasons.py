@@ -38,7 +38,7 @@ def advice_for(reason: str, url: str) -> str:
     if "is spoken there" in reason and "HTTP/2" not in reason:
         return f"enter {_other_scheme(url)} as its address"
     if reason.startswith("TLS failed"):
-        return "enter a name that its certificate is made for; the file of an authority of your own is named by REQUESTS_CA_BUNDLE"
+        return "enter a name that its certificate is made for; of an authority of your own REQUESTS_CA_BUNDLE names the file"
     if reason == CONNECTION_LOST and url.startswith("http://"):
         return f"it hangs up: where it speaks https, enter {_other_scheme(url)}, else look at what the server prints"
     return ""

@@ -33,6 +33,7 @@ _LARGE_SIDE = 1024
 _QUICK = 1.0
 # Bytes that went over so quickly (seconds) say nothing of the line but that it is not what is waited for.
 _AT_ONCE = 0.002
+_NOBODY_THERE = "is the server running there (remote-vae serve), is this its address, does its firewall let you through?"
 _NO_ENDPOINT = "no endpoint is set; use --endpoint http://HOST:7870"
 
 
@@ -174,8 +175,7 @@ def _for_failures(failures: Sequence[RouteFailed], url: str) -> Iterator[str]:
         if isinstance(error, EndpointError) and error.status in (401, 403):
             yield "it wants a token: set REMOTE_VAE_TOKEN to the server's here"
         if isinstance(error, EndpointUnreachable):
-            known = advice_for(error.reason, url)
-            yield known or "is the server running there (remote-vae serve), is this its address, does its firewall let you through?"
+            yield advice_for(error.reason, url) or _NOBODY_THERE
         if isinstance(error, (DeadlineExceeded, EndpointError)) and getattr(error, "status", 503) in (502, 503, 504):
             yield "it is starting, or busy: try again in a minute"
     yield _NO_ENDPOINT if str(failures[0]) == _NO_ENDPOINT else "look at what the server prints"

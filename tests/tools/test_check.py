@@ -71,7 +71,8 @@ def test_where_certificate_or_scheme_is_wrong_it_says_so_and_nothing_of_a_firewa
     made.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "both.pem"))
     running = ServerThread(loaded, tls=Tls(str(tmp_path / "both.pem"), str(tmp_path / "both.pem")))
     plain = running.url.replace("https", "http")
-    verdicts = {url: (checked(capsys, "--endpoint", url), try_out(Settings(endpoint=url), None)) for url in (running.url, plain)}
+    both = (running.url, plain)
+    verdicts = {url: (checked(capsys, "--endpoint", url), try_out(Settings(endpoint=url), None)) for url in both}
     running.close()
     for url, words in ((running.url, "REQUESTS_CA_BUNDLE"), (plain, f"where it speaks https, enter {running.url}")):
         (status, printed), trial = verdicts[url]
