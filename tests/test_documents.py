@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from remote_vae.extension.commands import server_commands
-from remote_vae.settings import parse_toml
+from remote_vae.settings import load_options, parse_toml, read_toml
 from tests.readme import ROOT
 
 PROJECT = parse_toml((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -64,3 +64,16 @@ def test_the_chinese_readme_has_the_commands_files_and_links_of_the_english_one(
         found = {one.replace("YOUR-CHECKPOINT", "您的模型").strip() for one in re.findall(pattern, english)}
         assert found
         assert [one for one in sorted(found) if one not in CHINESE] == []
+
+
+def test_both_readmes_name_what_is_pressed_as_the_panel_does() -> None:
+    words = read_toml("words.toml")
+    for text, language in ((README, "en"), (CHINESE, "zh")):
+        options = load_options(language)
+        named = [
+            options["endpoint"].label,
+            options["enabled"].label,
+            words["test"][language],
+            words["comfyui_enabled"][language],
+        ]
+        assert [label for label in named if f"**{label}**" not in text] == []

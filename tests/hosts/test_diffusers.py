@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from typing import Any
+from urllib.parse import parse_qsl
 
 import diffusers
 import numpy as np
@@ -82,6 +83,31 @@ def test_every_vae_call_of_a_pipeline_goes_remote_and_the_picture_is_the_same(
     assert [record.op for record in handle.history.records()] == CALLS[kind]
     assert {record.route for record in handle.history.records()} == {"remote"}
     assert chaos.requests == [f"/{op}" for op in CALLS[kind]]
+
+
+@pytest.mark.parametrize("transfer", ["raw", "jpg"])
+def test_a_request_says_nothing_but_what_the_vae_needs_and_which_program_asks(
+    vae: AutoencoderKL, chaos: Chaos, transfer: str
+) -> None:
+    pipe = pipeline(IMG2IMG, vae)
+    handle = remote_vae.attach(pipe, {"endpoint": chaos.url, "transfer": transfer})
+    generate(pipe, PIPELINES[IMG2IMG])
+    assert {record.route for record in handle.history.records()} == {"remote"}
+    said = {key for query in chaos.queries for key, _ in parse_qsl(query)}
+    assert said <= {
+        "shape",
+        "dtype",
+        "output_type",
+        "image_format",
+        "family",
+        "fingerprint",
+        "posterior",
+        "partial_postprocess",
+    }
+    headers = {name.lower() for each in chaos.headers for name in each}
+    of_http = {"host", "user-agent", "accept", "accept-encoding", "content-type", "content-length"}
+    assert headers <= of_http | {"x-remote-vae-accept", "x-remote-vae-encoding"}
+    assert {each["user-agent"] for each in chaos.headers} == {f"remote-vae/{remote_vae.__version__}"}
 
 
 @torch.no_grad()
