@@ -10,6 +10,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -51,6 +52,14 @@ def no_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
+
+
+@pytest.fixture
+def visited_home(tmp_path: Path) -> None:
+    """transformers before 5 has been there. Where a home is new it prints that its cache is another since 2022."""
+    folder = tmp_path / "home" / ".cache" / "huggingface" / "hub"
+    folder.mkdir(parents=True)
+    (folder / "version.txt").write_text("1")
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from remote_vae.tiled import memory, offload, pinned
+from tests.versions import NO_END_OF_STORAGES
 
 DEVICE = torch.device("cuda", 0)
 LATENTS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -204,6 +205,8 @@ class Card(TorchFunctionMode):
 
     def taken_by(self, call: Callable[[], Any]) -> int:
         """How many bytes more than before are in use at the peak of ``call``, none after it. Then the peak counts anew."""
+        if NO_END_OF_STORAGES:
+            pytest.skip(NO_END_OF_STORAGES)
         self.peak = before = self.live
         call()
         assert self.live == before
@@ -303,7 +306,8 @@ class Card(TorchFunctionMode):
         key, size = _key(tensor), tensor.nbytes
         reused = size if self.kept_pinned_bytes >= size else 0
         if self.pinned_bytes + self.kept_pinned_bytes + size - reused > self.most_pinned:
-            raise torch.AcceleratorError("CUDA error: out of memory")
+            # Which older ones have no name of its own for.
+            raise getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory")
         self.kept_pinned_bytes -= reused
         self._pinned.add(key)
         self.pinned_bytes += size

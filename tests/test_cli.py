@@ -412,6 +412,7 @@ def test_the_options_of_the_panel_are_flags(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process alone")
+@pytest.mark.usefixtures("visited_home")
 def test_serve_prints_what_to_enter_and_a_line_a_call_until_interrupted(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "remote_vae", "serve", "--vae", str(DEMO_VAE), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

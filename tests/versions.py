@@ -54,7 +54,14 @@ def of_diffusers(name: str) -> Any:
     return getattr(diffusers, name)
 
 
-def since_torch(major: int, minor: int, what: str) -> pytest.MarkDecorator:
-    """A mark for tests of what torch brought with this version."""
-    why = f"{what} came with torch {major}.{minor}, here is {torch.__version__}"
-    return pytest.mark.skipif(version(torch) < (major, minor), reason=why)
+def before_torch(major: int, minor: int, what: str) -> str:
+    """Why the installed torch has not ``what`` this version brought; empty where it has."""
+    if version(torch) >= (major, minor):
+        return ""
+    return f"{what} came with torch {major}.{minor}, here is {torch.__version__}"
+
+
+NO_HALF = before_torch(2, 2, "half precision on processors")
+needs_half = pytest.mark.skipif(bool(NO_HALF), reason=NO_HALF)
+# Before, the Python object of a storage outlived it.
+NO_END_OF_STORAGES = before_torch(2, 2, "to hear of the end of a storage")

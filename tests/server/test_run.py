@@ -303,6 +303,7 @@ def test_a_vae_that_is_being_loaded_does_not_hold_up_the_end(source: str) -> Non
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGTERM")
+@pytest.mark.usefixtures("visited_home")
 def test_a_process_that_is_told_to_end_by_its_supervisor_ends_well(
     tmp_path: Path, certificates: tuple[trustme.CA, Tls]
 ) -> None:

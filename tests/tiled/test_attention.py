@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from remote_vae.tiled import attention
 from remote_vae.tiled.attention import attend
 from tests.nearness import rmse
+from tests.versions import needs_half
 
 CHANNELS = 16
 # Every part of the keys is rounded by itself; a mistake makes it thousands.
@@ -94,7 +95,7 @@ def test_scores_that_torch_computes_as_a_whole_are_small(monkeypatch: pytest.Mon
     assert max(ticks) <= 4.0 * CHANNELS * 100_000
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=needs_half), torch.bfloat16])
 def test_half_precision_is_rounded_no_more_often_than_by_torch(dtype: torch.dtype) -> None:
     error, ticks = attended((each.to(dtype) for each in tokens(1024, 4096)), flops=2e7)
     assert len(ticks) > 2

@@ -23,6 +23,7 @@ from remote_vae.tiled import exact, memory, store
 from tests import layouts
 from tests.nearness import psnr, psnr_of_moments, rmse
 from tests.tiled.strips import cut_strips
+from tests.versions import needs_half
 
 EXACT_DB = 100.0
 
@@ -187,7 +188,7 @@ def test_the_trained_vae_gives_its_photo(demo_vae: Any) -> None:
 # --- precision ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=needs_half), torch.bfloat16])
 def test_half_precision_is_no_further_from_float32_than_the_whole_vae_in_it(dtype: torch.dtype) -> None:
     full, half = layouts.plain_kl(), layouts.plain_kl().to(dtype)
     latents, pixels = random(1, 4, 16, 16), random(1, 3, 128, 128).clamp(-1, 1)
@@ -199,6 +200,7 @@ def test_half_precision_is_no_further_from_float32_than_the_whole_vae_in_it(dtyp
     assert rmse(encoded, true) <= rmse(whole_encode(half, pixels.to(dtype)), true)
 
 
+@needs_half
 def test_half_precision_that_gives_nan_is_done_again_in_float32(demo_vae: Any, caplog: pytest.LogCaptureFixture) -> None:
     latents = whole_encode(demo_vae, random(1, 3, 64, 64)).chunk(2, dim=1)[0]
     half = diffusers.AutoencoderKL.from_pretrained("assets/demo_vae", torch_dtype=torch.float16).eval()
@@ -210,6 +212,7 @@ def test_half_precision_that_gives_nan_is_done_again_in_float32(demo_vae: Any, c
     assert {weight.dtype for weight in half.parameters()} == {torch.float16}
 
 
+@needs_half
 def test_nan_that_is_in_the_latents_comes_out_as_from_the_whole_vae(vae: Any) -> None:
     latents = random(1, 4, 8, 8)
     latents[0, 0, 3, 3] = torch.nan

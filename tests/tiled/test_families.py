@@ -19,6 +19,7 @@ from remote_vae.errors import CallCancelled, InvalidRequest, UnsupportedLayout
 from tests.nearness import psnr, psnr_of_moments, rmse
 from tests.tiled.strips import cut_strips
 from tests.vaes import small_vae
+from tests.versions import needs_half
 
 EXACT_DB = 100.0
 
@@ -184,7 +185,7 @@ def test_a_picture_keeps_to_a_tenth_of_what_the_whole_vae_takes(name: str, chang
         assert psnr_of_moments(made, true) >= EXACT_DB
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=needs_half), torch.bfloat16])
 def test_half_precision_is_about_as_near_to_float32_as_the_whole_vae_in_it(family: Exact, vae: Any, dtype: torch.dtype) -> None:
     half = family.vae().to(dtype)
     latents, pixels = latents_of(vae, 3, 3), random(1, 3, 3 * family.downscale, 3 * family.downscale).clamp(-1, 1)

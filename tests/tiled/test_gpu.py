@@ -16,6 +16,7 @@ from tests import layouts
 from tests.nearness import psnr, psnr_of_moments
 from tests.pretend_gpu import LATENTS, Card, OnCard, on_card
 from tests.tiled.strips import cut_strips
+from tests.versions import needs_half
 
 CALLS: dict[str, tuple[Any, Any]] = {"decode": (tiled.decode, psnr), "encode": (tiled.encode, psnr_of_moments)}
 
@@ -88,6 +89,7 @@ def test_the_host_waits_for_the_card_at_most_three_times_a_picture(card: Card, v
     assert card.waits - before <= 3
 
 
+@needs_half
 def test_half_precision_is_looked_at_once_at_the_end(card: Card, vae: Any) -> None:
     given = card.put(LATENTS.half())
     card.put_module(vae.half())
@@ -120,6 +122,7 @@ def test_no_more_is_pinned_than_a_part_of_the_hosts_memory(card: Card, vae: Any,
     assert card.pinned_bytes <= 2 << 20
 
 
+@needs_half
 def test_half_precision_that_overflows_on_the_card_is_done_again_in_float32(
     card: Card, vae: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

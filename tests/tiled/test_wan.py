@@ -23,6 +23,7 @@ from tests import wan_layouts
 from tests.nearness import psnr, psnr_of_moments, rmse
 from tests.tiled.strips import cut_strips
 from tests.vaes import small_vae
+from tests.versions import needs_half
 from tests.wan_layouts import clamped
 
 EXACT_DB = 100.0
@@ -226,6 +227,7 @@ def test_half_precision_is_about_as_near_to_float32_as_the_whole_vae_in_it(kind:
     assert rmse(encoded, true) <= 1.2 * rmse(whole_encode(whole, pixels.bfloat16()), true)
 
 
+@needs_half
 def test_half_precision_that_gives_nan_is_done_again_in_float32(caplog: pytest.LogCaptureFixture) -> None:
     vae = KINDS["Qwen-Image"].whole()
     vae.decoder.conv_in.weight *= 100
