@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from remote_vae.tiled import attention
 from remote_vae.tiled.attention import attend
 from tests.nearness import rmse
-from tests.versions import needs_half
+from tests.versions import before_torch, needs_half
 
+NO_KERNEL = before_torch(2, 3, "the kernel for processors")
 CHANNELS = 16
 # Every part of the keys is rounded by itself; a mistake makes it thousands.
 MORE = 4
@@ -22,6 +23,8 @@ MORE = 4
 
 @pytest.fixture(params=["torch's kernel", "a torch without it"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch's kernel" and NO_KERNEL:
+        pytest.skip(NO_KERNEL)
     if request.param == "a torch without it":
         monkeypatch.setattr(attention, "_kernel", lambda: None)
     return request.param
@@ -113,6 +116,7 @@ def test_half_precision_is_rounded_no_more_often_than_by_torch(dtype: torch.dtyp
     ],
     ids=["is not there", "gives one thing", "gives other sums", "gives another result", "takes other things"],
 )
+@pytest.mark.skipif(bool(NO_KERNEL), reason=NO_KERNEL)
 def test_a_torch_whose_kernel_is_another_is_not_asked_for_it(
     kernel: Callable[..., Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
