@@ -118,7 +118,7 @@ def to_rgb(image: Image.Image, *, alpha: bool = False) -> Image.Image:
 def _levels(image: Image.Image) -> np.ndarray:
     """uint8 ``[H, W]`` of a picture of whole numbers or floating point."""
     values = np.asarray(image, dtype=np.float32)
-    largest = float(values.max(initial=0.0))
+    largest = float(np.max(values, initial=0.0))
     if not np.isfinite(values).all() or largest > 65535:
         raise InvalidRequest(f"the picture has values up to {largest:g}, expected grey from 0 to 65535")
     # A file's whole numbers are 16 bits; what was made in memory may hold 8-bit levels, and floating point 0 to 1 as well.
