@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +178,20 @@ class Driver:
                 presser.join()
 
 
+def wait_for(server: str, seconds: float = 300.0) -> None:
+    """Until the server has loaded its VAE: it answers 503 before, and refuses connections before that."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            opener.open(f"{server.rstrip('/')}/health", timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{server}: no Remote VAE server that is ready: {error}") from None
+        time.sleep(0.5)
+
+
 def save_baseline(path: Path, shots: dict[str, Shot]) -> None:
     pictures = {f"{name}/{index}": each for name, shot in shots.items() for index, each in enumerate(shot.pictures)}
     np.savez_compressed(path, **{name: each.astype(np.uint8) for name, each in pictures.items()})
@@ -215,6 +230,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     started = time.monotonic()
     host = find_host(options.host)
+    if options.server:
+        wait_for(options.server)
     host.options(host.no_previews)
     switches = Names(options.vae, options.checkpoint, options.reload, options.round_trip)
     if isinstance(host, ComfyUi):
