@@ -96,6 +96,11 @@ def test_the_tokenizer_tells_all_texts_apart_and_has_no_number_that_the_text_enc
     assert len(tokenizer) == VOCABULARY == TINY.text["vocab_size"]
 
 
+def test_a_text_has_a_mean_that_hosts_can_divide_by() -> None:
+    encoded = parts.text_encoder(TINY.text, SEED)(torch.tensor([[*range(76), TINY.text["eos_token_id"]]])).last_hidden_state
+    assert encoded.mean().abs() > 0.01
+
+
 def test_a_seed_makes_the_same_weights_again_and_another_seed_others() -> None:
     first, again, other = (parts.kl_vae(TINY, "sd1", seed).decoder.conv_out.weight for seed in (SEED, SEED, SEED + 1))
     assert torch.equal(first, again)

@@ -194,6 +194,9 @@ def xl_unet(second: Mapping[str, Any], seed: int) -> Any:
 
 
 def text_encoder(config: Mapping[str, Any], seed: int, *, projected: bool = False) -> Any:
+    """Its last norm is stirred like the others: AUTOMATIC1111 divides by the mean of a text, which would be 0."""
     torch.manual_seed(seed)
     kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    return kind(transformers.CLIPTextConfig(**config)).eval().requires_grad_(False)
+    model = kind(transformers.CLIPTextConfig(**config))
+    stirred(model)
+    return model.eval().requires_grad_(False)
