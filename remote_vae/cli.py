@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import logging
 import sys
@@ -275,7 +276,11 @@ def _decode_here(rescued: rescue.Rescued, source: str, settings: Settings) -> to
 def _check_picture_name(path: Path) -> None:
     Image.init()
     is_picture = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
-    _check_name(path, is_picture or path.suffix.lower() == _MP4, "name a picture file, such as picture.png, or an .mp4")
+    is_video = path.suffix.lower() == _MP4
+    _check_name(path, is_picture or is_video, "name a picture file, such as picture.png, or an .mp4")
+    if is_video:
+        # Where it is missing that is said now, and not when the pictures have been made.
+        importlib.import_module("av")
 
 
 def _check_name(path: Path, is_good: bool, what: str) -> None:

@@ -257,6 +257,16 @@ def test_rescued_frames_become_pictures_and_a_video(
         assert [(frame.width, frame.height) for frame in container.decode(video=0)] == [(32, 24)] * 5
 
 
+def test_what_a_video_is_written_with_is_missed_before_anybody_is_asked(
+    chaos: Chaos, latents: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save(latents, find_family("sd1"), [tmp_path], "because")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert main(["decode", str(file), "--endpoint", chaos.url, "--out", str(tmp_path / "clip.mp4")]) == 1
+    assert f"{sys.executable} -m pip install av" in capsys.readouterr().err
+    assert not chaos.requests
+
+
 def test_a_picture_becomes_one_frame_of_a_video_vae(video: ServerThread, tmp_path: Path) -> None:
     Image.new("RGB", (32, 24), "red").save(tmp_path / "photo.png")
     assert main(["encode", str(tmp_path / "photo.png"), "--endpoint", video.url]) == 0
