@@ -73,7 +73,7 @@ def _places(state: State, levels: int, layers: int) -> dict[str, str]:
 
 
 def text_in_full(state: State) -> Named:
-    """As every published file has them. transformers from 5.6 on has no "text_model." for a text encoder alone."""
+    """As every published file has them: newer versions of transformers have no "text_model." for a text encoder alone."""
     start = "text_model."
     return {key if key.startswith((start, "text_projection.")) else start + key: value for key, value in state.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -40,7 +40,7 @@ class Size:
     unet: tuple[int, ...]
     attention: tuple[bool, ...]
     heads: int
-    text: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any]
 
 
 def _text(width: int, inner: int, layers: int, heads: int, vocabulary: int = CLIP_VOCABULARY, **more: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+START, END = "<|startoftext|>", "<|endoftext|>"
 _QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -26,8 +26,8 @@ def write_clip(folder: Path) -> Path:
     """The files of a CLIPTokenizer in the form that all versions of transformers read: each byte, and each at a word's end."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = letters_of_bytes()
-    words = [*letters, *(letter + "</w>" for letter in letters), CLIP_START, CLIP_END]
-    special = {"bos_token": CLIP_START, "eos_token": CLIP_END, "pad_token": CLIP_END, "unk_token": CLIP_END}
+    words = [*letters, *(letter + "</w>" for letter in letters), START, END]
+    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
     more = {"do_lower_case": True, "errors": "replace", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
     _write(folder / "vocab.json", {word: number for number, word in enumerate(words)})
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
@@ -46,7 +46,7 @@ def qwen() -> Any:
     vocabulary = {letter: number for number, letter in enumerate(letters_of_bytes())}
     tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": list(_QWEN_SPECIAL)})
-    tokenizer.pad_token = CLIP_END
+    tokenizer.pad_token = END
     tokenizer.chat_template = _CHAT
     return tokenizer
 
