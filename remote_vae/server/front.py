@@ -51,8 +51,9 @@ _TRIES = 2
 _KNOWN_SECONDS = 10.0
 # Whoever asks how busy it is gets what was so this many seconds ago, at the most.
 _HEALTH_SECONDS = 0.5
-# A replica that does not say it in this time is not ready.
+# A replica that does not say it in this time is not ready; one that has said nothing yet is asked again after a while.
 _ASK_SECONDS = 2.0
+_AGAIN_SECONDS = 1.0
 
 
 class ReplicaGone(RemoteVaeError):
@@ -145,14 +146,18 @@ class Front:
         self._health: tuple[float, Mapping[str, Any]] | None = None
         self._health_lock = asyncio.Lock()
         self._asking: asyncio.Future[None] | None = None
+        self._asked = -math.inf
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         request = Request(scope)
         path = str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
         try:
             answer = await self._answered(request, path, receive, send)
-        except (ClientGone, ConnectionAbortedError) as error:
+        except ClientGone as error:
             log.debug("%s: %s", path, error)
+            return
+        except ConnectionAbortedError as error:
+            log.warning("%s: an answer was cut off: %s", path, error)
             # Ray ends the connection where an answer has begun and is not whole.
             return
         except Exception as error:
@@ -213,7 +218,8 @@ class Front:
     async def _pick(self, request: Request, name: str | None, op: Op, head: TensorHead | None) -> _Known:
         """The VAE of a request: see ``catalogue.pick``. Raises InvalidRequest, SettingsError: there is none of its family."""
         query = dict(request.query_params)
-        await self._ask()
+        # One that cannot be started costs the calls of the others nothing.
+        await self._ask(of_all=not any(known.is_known for known in self._known.values()))
         fits = fits_of(op, head, query)
         return pick(list(self._known.values()), name, query.get("family"), query.get("fingerprint"), fits)
 
@@ -258,30 +264,31 @@ class Front:
                         begun = True
                         await send(message)
                 return
-            except ReplicaGone as error:
-                log.warning("%s: a replica died under a call%s", vae.name, "" if begun or not tries_left else "; asked again")
+            except Exception as error:
                 if begun:
                     # What follows would be taken for the rest of the answer.
-                    raise ConnectionAbortedError(str(error)) from error
-                if not tries_left:
+                    raise ConnectionAbortedError(f"{vae.name}: {error}") from error
+                if isinstance(error, AllBusy):
+                    # By then half of what is waiting now will be done.
+                    raise Busy(str(error), self._took.get(vae.name, 2.0) / 2) from None
+                if not isinstance(error, ReplicaGone) or not tries_left:
                     raise
-            except AllBusy as error:
-                # By then half of what is waiting now will be done.
-                raise Busy(str(error), self._took.get(vae.name, 2.0) / 2) from None
+                log.warning("%s: a replica died under a call; asked again", vae.name)
 
     # --- what is known of the VAEs ------------------------------------------------------------------------------------
 
-    async def _ask(self) -> None:
-        """Have it known of each VAE what it is, from now or lately.
+    async def _ask(self, *, of_all: bool) -> None:
+        """Have it known of each VAE what it is, from now or lately; what is a little old is asked for beside the calls.
 
-        Only who comes when nothing is known of one waits for it: what is a little old is asked for beside the calls.
+        Args:
+            of_all: wait for what those say of which nothing is known.
         """
         now = time.monotonic()
-        if all(now - known.at < _KNOWN_SECONDS for known in self._known.values()):
-            return
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.ensure_future(self._ask_all())
-        if not all(known.is_known for known in self._known.values()):
+        is_old = any(now - known.at >= _KNOWN_SECONDS for known in self._known.values())
+        is_asking = self._asking is not None and not self._asking.done()
+        if is_old and not is_asking and now - self._asked >= _AGAIN_SECONDS:
+            self._asking, self._asked = asyncio.ensure_future(self._ask_all()), now
+        if of_all and self._asking is not None and not all(known.is_known for known in self._known.values()):
             await asyncio.shield(self._asking)
 
     async def _ask_all(self) -> None:
@@ -292,7 +299,7 @@ class Front:
 
     async def _info(self, name: str | None) -> dict[str, Any]:
         """``GET /info``: the VAEs, and of the first that is there once more what older clients read. Raises NoModel."""
-        await self._ask()
+        await self._ask(of_all=True)
         wanted = [each for each in self._known.values() if name in (None, each.name)]
         there = [each.document for each in wanted if each.document is not None]
         if not there:
@@ -331,11 +338,11 @@ def _head(request: Request, path: str) -> Head:
 
 
 async def _soon(answers: Awaitable[Sequence[Mapping[str, Any]]]) -> Sequence[Mapping[str, Any]]:
-    """What replicas say; nothing, where they do not say it in time."""
+    """What replicas say; nothing, where they do not say it in time, or there are none: those of other VAEs say theirs."""
     try:
         return await asyncio.wait_for(answers, _ASK_SECONDS)
-    except (RemoteVaeError, asyncio.TimeoutError) as error:
-        log.debug("the replicas do not say how they are: %s", error)
+    except Exception as error:  # of whatever has the replicas
+        log.debug("the replicas do not say how they are: %s: %s", type(error).__name__, error)
         return []
 
 

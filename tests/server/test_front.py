@@ -93,12 +93,13 @@ def test_a_call_that_ends_every_replica_ends_two_of_them(loaded: LoadedVae, late
     assert replicas.calls == 2
 
 
+@pytest.mark.parametrize("error", [ReplicaGone("killed"), RuntimeError("an error of the cluster's own")])
 def test_an_answer_whose_replica_died_in_it_is_cut_off_and_nothing_else_follows(
-    loaded: LoadedVae, latents: torch.Tensor
+    loaded: LoadedVae, latents: torch.Tensor, error: Exception
 ) -> None:
     def dies_in_it(call: int, message: int) -> None:
         if message == 1:
-            raise ReplicaGone("killed")
+            raise error
 
     replicas = Here("sd1", loaded, dies_in_it)
     sent: list[Message] = []
@@ -167,6 +168,67 @@ def test_info_and_health_speak_for_all_of_them(loaded: LoadedVae, flux: LoadedVa
     client = TestClient(Front([Here("late", None)]))
     answer = client.get("/health")
     assert (answer.status_code, answer.json()["status"]) == (503, "no model")
+
+
+class Away(Here):
+    """Replicas of which there are none, as where a deployment cannot be placed; ``asked``: how often somebody wanted to know."""
+
+    def __init__(self, name: str, *, hangs: bool = False) -> None:
+        super().__init__(name, None)
+        self.asked = 0
+        self._hangs = hangs
+
+    async def healths(self) -> Sequence[Mapping[str, Any]]:
+        return await self.infos()
+
+    async def infos(self) -> Sequence[Mapping[str, Any]]:
+        self.asked += 1
+        if self._hangs:
+            await asyncio.Event().wait()
+        raise RuntimeError("the deployment is not there")
+
+
+def test_a_vae_without_replicas_costs_the_others_nothing(loaded: LoadedVae, latents: torch.Tensor) -> None:
+    front = Front([Here("sd1", loaded), Away("flux")])
+    assert torch.equal(tensor_of(asked(front, latents)), locally(loaded, latents))
+    client = TestClient(front)
+    assert client.get("/health").json()["replicas"] == {"sd1": 1, "flux": 0}
+    assert [model["loaded"] for model in client.get("/info").json()["models"]] == [True, False]
+
+
+def test_one_that_does_not_answer_is_waited_for_by_the_first_call_alone(
+    loaded: LoadedVae, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("remote_vae.server.front._AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("remote_vae.server.front._ASK_SECONDS", 0.05)
+    away = Away("flux", hangs=True)
+    front = Front([Here("sd1", loaded), away])
+    scope = Head("POST", "/decode", "&".join([*(f"shape={size}" for size in latents.shape), "dtype=float32"]).encode()).scope()
+
+    async def call() -> None:
+        came = [{"type": "http.request", "body": body(latents), "more_body": False}]
+
+        async def receive() -> Message:
+            if not came:
+                await asyncio.Event().wait()
+            return came.pop()
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        sent: list[Message] = []
+        await front(dict(scope), receive, send)
+        assert sent[0]["status"] == 200
+
+    async def calls() -> None:
+        await call()
+        # It is asked again beside the next ones, and would never answer them.
+        monkeypatch.setattr("remote_vae.server.front._ASK_SECONDS", 1e6)
+        for _ in range(2):
+            await asyncio.wait_for(call(), 30)
+
+    asyncio.run(calls())
+    assert away.asked == 2
 
 
 def test_limits_hold_before_a_body_is_read(loaded: LoadedVae, latents: torch.Tensor) -> None:
