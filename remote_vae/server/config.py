@@ -42,6 +42,8 @@ _EXPECTED: dict[Kind, str] = {
     "list": "a text, or a list of them",
 }
 _TOKEN_LIMIT = 4096
+FAST_MODES = ("off", "exact", "compile")
+FAST_SIZES = ("512", "1024")
 
 
 def _key(name: str) -> str:
@@ -125,9 +127,9 @@ FLAGS: tuple[Flag, ...] = (
         "text",
         "exact",
         "off; exact: warmed up, the same bits; compile: torch.compile, at most one level of 255 off",
-        choices=("off", "exact", "compile"),
+        choices=FAST_MODES,
     ),
-    Flag("fast-sizes", "list", ("512", "1024"), "sizes in pixels that --fast prepares: 512,1024x1536 (WIDTHxHEIGHT)"),
+    Flag("fast-sizes", "list", FAST_SIZES, "sizes in pixels that --fast prepares: 512,1024x1536 (WIDTHxHEIGHT)"),
     Flag("batch-pixels", "whole", None, f"pixels of one batch at the most; 0: no batches ({BATCH_PIXELS}, on CPUs alone 0)"),
     Flag("batch-wait", "number", BATCH_WAIT, "seconds that a call may wait for others of its size", most=1),
     Flag("max-pixels", "whole", _LIMITS.max_pixels, "largest picture or frame, width x height", least=1),
@@ -164,7 +166,7 @@ class ServerConfig:
     tls_key: str | None = None
     log_format: str = "text"
     fast: str = "exact"
-    fast_sizes: tuple[str, ...] = ("512", "1024")
+    fast_sizes: tuple[str, ...] = FAST_SIZES
     batch_pixels: int | None = None
     batch_wait: float = BATCH_WAIT
     limits: Limits = field(default_factory=Limits)
@@ -172,22 +174,34 @@ class ServerConfig:
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Height and width in pixels of what ``--fast`` prepares."""
-        return tuple(map(_size, self.fast_sizes))
+        return sizes_of(self.fast_sizes)
 
     def token(self) -> str:
-        """What clients must have; "": nothing. Raises SettingsError: the file cannot be read, or has none."""
-        if self.token_file is None:
-            return os.environ.get(TOKEN_VARIABLE, "").strip()
-        try:
-            with Path(self.token_file).open(encoding="utf-8") as file:
-                token = file.read(_TOKEN_LIMIT).strip()
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"--token-file {self.token_file} cannot be read: {getattr(error, 'strerror', None) or error}"
-            ) from None
-        if not token or len(token.split()) != 1:
-            raise SettingsError(f"--token-file {self.token_file}: expected one word, which is the token")
-        return token
+        """What clients must have; "": nothing. Raises SettingsError."""
+        return token_of(self.token_file)
+
+
+def token_of(file: str | None) -> str:
+    """What clients must have, of the file or else of the environment; "": nothing.
+
+    Raises:
+        SettingsError: the file cannot be read, or has none.
+    """
+    if file is None:
+        return os.environ.get(TOKEN_VARIABLE, "").strip()
+    try:
+        with Path(file).open(encoding="utf-8") as opened:
+            token = opened.read(_TOKEN_LIMIT).strip()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--token-file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not token or len(token.split()) != 1:
+        raise SettingsError(f"--token-file {file}: expected one word, which is the token")
+    return token
+
+
+def sizes_of(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Height and width of each of ``--fast-sizes``. Raises SettingsError."""
+    return tuple(map(_size, texts))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -359,7 +373,7 @@ def _beside(path: Path, name: str) -> Path:
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = _SIZE.fullmatch(text)
+    found = _SIZE.fullmatch(text.strip())
     if found is None:
         raise SettingsError(f"--fast-sizes: got {one_line(text, 40)!r}, expected 1024 or WIDTHxHEIGHT, such as 1024x1536")
     return int(found[2] or found[1]), int(found[1])

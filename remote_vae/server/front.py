@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +55,8 @@ _HEALTH_SECONDS = 0.5
 # A replica that does not say it in this time is not ready; one that has said nothing yet is asked again after a while.
 _ASK_SECONDS = 2.0
 _AGAIN_SECONDS = 1.0
+# A call whose VAE has no replica, neither when it came nor after so long, waits no longer: a new one may take minutes, or for ever.
+_NONE_SECONDS = 30.0
 
 
 class ReplicaGone(RemoteVaeError):
@@ -245,7 +248,10 @@ class Front:
         call = asyncio.ensure_future(self._tried(vae, head, body, send))
         gone = asyncio.ensure_future(leaving(receive))
         try:
-            await asyncio.wait({call, gone}, return_when=asyncio.FIRST_COMPLETED)
+            wait = partial(asyncio.wait, {call, gone}, timeout=_NONE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            while not (await wait())[0]:
+                if not await _has_replicas(vae):
+                    raise NoModel(f"no replica of {vae.name} is there; try again in a few minutes")
             if not call.done():
                 raise ClientGone("the client hung up")
             call.result()
@@ -335,6 +341,17 @@ def _head(request: Request, path: str) -> Head:
         tuple((bytes(name), bytes(value)) for name, value in request.scope["headers"] if name != b"authorization"),
         (client.host, client.port) if client else None,
     )
+
+
+async def _has_replicas(vae: Replicas) -> bool:
+    """Whether there are any; also where they do not say so in time, as those that work may not."""
+    try:
+        return bool(await asyncio.wait_for(vae.healths(), _ASK_SECONDS))
+    except asyncio.TimeoutError:
+        return True
+    except Exception as error:  # of whatever has the replicas
+        log.debug("%s: %s: %s", vae.name, type(error).__name__, error)
+        return False
 
 
 async def _soon(answers: Awaitable[Sequence[Mapping[str, Any]]]) -> Sequence[Mapping[str, Any]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -32,11 +31,11 @@ from remote_vae.errors import SettingsError
 from remote_vae.server.admission import Limits
 from remote_vae.server.app import create_app
 from remote_vae.server.catalogue import NoModel, OneVae
-from remote_vae.server.config import is_name
+from remote_vae.server.config import FAST_MODES, FAST_SIZES, is_name, sizes_of, token_of
 from remote_vae.server.engine import Engine, batch_pixels_on
+from remote_vae.server.fast import Fast
 from remote_vae.server.front import AllBusy, Front, Head, Message, ReplicaGone, Replicas
-from remote_vae.server.models import load_vae
-from remote_vae.tokens import TOKEN_VARIABLE
+from remote_vae.server.metrics import metrics
 
 log = logging.getLogger("remote_vae")
 
@@ -56,7 +55,7 @@ class Vae:
     """What is said of one VAE, or of all in one place; the numbers are those of Ray Serve's deployments, under their names.
 
     Attributes:
-        source, family, dtype, device: as of ``remote-vae serve``.
+        source, family, dtype, device, fast, fast_sizes: as of ``remote-vae serve``.
         num_gpus: of each replica; 0.5 puts two on one card, which share its memory.
         num_cpus: of each replica, which computes in so many threads where it has no card.
         min_replicas, max_replicas: between them their number follows the queue.
@@ -69,6 +68,8 @@ class Vae:
     family: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    fast: str = "exact"
+    fast_sizes: str = ",".join(FAST_SIZES)
     num_gpus: float = 0.0
     num_cpus: float = 1.0
     min_replicas: int = 1
@@ -83,7 +84,8 @@ def app(arguments: Mapping[str, Any]) -> Application:
 
     Args:
         arguments: ``vaes``: a mapping of name to source or to a mapping of ``Vae``, or "NAME=SOURCE,NAME=SOURCE"; ``fronts``:
-            how many (1); ``max_pixels``, ``max_video_pixels``: as of ``remote-vae serve``; all else is said of every VAE.
+            how many (1); ``max_pixels``, ``max_video_pixels``, ``token_file``: as of ``remote-vae serve``, the file on each
+            machine with a front; all else is said of every VAE.
 
     Raises:
         SettingsError: an argument that there is not, or that is no number.
@@ -92,7 +94,7 @@ def app(arguments: Mapping[str, Any]) -> Application:
     vaes = _named(given.pop("vaes", None))
     fronts = _number("fronts", given.pop("fronts", 1), int)
     bounds = {name: _number(name, given.pop(name), int) for name in ("max_pixels", "max_video_pixels") if name in given}
-    limits = Limits(**bounds)
+    limits, token_file = Limits(**bounds), given.pop("token_file", None)
     usual = _vae(Vae(), given, "")
     each = {name: _vae(usual, said, f"vaes.{name}.") for name, said in vaes.items()}
     bound = [_deployment(name, vae).bind(name, vae, limits) for name, vae in each.items()]
@@ -105,7 +107,7 @@ def app(arguments: Mapping[str, Any]) -> Application:
         # It computes nothing, and is wanted where all processors are taken.
         ray_actor_options={"num_cpus": 0},
     )
-    return front.bind(list(each), limits, *bound)
+    return front.bind(list(each), limits, token_file, *bound)
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------------
@@ -139,6 +141,9 @@ def _vae(usual: Vae, said: Mapping[str, Any], where: str) -> Vae:
             raise SettingsError(f"{where}{name}: there is no such argument; there are {', '.join(kinds)}")
     changed = {name: _number(where + name, value, kinds[name]) for name, value in said.items()}
     vae = replace(usual, **changed)
+    if vae.fast not in FAST_MODES:
+        raise SettingsError(f"{where}fast must be one of {', '.join(FAST_MODES)}, not {vae.fast}")
+    sizes_of(str(vae.fast_sizes).split(","))
     if vae.max_replicas < vae.min_replicas:
         # One number of them was given.
         vae = replace(vae, max_replicas=vae.min_replicas)
@@ -184,8 +189,11 @@ class _Replica:
     """One process of a VAE: the app of a single server, asked through Ray."""
 
     def __init__(self, name: str, vae: Vae, limits: Limits) -> None:
-        loaded = load_vae(vae.source, family=vae.family, dtype=vae.dtype, device=vae.device)
-        self._engine = Engine(OneVae(loaded, name, loaded.about), limits, batch_pixels=batch_pixels_on([loaded.device]))
+        # All that is to be done is done before Ray sends calls here: none is loaded later, or put away.
+        fast = Fast(vae.fast, sizes_of(str(vae.fast_sizes).split(",")))
+        loaded = fast.load(vae.source, family=vae.family, dtype=vae.dtype, device=vae.device)
+        batch_pixels = batch_pixels_on([loaded.device])
+        self._engine = Engine(OneVae(loaded, name, loaded.about), limits, batch_pixels=batch_pixels, watcher=metrics())
         # The front has let the caller in, and nobody else gets here.
         self._app = create_app(self._engine)
 
@@ -302,10 +310,12 @@ class _Handle:
 class _Front:
     """The process that every request comes to."""
 
-    def __init__(self, names: Sequence[str], limits: Limits, *handles: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self, names: Sequence[str], limits: Limits, token_file: str | None, *handles: DeploymentHandle[Any]
+    ) -> None:
         vaes: list[Replicas] = [_Handle(name, handle) for name, handle in zip(names, handles, strict=True)]
-        # Of the environment in which Ray was started on this machine: it stands in no file, and in no argument that Ray shows.
-        self._front = Front(vaes, os.environ.get(TOKEN_VARIABLE, "").strip(), limits)
+        # Of the file, or of the environment in which Ray was started on this machine: in no argument, as Ray shows those.
+        self._front = Front(vaes, token_of(token_file), limits)
 
     async def __call__(self, request: Request) -> Response:
         del request

@@ -15,7 +15,7 @@ def test_the_yaml_of_the_docs_is_taken_by_ray_and_by_the_app() -> None:
     assert application.import_path == f"{ray_app.__name__}:app"
     front: Any = ray_app.app(application.args)._bound_deployment
     assert front.name == ray_app.FRONT
-    names, _, *bound = front.init_args
+    names, _, _, *bound = front.init_args
     numbers = {each._bound_deployment.name: each._bound_deployment._deployment_config for each in bound}
     assert list(numbers) == names == list(application.args["vaes"])
     scaling = numbers["sdxl"].autoscaling_config

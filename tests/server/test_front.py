@@ -178,6 +178,11 @@ class Away(Here):
         self.asked = 0
         self._hangs = hangs
 
+    async def ask(self, head: Head, body: bytes | bytearray) -> AsyncIterator[Sequence[Message]]:
+        self.calls += 1
+        await asyncio.Event().wait()
+        yield []
+
     async def healths(self) -> Sequence[Mapping[str, Any]]:
         return await self.infos()
 
@@ -188,12 +193,30 @@ class Away(Here):
         raise RuntimeError("the deployment is not there")
 
 
+class Slow(Here):
+    async def ask(self, head: Head, body: bytes | bytearray) -> AsyncIterator[Sequence[Message]]:
+        await asyncio.sleep(0.3)
+        async for messages in super().ask(head, body):
+            yield messages
+
+
 def test_a_vae_without_replicas_costs_the_others_nothing(loaded: LoadedVae, latents: torch.Tensor) -> None:
     front = Front([Here("sd1", loaded), Away("flux")])
     assert torch.equal(tensor_of(asked(front, latents)), locally(loaded, latents))
     client = TestClient(front)
     assert client.get("/health").json()["replicas"] == {"sd1": 1, "flux": 0}
     assert [model["loaded"] for model in client.get("/info").json()["models"]] == [True, False]
+
+
+def test_a_call_whose_vae_has_no_replica_is_told_so_and_does_not_wait_for_ever(
+    loaded: LoadedVae, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("remote_vae.server.front._NONE_SECONDS", 0.05)
+    front = Front([Here("sd1", loaded), Away("flux")])
+    answer = asked(front, latents, "/flux/decode")
+    assert (answer.status_code, answer.json()) == (503, {"error": "no replica of flux is there; try again in a few minutes"})
+    # One that works for long is there, and is waited for.
+    assert torch.equal(tensor_of(asked(Front([Slow("sd1", loaded)]), latents)), locally(loaded, latents))
 
 
 def test_one_that_does_not_answer_is_waited_for_by_the_first_call_alone(
