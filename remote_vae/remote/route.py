@@ -55,6 +55,8 @@ _MOST_PICTURES = 32
 _MOST_PIXELS = 4 * 4096 * 4096
 # Refusals that are about this request; the endpoint itself is well.
 _REQUEST_ERRORS = frozenset({400, 409, 413, 415, 422})
+# The endpoint has another VAE than it said.
+_OTHER_VAE = 409
 # Seconds for the question whether an endpoint that was silent is there again.
 _UP_SECONDS = 0.5
 
@@ -120,13 +122,15 @@ class RemoteRoute:
         try:
             # In here: where the user has given up, a host's own exception ends the call, and the turn has to end with it.
             call.user.tell(f"{call.doing} on {urlsplit(url).netloc}")
-            said = partial(self._same_vae.there, call, url, settings, public=public)
-            ask = partial(_ask_test_picture, client, call, settings, said)
-            note = self._same_vae.admit(call, url, settings, ask, public=public)
-            there = said()
-            started = time.monotonic()
-            asking = _Asking(client, call, settings.transfer, deadlines, there, self._endpoints.pace(url), public=public)
-            reply = asking.ask()
+            answered = partial(self._answered, call, settings, client, deadlines, public=public)
+            try:
+                reply, note, seconds = answered()
+            except EndpointError as error:
+                if error.status != _OTHER_VAE:
+                    raise
+                # It has got another one since it said which. What it says now decides.
+                self._same_vae.forget(url)
+                reply, note, seconds = answered()
         except (CallCancelled, InvalidRequest) as error:
             if isinstance(error, CallCancelled) and call.user.gave_up():
                 # The user waits no longer, neither now nor with the next picture.
@@ -145,7 +149,7 @@ class RemoteRoute:
             turn.left()
             raise
         turn.succeeded()
-        self._endpoints.took(url, pixels, time.monotonic() - started)
+        self._endpoints.took(url, pixels, seconds)
         self._endpoints.came(url, reply.bytes_down, reply.seconds_down)
         return Outcome(
             _adopted(call, reply.answer),
@@ -156,6 +160,19 @@ class RemoteRoute:
             bytes_down=reply.bytes_down,
             vae_ms=1000.0 * reply.stages.get("predict", 0.0),
         )
+
+    def _answered(
+        self, call: VaeCall[T], settings: Settings, client: EndpointClient, deadlines: Deadlines, *, public: bool
+    ) -> tuple[Reply[Answer], str, float]:
+        """The reply, what the record has to say of the VAE there, and seconds that the call itself took."""
+        url = client.url
+        said = partial(self._same_vae.there, call, url, settings, public=public)
+        ask = partial(_ask_test_picture, client, call, settings, said)
+        note = self._same_vae.admit(call, url, settings, ask, public=public)
+        there = said()
+        started = time.monotonic()
+        asking = _Asking(client, call, settings.transfer, deadlines, there, self._endpoints.pace(url), public=public)
+        return asking.ask(), note, time.monotonic() - started
 
 
 class _Asking:
@@ -180,8 +197,7 @@ class _Asking:
         self._form = _form(call, transfer)
         # What a server says that it knows.
         self._extras = wanted(Extras.of(there.extras), _bytes(call, self._form), pace, client.url)
-        # Of a server with one VAE nobody has to say which.
-        self._fingerprint = _fingerprint(there, call.vae) if there.name else None
+        self._fingerprint = _fingerprint(there, call.vae)
         self._at_once = 1 if self._is_one_by_one else _at_once(call, public=public)
         self._truncate = call.truncates
         self._packed = call.packed
@@ -354,9 +370,12 @@ def _bytes(call: VaeCall[T], form: str) -> int:
 
 
 def _fingerprint(there: Info, vae: VaeAtWork) -> str | None:
-    """By which a server of several VAEs knows the one that is meant: as it names it, or as it will when it has loaded it."""
+    """That of the VAE that is meant, as its server names it, or of several will when it has loaded it; None: it names none.
+
+    With it a server refuses what is for a VAE that it had a minute ago.
+    """
     said = next(iter(there.fingerprints.values()), None)
-    if said is not None or vae.module is None:
+    if said is not None or vae.module is None or not there.name:
         return said
     own = fingerprint_of(vae.module)
     return own[1] if own else None

@@ -290,7 +290,7 @@ def _by_what_it_says(endpoint: str, info: Info, vae: VaeAtWork) -> Verdict | Non
 
 def _is_failure(error: EndpointError, *, is_silent: bool) -> bool:
     """Whether ``error`` is what a call would be answered, too; not from an endpoint that has only said nothing of its VAE."""
-    if error.status in (401, 403):
+    if error.status in (401, 403, 409):
         return True
     return not is_silent and (error.status >= 500 or error.status in (404, 429))
 

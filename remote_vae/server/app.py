@@ -165,7 +165,7 @@ def _add_pages(app: FastAPI, paths: _Paths) -> None:
 
 def _add_calls(app: FastAPI, paths: _Paths) -> None:
     """What is asked for with POST."""
-    statuses = (400, 401, 403, 404, 408, 413, 422, 500, 503, 507)
+    statuses = (400, 401, 403, 404, 408, 409, 413, 422, 500, 503, 507)
     for op in ("decode", "encode"):
         answer = paths.call(op)
         for path in (f"/{op}", f"/{{name}}/{op}"):

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from remote_vae.errors import InvalidRequest, NotFinite, OutOfMemory, RemoteVaeError, SettingsError
 from remote_vae.server import logs
 from remote_vae.server.admission import Busy, ClientGone, Place, Receive, Stalled, TooLarge, read_body
-from remote_vae.server.catalogue import Entry, NoModel, UnknownModel, named
+from remote_vae.server.catalogue import Entry, NoModel, OtherVae, UnknownModel, named
 from remote_vae.server.engine import Engine
 from remote_vae.server.heads import (
     BASE64_OVERHEAD,
@@ -70,6 +70,7 @@ _STATUS: dict[type[Exception], int] = {
     Stalled: 408,
     Busy: 503,
     UnknownModel: 404,
+    OtherVae: 409,
     NoModel: 503,
     OutOfMemory: 507,
     NotFinite: 422,

@@ -34,6 +34,10 @@ class UnknownModel(RemoteVaeError):
     """The server has no VAE of this name."""
 
 
+class OtherVae(RemoteVaeError):
+    """The VAE that the client means is not there: not any more, or it never was."""
+
+
 class Described(Protocol):
     """What is known of one VAE of a server."""
 
@@ -313,3 +317,11 @@ def check_family(own: Family, name: str | None) -> None:
     wanted = find_family(name)
     if wanted.key != own.key:
         raise InvalidRequest(f"this server has the VAE of {own.label}, and the request is for {wanted.label}")
+
+
+def check_fingerprint(own: Described, fingerprint: str | None) -> None:
+    """Raises OtherVae: the VAE is known to be another than the one with ``fingerprint``."""
+    known = own.fingerprints if fingerprint is not None else {}
+    if known and fingerprint not in known.values():
+        theirs = next(iter(known.values()))
+        raise OtherVae(f"the VAE here has the fingerprint {theirs}, and the request is for {fingerprint}: ask GET /info anew")

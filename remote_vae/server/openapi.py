@@ -25,6 +25,7 @@ _ERROR_TEXT = {
     403: "This UI shares its VAE with programs on its own machine alone, unless a token is set.",
     404: "There is no VAE of that name.",
     408: "The body stopped coming.",
+    409: "The VAE with the fingerprint of the request is not here.",
     413: "The body is longer than what belongs to this request.",
     422: "The VAE gives NaN or infinite values for it, in float32 as well.",
     500: "Something that should not happen; the server's log says where.",

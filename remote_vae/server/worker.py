@@ -15,7 +15,7 @@ import torch
 from remote_vae.server.admission import ClientGone, Place
 from remote_vae.server.batching import Job
 from remote_vae.server.calling import Calls, Made
-from remote_vae.server.catalogue import Device, check_family
+from remote_vae.server.catalogue import Device, check_family, check_fingerprint
 from remote_vae.server.moving import Mover, moved
 from remote_vae.server.pictures import Facts
 from remote_vae.tiled.memory import trim_heap
@@ -163,9 +163,11 @@ class Worker:
                 self._finish(self, job, result, facts)
 
     def _values(self, job: Job, vae: VaeAtWork, dtype: torch.dtype) -> torch.Tensor:
-        """What the VAE takes for ``job``, in ``dtype`` and on its device. Raises InvalidRequest."""
+        """What the VAE takes for ``job``, in ``dtype`` and on its device. Raises InvalidRequest, OtherVae."""
         request = job.request
+        # Here and not earlier: a host may have loaded another one meanwhile.
         check_family(vae.family, request.family)
+        check_fingerprint(job.entry, request.fingerprint)
         given = self._given(job, vae, dtype)
         return request.scaling.unscale(given, vae.family) if isinstance(request, DecodeRequest) else given
 

@@ -6,7 +6,7 @@ import copy
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -141,21 +141,49 @@ def test_after_other_weights_were_loaded_into_the_same_vae_it_is_another(
     assert chaos.requests == ["/decode"]
 
 
-def test_a_server_that_has_another_vae_meanwhile_is_noticed_after_a_minute(
-    caller: Caller, chaos: Chaos, settings: Settings, loaded: LoadedVae
-) -> None:
-    assert caller.run(settings) == "remote"
+@pytest.fixture
+def other(loaded: LoadedVae) -> Iterator[ServerThread]:
+    """A server of another VAE of the family."""
     trained = AutoencoderKL.from_config(loaded.vae.config).requires_grad_(False)
     trained.load_state_dict(loaded.vae.state_dict())
     change(trained)
-    other = ServerThread(replace(as_loaded(trained, "sd1"), family=loaded.family))
-    try:
-        chaos.target = other.url
-        caller.clock.now += INFO_SECONDS + 1
-        assert caller.run(settings) == "local"
-        assert caller.reason == "another VAE there"
-    finally:
-        other.close()
+    running = ServerThread(replace(as_loaded(trained, "sd1"), family=loaded.family))
+    yield running
+    running.close()
+
+
+def test_a_server_that_has_another_vae_meanwhile_refuses_what_is_for_the_one_before(
+    caller: Caller, chaos: Chaos, settings: Settings, other: ServerThread, op: dict[str, Any]
+) -> None:
+    assert caller.run(settings, **op) == "remote"
+    chaos.target = other.url
+    assert caller.run(settings, **op) == "local"
+    assert caller.reason == "another VAE there"
+    assert chaos.infos == ["/info"] * 2
+    # Nor is it asked again.
+    assert caller.run(settings, **op) == "local"
+    assert len(chaos.requests) == 2
+
+
+def test_who_wants_its_pictures_all_the_same_gets_them_at_once(
+    caller: Caller, chaos: Chaos, settings: Settings, other: ServerThread
+) -> None:
+    settings = replace(settings, when_vae_differs="remote")
+    assert caller.run(settings) == "remote"
+    chaos.target = other.url
+    assert caller.run(settings) == "remote"
+    assert caller.last.detail == "u8, another VAE"
+
+
+def test_one_that_does_not_read_fingerprints_is_noticed_after_a_minute(
+    caller: Caller, chaos: Chaos, settings: Settings, other: ServerThread
+) -> None:
+    chaos.drops = ("fingerprint",)
+    assert caller.run(settings) == "remote"
+    chaos.target = other.url
+    caller.clock.now += INFO_SECONDS + 1
+    assert caller.run(settings) == "local"
+    assert caller.reason == "another VAE there"
 
 
 def test_a_server_that_failed_is_asked_who_it_is_before_the_minute_is_over(

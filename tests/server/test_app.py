@@ -18,7 +18,7 @@ from PIL import Image
 
 from remote_vae import remote_decode
 from remote_vae.server.models import LoadedVae
-from remote_vae.vae.fingerprint import fingerprint
+from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
 from remote_vae.wire.pixels import image_to_pixels, to_uint8
 from tests.conftest import ServerThread
 from tests.server.asking import TIMEOUT, body, decode, head, locally, tensor_of
@@ -220,6 +220,17 @@ def test_the_log_says_who_asked_for_what_and_how_long_it_took(
     done, refused = (record.getMessage() for record in caplog.records)
     assert re.fullmatch(r"decode custom 96x64 for 127\.0\.0\.1: 200, 0\.1 MB; waited [\d.]+ s, took [\d.]+ s", done)
     assert refused.startswith("/decode for 127.0.0.1: 400, shape and dtype")
+
+
+@pytest.mark.parametrize("rounding", list(ROUNDINGS))
+def test_the_vae_that_a_client_means_answers_and_another_does_not(
+    server: ServerThread, loaded: LoadedVae, latents: torch.Tensor, rounding: str
+) -> None:
+    meant = decode(server, latents, fingerprint=loaded.fingerprints[rounding])
+    assert torch.equal(tensor_of(meant), locally(loaded, latents))
+    other = decode(server, latents, fingerprint="0123456789abcdef")
+    assert other.status_code == 409
+    assert loaded.fingerprint in other.json()["error"]
 
 
 # --- what nobody should send ---------------------------------------------------------------------------------------------

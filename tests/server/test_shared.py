@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from remote_vae.server.admission import ClientGone, Limits, Place
-from remote_vae.server.catalogue import NoModel, OneVae
+from remote_vae.server.catalogue import NoModel, OneVae, OtherVae
 from remote_vae.server.engine import Engine
 from remote_vae.server.shared import create_shared_app
 from remote_vae.vae.at_work import Op, whole_diffusers
@@ -64,6 +64,25 @@ def test_the_switch_to_another_model_is_noticed(provider: Sharing, vae: Autoenco
     assert after.body != before
     assert torch.equal(tensor(after, expected), expected)
     assert own.info()["fingerprint"] != first["fingerprint"]
+
+
+def test_a_call_that_waited_while_the_host_took_another_vae_is_not_made_by_that(
+    provider: Sharing, vae: AutoencoderKL, latents: torch.Tensor
+) -> None:
+    lock = QueueLock()
+    own = engine(provider, lock)
+    request = DecodeRequest(latents, Output.TENSOR, fingerprint=own.info()["fingerprint"])
+    with lock:
+        lock.asked.clear()
+        waiting = own.submit(Place("decode", latents.numel(), latents.nbytes), own.catalogue.entries()[0], request)
+        assert lock.asked.wait(30)
+        other = copy.deepcopy(vae)
+        with torch.no_grad():
+            other.decoder.conv_out.bias += 0.25
+        provider.vae = LdmVae(other)
+    with pytest.raises(OtherVae, match="ask GET /info anew"):
+        waiting.result(30)
+    assert provider.vae.calls == []
 
 
 def test_other_weights_in_the_same_vae_are_noticed(provider: Sharing, vae: AutoencoderKL) -> None:
