@@ -55,7 +55,7 @@ _HEALTH_SECONDS = 0.5
 # A replica that does not say it in this time is not ready; one that has said nothing yet is asked again after a while.
 _ASK_SECONDS = 2.0
 _AGAIN_SECONDS = 1.0
-# A call whose VAE has no replica, neither when it came nor after so long, waits no longer: a new one may take minutes, or for ever.
+# A call whose VAE has no replica after so long waits no longer: a new one may take minutes, or may never come.
 _NONE_SECONDS = 30.0
 
 

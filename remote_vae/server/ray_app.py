@@ -310,9 +310,7 @@ class _Handle:
 class _Front:
     """The process that every request comes to."""
 
-    def __init__(
-        self, names: Sequence[str], limits: Limits, token_file: str | None, *handles: DeploymentHandle[Any]
-    ) -> None:
+    def __init__(self, names: Sequence[str], limits: Limits, token_file: str | None, *handles: DeploymentHandle[Any]) -> None:
         vaes: list[Replicas] = [_Handle(name, handle) for name, handle in zip(names, handles, strict=True)]
         # Of the file, or of the environment in which Ray was started on this machine: in no argument, as Ray shows those.
         self._front = Front(vaes, token_of(token_file), limits)

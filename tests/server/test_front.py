@@ -171,7 +171,7 @@ def test_info_and_health_speak_for_all_of_them(loaded: LoadedVae, flux: LoadedVa
 
 
 class Away(Here):
-    """Replicas of which there are none, as where a deployment cannot be placed; ``asked``: how often somebody wanted to know."""
+    """Replicas of which there are none, as where none can be placed; ``asked``: how often somebody wanted to know."""
 
     def __init__(self, name: str, *, hangs: bool = False) -> None:
         super().__init__(name, None)
