@@ -29,7 +29,8 @@ ENCODING = "X-Remote-VAE-Encoding"
 LATE = "late"
 PICTURES = "pictures"
 # Keys of a query that a server of ours understands.
-KEYS = ("fingerprint", "sample")
+FINGERPRINT = "fingerprint"
+KEYS = (FINGERPRINT, "sample")
 
 # Characters of the header that are read.
 _LIMIT = 1000
