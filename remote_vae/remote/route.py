@@ -40,7 +40,7 @@ from remote_vae.vae.families import Family, public_max_pixels
 from remote_vae.vae.fingerprint import fingerprint_of
 from remote_vae.wire import DecodeAnswer, DecodeRequest, EncodeAnswer, EncodeRequest, Info, Output
 from remote_vae.wire.encode import latent_sides
-from remote_vae.wire.extras import Extras
+from remote_vae.wire.extras import FINGERPRINT, Extras
 from remote_vae.wire.latents import VIDEOS
 from remote_vae.wire.pixels import frames_of, to_uint8
 from remote_vae.wire.tensors import DTYPES
@@ -50,7 +50,7 @@ log = logging.getLogger("remote_vae")
 _OUTPUTS = {"raw": Output.TENSOR, "u8": Output.UINT8, "png": Output.PNG, "jpg": Output.JPG}
 _RGB = 3
 _SIXTEENTH = 1 / 16
-# What a server of ours takes in one request unless it was told otherwise: larger batches, as of AnimateDiff, go in parts.
+# What a server of ours takes in one request unless it says otherwise: larger batches, as of AnimateDiff, go in parts.
 _MOST_PICTURES = 32
 _MOST_PIXELS = 4 * 4096 * 4096
 # Refusals that are about this request; the endpoint itself is well.
@@ -197,8 +197,8 @@ class _Asking:
         self._form = _form(call, transfer)
         # What a server says that it knows.
         self._extras = wanted(Extras.of(there.extras), _bytes(call, self._form), pace, client.url)
-        self._fingerprint = _fingerprint(there, call.vae)
-        self._at_once = 1 if self._is_one_by_one else _at_once(call, public=public)
+        self._fingerprint = _fingerprint(there, call.vae) if FINGERPRINT in there.extras else None
+        self._at_once = 1 if self._is_one_by_one else _at_once(call, there, public=public)
         self._truncate = call.truncates
         self._packed = call.packed
         self._deadlines = deadlines
@@ -281,11 +281,13 @@ class _Asking:
         return replace(reply, answer=answer)
 
 
-def _at_once(call: VaeCall[T], *, public: bool) -> int:
+def _at_once(call: VaeCall[T], there: Info, *, public: bool) -> int:
     """How many pictures, or videos, of the batch one request may have. One too large alone is for the endpoint to refuse."""
     _, height, width = call.size
-    most = public_max_pixels() if public else _MOST_PIXELS
-    return max(1, min(_MOST_PICTURES, most // max(1, call.frames * height * width)))
+    said = there.limits.get("max_video_pixels" if call.frames > 1 else "max_total_pixels", _MOST_PIXELS)
+    most = public_max_pixels() if public else min(_MOST_PIXELS, said)
+    pictures = min(_MOST_PICTURES, there.limits.get("max_batch", _MOST_PICTURES))
+    return max(1, min(pictures, most // max(1, call.frames * height * width)))
 
 
 def _parts(tensor: torch.Tensor, at_once: int) -> list[torch.Tensor]:

@@ -169,8 +169,8 @@ class SameVae:
         """
         if public:
             return Info()
-        if call.vae.module is None:
-            # Who has none at hand asks nothing more than the call.
+        if call.vae.module is None and len(call.tensor) == 1:
+            # Who has none at hand asks nothing more than the call; of a batch, how much of it may come at once.
             with self._lock:
                 known = self._infos.get(beside(url, "info"), (Info(), 0.0))[0]
             return of_several(known, call.vae)

@@ -29,6 +29,9 @@ FINGERPRINT_KEYS: Mapping[str, str] = {
     "float16_bfloat16": "fingerprint_float16_bfloat16",
 }
 _NAME_LIMIT = 80
+# Of a server's limits those that a client goes by.
+_LIMITS = ("max_batch", "max_total_pixels", "max_video_pixels")
+_MOST_PIXELS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Info:
         name: of the VAE among those of its server, and in the path ``/<name>/decode``.
         is_loaded: whether the VAE is in memory; the first call of one that is not waits for that.
         extras: what it knows beyond the protocol; see ``extras``.
+        limits: what it takes in one request: "max_batch" pictures, "max_total_pixels" of them, "max_video_pixels" of a video.
         models: its VAEs in the order in which it prefers them; none where it does not list them.
     """
 
@@ -57,6 +61,7 @@ class Info:
     name: str = ""
     is_loaded: bool = True
     extras: tuple[str, ...] = ()
+    limits: Mapping[str, int] = field(default_factory=dict)
     models: tuple[Info, ...] = ()
 
 
@@ -80,7 +85,15 @@ def _info(body: np.ndarray) -> Info:
     if not isinstance(extras, list):
         raise MalformedAnswer("GET /info: got extras that are not a list")
     words = tuple(one_line(word, _NAME_LIMIT) for word in extras[:_MOST_EXTRAS] if isinstance(word, str))
-    return replace(_of_one(entries), extras=words, models=tuple(replace(_of_one(each), extras=words) for each in models))
+    of_all: dict[str, Any] = {"extras": words, "limits": _limits(entries.get("limits"))}
+    return replace(_of_one(entries), **of_all, models=tuple(replace(_of_one(each), **of_all) for each in models))
+
+
+def _limits(entries: object) -> dict[str, int]:
+    """Those that are whole numbers; one of nonsense is as none."""
+    named = entries if isinstance(entries, dict) else {}
+    found = {name: _whole(named, name, _MOST_PIXELS) for name in _LIMITS}
+    return {name: limit for name, limit in found.items() if limit}
 
 
 def _of_one(entries: dict[str, Any]) -> Info:
@@ -110,7 +123,7 @@ def _vae(entries: dict[str, Any]) -> Family | None:
 def _whole(entries: dict[str, Any], key: str, most: int, otherwise: int = 0) -> int:
     """A whole number from 1 to ``most``; 0: something else. ``otherwise`` where older servers leave it out."""
     value = entries.get(key, otherwise)
-    return int(value) if _is_number(value) and value in range(1, most + 1) else 0
+    return int(value) if _is_number(value, most) and value in range(1, most + 1) else 0
 
 
 def _numbers(values: Any) -> tuple[float, ...] | None:
@@ -120,8 +133,8 @@ def _numbers(values: Any) -> tuple[float, ...] | None:
     return tuple(map(float, values))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
+def _is_number(value: Any, most: float = 1e6) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= most
 
 
 def _text(entries: dict[str, Any], key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,15 @@ import torch
 
 from remote_vae.call import Answer, Outcome
 from remote_vae.remote.compressing import wanted, worth
+from remote_vae.server.admission import Limits
+from remote_vae.server.models import LoadedVae
 from remote_vae.settings import Settings
+from remote_vae.vae.at_work import Op
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 from remote_vae.wire.compression import SMALLEST, codings
 from remote_vae.wire.extras import Extras, own_extras
 from tests.chaos import Chaos
+from tests.conftest import ServerThread
 from tests.remote.conftest import Caller
 
 LATENTS = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3)) * 5
@@ -104,6 +109,38 @@ def test_a_batch_of_picture_files_is_one_call(network: Network, transfer: str) -
 
 def test_a_batch_of_png_files_has_the_levels_of_the_tensor(network: Network) -> None:
     assert levels(network.ask(FAST, "png")).equal(levels(network.ask(FAST, "u8")))
+
+
+@pytest.fixture(scope="module")
+def small(loaded: LoadedVae) -> Iterator[ServerThread]:
+    """A server that takes three pictures in one request."""
+    running = ServerThread(loaded, limits=Limits(max_batch=3))
+    yield running
+    running.close()
+
+
+@pytest.mark.parametrize("transfer", ["raw", "u8", "png"])
+@pytest.mark.parametrize("op", ["decode", "encode"])
+@pytest.mark.parametrize("knows", [True, False], ids=["a host", "the command line"])
+def test_a_batch_goes_in_requests_that_the_server_takes(
+    network: Network, small: ServerThread, op: Op, transfer: str, knows: bool
+) -> None:
+    network.chaos.target = small.url
+    network.caller.vae = network.caller.vae if knows else None
+    tensor = LATENTS[:, :, :8, :8] if op == "decode" else PIXELS[:, :, :64, :64]
+    outcome = network.ask(FAST, transfer, op=op, tensor=tensor.repeat(4, 1, 1, 1)[:7])
+    made = levels(outcome) if op == "decode" else latents(outcome)
+    assert len(made) == 7
+    assert len(network.chaos.requests) == (7 if (op, transfer) == ("encode", "png") else 3)
+
+
+def test_a_batch_has_no_more_pixels_in_a_request_than_the_server_takes(network: Network, loaded: LoadedVae) -> None:
+    server = ServerThread(loaded, limits=Limits(max_pixels=64 * 64))
+    network.chaos.target = server.url
+    outcome = network.ask(FAST, "u8", tensor=LATENTS[:, :, :8, :8].repeat(3, 1, 1, 1))
+    assert levels(outcome).shape == (6, 3, 64, 64)
+    assert len(network.chaos.requests) == 2
+    server.close()
 
 
 def test_a_server_that_lists_nothing_is_asked_for_nothing(network: Network) -> None:

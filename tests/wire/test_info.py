@@ -26,6 +26,14 @@ def test_what_is_said_is_read_and_the_rest_is_empty() -> None:
     assert read(b"{}") == Info()
 
 
+@pytest.mark.parametrize("wrong", [None, "8", [8], 0, -1, 8.5, 10**400, True])
+def test_limits_are_read_and_nonsense_is_none(wrong: object) -> None:
+    body = {"limits": {"max_batch": 8, "max_total_pixels": wrong}, "models": [{"name": "a"}, {"name": "b"}]}
+    info = read(json.dumps(body).encode())
+    assert [each.limits for each in (info, *info.models)] == [{"max_batch": 8}] * 3
+    assert read(json.dumps({"limits": wrong}).encode()).limits == {}
+
+
 FACTORS = {"latent_channels": 16, "downscale": 8, "scaling_factor": 0.3611, "shift_factor": 0}
 
 
