@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from remote_vae.local.route import answer, whole_fits
+from remote_vae.local.route import answer, likely_bytes, whole_fits
 
-__all__ = ["answer", "whole_fits"]
+__all__ = ["answer", "likely_bytes", "whole_fits"]

@@ -74,6 +74,16 @@ def reserved_bytes(call: VaeCall[Any]) -> int:
     return int(known[call.op] * at_once * height * width * call.vae.dtype.itemsize * _backend(call.vae.device))
 
 
+def usual_bytes(op: Op, pixels: int, dtype: torch.dtype, device: torch.device) -> int:
+    """What most VAEs take for so many pixels, those of AutoencoderKL's kind: where nothing is known of the one in question."""
+    known, devices = read_toml(_DATA)["pictures"][op], read_toml(_DATA)["devices"]
+    if device.type == "cpu":
+        each = devices["cpu"] * known["counted"]
+    else:
+        each = known["single" if dtype.itemsize > 2 else "half"] * _backend(device)
+    return int(each * pixels * dtype.itemsize)
+
+
 def whole_bytes(plan: Plan, shape: torch.Size, dtype: torch.dtype) -> int:
     """What the layers of the whole VAE keep alive at their peak for ``shape`` ``[B, C, H, W]`` or ``[B, C, F, H, W]``.
 

@@ -22,7 +22,7 @@ import torch
 from remote_vae.call import Outcome, T, VaeCall, Way, no_room
 from remote_vae.errors import InvalidRequest, NotFinite, OutOfMemory, UnsupportedLayout
 from remote_vae.local.elsewhere import copies, picked_device
-from remote_vae.local.estimate import Need, mask_bytes, reserved_bytes, whole_need
+from remote_vae.local.estimate import Need, mask_bytes, reserved_bytes, usual_bytes, whole_need
 from remote_vae.local.memory import available_memory, heard_out_of_memory, spills
 from remote_vae.local.own import on_cpu
 from remote_vae.local.pace import pace
@@ -113,6 +113,13 @@ def whole_fits(call: VaeCall[T]) -> bool:
     _brought(call)
     free = available_memory(call.vae.device)
     return free is None or _need(call, known).likely <= free
+
+
+def likely_bytes(call: VaeCall[T]) -> int:
+    """What the whole VAE's call is likely to take of its device beside the weights, of a batch all at once."""
+    likely = _need(call, _known(call)).likely
+    pictures, height, width = call.size
+    return likely or usual_bytes(call.op, pictures * height * width, call.vae.dtype, call.vae.device)
 
 
 def _run(way: Way[T], call: VaeCall[T]) -> T:

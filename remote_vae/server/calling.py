@@ -21,14 +21,11 @@ from remote_vae.local.own import own_tiling
 from remote_vae.server.admission import ClientGone
 from remote_vae.settings import Settings
 from remote_vae.tiled.memory import forget_frames, free_memory, is_out_of_memory
-from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork
+from remote_vae.vae.at_work import Op, VaeAtWork
 from remote_vae.wire import EncodeAnswer
 from remote_vae.wire.tensors import is_within
 
 log = logging.getLogger("remote_vae")
-
-# What a decode takes of memory for a pixel and a byte of an element (facts of KL VAEs); an encode takes less.
-_BYTES_A_PIXEL = 2200
 
 # What the VAE takes, on its device, in the dtype given.
 Values = Callable[[torch.dtype], torch.Tensor]
@@ -152,12 +149,7 @@ class Calls:
         return self._whole(tensor)
 
     def _made_room(self, tensor: torch.Tensor) -> bool:
-        family = self.vae.family
-        frames = tensor.shape[2] if tensor.ndim == VIDEO_DIMENSIONS else 1
-        rows, columns = tensor.shape[-2:]
-        scale = family.downscale**2 * family.frame_scale if self.op == "decode" else 1
-        pixels = len(tensor) * frames * rows * columns * scale
-        return self.make_room(_BYTES_A_PIXEL * pixels * self.vae.dtype.itemsize) > 0
+        return self.make_room(local.likely_bytes(VaeCall(self.op, tensor, self.vae, adopt=_values))) > 0
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.vae.whole(self.vae.module, self.op, self.vae.bring(tensor))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from remote_vae.errors import SettingsError
+from remote_vae.local.estimate import usual_bytes
 from remote_vae.local.memory import available_memory
 from remote_vae.server.catalogue import Device, Entry, NoModel, info_of
 from remote_vae.server.models import LoadedVae, load_vae, public_name
@@ -24,8 +25,8 @@ from remote_vae.vae.families import Family, find_family
 
 log = logging.getLogger("remote_vae")
 
-# Beside the weights there is to be room for a call: what a decode at 1024 px takes in bytes an element's byte.
-_CALL_BYTES = 2200 * 1024 * 1024
+# Beside the weights there is to be room for a decode of so many pixels.
+_CALL_PIXELS = 1024 * 1024
 
 Load = Callable[..., LoadedVae]
 
@@ -314,4 +315,6 @@ def _bytes(loaded: LoadedVae) -> int:
 
 
 def _room_for_calls(device: torch.device) -> int:
-    return _CALL_BYTES * (4 if device.type == "cpu" else 2)
+    # What the VAE that is to come computes in is not known before it is there: auto is half precision on a card.
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    return usual_bytes("decode", _CALL_PIXELS, dtype, device)

@@ -11,7 +11,7 @@ import torch
 
 from bench.live_bytes import LiveBytes
 from remote_vae.call import VaeCall
-from remote_vae.local.estimate import reserved_bytes, whole_bytes, whole_need
+from remote_vae.local.estimate import reserved_bytes, usual_bytes, whole_bytes, whole_need
 from remote_vae.settings import read_toml, settings_folder
 from remote_vae.tiled.layouts import decoder_plan, encoder_plan
 from remote_vae.tiled.plan import Plan
@@ -144,6 +144,15 @@ def test_a_card_of_amd_takes_twice_as_much_and_a_processor_no_more_than_is_alive
     assert whole_need("decode", plan, shape, torch.float16, torch.device("xpu")) == intel
     on_cpu = whole_need("decode", plan, shape, torch.float16, CPU)
     assert on_cpu.counted < on_cpu.least == on_cpu.likely < 1.5 * on_cpu.counted
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_usual_is_what_the_vae_of_sd_takes(op: Op, dtype: torch.dtype, device: torch.device) -> None:
+    vae, shape = real("sd"), (1, 4, 32, 32) if op == "decode" else (1, 3, 256, 256)
+    need = whole_need(op, PLANS[op](vae), torch.Size(shape), dtype, device)
+    assert usual_bytes(op, 256 * 256, dtype, device) == pytest.approx(need.likely, rel=0.001)
 
 
 @pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-1.5", "cogvideox", "ltx", "mochi"])

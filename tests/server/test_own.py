@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import requests
 import torch
 
 from remote_vae.errors import InvalidRequest, SettingsError
+from remote_vae.local.estimate import whole_need
 from remote_vae.server.admission import ClientGone, Place
+from remote_vae.server.calling import Calls
 from remote_vae.server.catalogue import NoModel, UnknownModel, pick
 from remote_vae.server.engine import Engine
 from remote_vae.server.models import LoadedVae, devices_of, load_vae
 from remote_vae.server.own import OwnVae, OwnVaes, Source
+from remote_vae.tiled.layouts import decoder_plan
 from remote_vae.vae.fingerprint import fingerprint
 from remote_vae.wire import DecodeRequest, Output
 from tests.conftest import ServerThread
@@ -295,6 +299,26 @@ def test_for_a_call_that_does_not_fit_others_are_put_away_before_it_is_made_in_l
     assert answer.status == 200
     assert tried == [True, False]
     engine.close()
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_room_is_made_for_what_the_call_of_this_vae_takes(folder: Path, family: str) -> None:
+    loaded = load_vae(str(folder / {"sdxl": "xl"}.get(family, family)), device="cpu")
+    latents, wanted = LATENTS if family == "sdxl" else WIDE, []
+
+    def fails(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+    def make_room(nbytes: int) -> int:
+        wanted.append(nbytes)
+        return 0
+
+    vae = replace(loaded.current(), whole=fails)
+    (made,) = Calls(vae, "decode", make_room=make_room).made([lambda dtype: latents.to(dtype)])
+    # In tiles.
+    assert isinstance(made, torch.Tensor)
+    need = whole_need("decode", decoder_plan(loaded.vae), latents.shape, torch.float32, torch.device("cpu"))
+    assert wanted[0] == need.likely
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------------
