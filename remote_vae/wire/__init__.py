@@ -1,8 +1,8 @@
 """The wire: the only place that knows the bytes of the protocol. Client and server both stand on it.
 
-One file a message: ``decode`` and ``encode`` have request and answer together, in both directions, ``info`` what a server says
-of itself, ``errors`` what it says when it cannot answer. ``http``, ``query`` and ``checks`` have what those share, ``tensors``,
-``latents`` and ``pixels`` what they carry.
+One file a message, with both sides in it: ``decode`` has the request and ``decoded`` its answer, ``encode`` has both, ``info``
+what a server says of itself, ``errors`` what it says when it cannot answer. ``http``, ``query`` and ``checks`` have what those
+share, ``tensors``, ``latents`` and ``pixels`` what they carry.
 
 What is sent is an ``HttpRequest`` or an ``HttpResponse``, which are bytes; what it says is a ``DecodeRequest``, a
 ``DecodeAnswer`` and so on, which are valid or cannot be made.
@@ -10,7 +10,8 @@ What is sent is an ``HttpRequest`` or an ``HttpResponse``, which are bytes; what
 
 from __future__ import annotations
 
-from remote_vae.wire.decode import DecodeAnswer, DecodeRequest, decode_response, expect_decode
+from remote_vae.wire.decode import DecodeRequest
+from remote_vae.wire.decoded import DecodeAnswer, decode_response, expect_decode
 from remote_vae.wire.encode import EncodeAnswer, EncodeRequest, encode_response, encode_size, expect_encode
 from remote_vae.wire.errors import ERROR_LIMIT, error_detail, error_response, one_line
 from remote_vae.wire.http import Expected, HttpRequest, HttpResponse

@@ -13,7 +13,8 @@ from remote_vae.wire.latents import PICTURES
 from remote_vae.wire.query import Output
 
 if TYPE_CHECKING:
-    from remote_vae.wire.decode import DecodeAnswer, DecodeRequest
+    from remote_vae.wire.decode import DecodeRequest
+    from remote_vae.wire.decoded import DecodeAnswer
 
 # Places of a picture that are compared first; see ``is_flat``.
 _SAMPLES = 1024
