@@ -16,8 +16,8 @@ from starlette.responses import Response
 
 from remote_vae.errors import InvalidRequest, NotFinite, OutOfMemory, RemoteVaeError, SettingsError
 from remote_vae.server import logs
-from remote_vae.server.admission import Busy, ClientGone, Place, Receive, Stalled, TooLarge, read_body
-from remote_vae.server.catalogue import Entry, NoModel, OtherVae, UnknownModel, named
+from remote_vae.server.admission import Busy, ClientGone, Place, Receive, Size, Stalled, TooLarge, read_body
+from remote_vae.server.catalogue import Entry, Fits, NoModel, OtherVae, UnknownModel, named
 from remote_vae.server.engine import Engine
 from remote_vae.server.heads import (
     BASE64_OVERHEAD,
@@ -101,12 +101,7 @@ class Call(Response):
             try:
                 self._engine.admission.check()
                 named(self._engine.catalogue.entries(), self._name)
-                wanted = await _WANTED[self._op](self._engine, request, self._name)
-            except asyncio.CancelledError:
-                if self._engine.admission.closed is None:
-                    raise
-                await _stopped(send, Late(send, is_wanted=False))
-                return
+                wanted = _admitted(self._engine, request, _HEADS[self._op](self._engine, request, self._name))
             except Exception as error:
                 refused = error_answer(error)
         if refused is not None:
@@ -133,9 +128,9 @@ class Call(Response):
             await _refuse(request, refused, receive, send)
             return
         received = len(body)
-        late = Late(send, is_wanted=wanted.extras.late)
+        late = Late(send, is_wanted=wanted.head.extras.late)
         try:
-            answer = await late.until(self._engine.run(place, wanted.entry, wanted.read, body, leaving(receive)))
+            answer = await late.until(self._made(wanted, body, receive))
         except ClientGone as error:
             _note(request, place, _CLIENT_GONE, received, error=str(error))
             watcher.call_ended(place, _CLIENT_GONE, received, 0)
@@ -159,63 +154,124 @@ class Call(Response):
         place.stages["send"] = time.monotonic() - started
         watcher.call_ended(place, answer.status, received, len(answer.body))
 
+    async def _made(self, wanted: _Wanted, body: bytearray, receive: Receive) -> HttpResponse:
+        entry = await wanted.entry()
+        return await self._engine.run(wanted.place, entry, wanted.head.read, body, leaving(receive))
+
 
 # --- by the head of the request ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What a request wants, by its head: what it takes, how long its body may be, and how that is read."""
+class _Head:
+    """What the head of a request says.
 
-    place: Place
+    Attributes:
+        which: VAE it is for, as ``Engine.pick`` wants it.
+        limit: bytes that its body may have.
+        sized: by the VAE, what that makes or takes, and how many bytes come of it beside the body; None: nobody knows before
+            the body was read. Raises InvalidRequest, NoModel.
+        read: reads the body.
+        is_packed: whether the body takes more memory than it has bytes, up to the limit.
+    """
+
+    op: Op
+    which: tuple[str | None, str | None, str | None, Fits | None]
     limit: int
-    entry: Entry
+    sized: Callable[[Entry], tuple[Size | None, int]]
     read: Read
     extras: Extras
+    is_packed: bool = False
 
 
-async def _decode(engine: Engine, request: Request, name: str | None) -> _Wanted:
+def _decode(engine: Engine, request: Request, name: str | None) -> _Head:
     query = request.query_params.multi_items()
     head = tensor_head(query)
     if head is None:
         raise InvalidRequest("the query lacks shape and dtype; a picture is encoded at /encode")
-    values = dict(query)
-    headers = {name.lower(): value for name, value in request.headers.items()}
+    values, headers = dict(query), _by_lower_name(request)
     accept = headers.get("accept", "").lower()
     output = Output.from_http(values, accept)
-    entry = await engine.pick(name, values.get("family"), values.get("fingerprint"), fits_of("decode", head, values))
-    made = engine.check_decode(entry, head, *asked_size(values), output)
-    answer = made.pixels * _bytes_per_pixel(output, head) * (BASE64_OVERHEAD if BASE64_TYPE in accept else 1)
+    each = _bytes_per_pixel(output, head) * (BASE64_OVERHEAD if BASE64_TYPE in accept else 1)
+
+    def sized(entry: Entry) -> tuple[Size, int]:
+        made = engine.check_decode(entry, head, *asked_size(values), output)
+        return made, int(made.pixels * each)
+
+    which = name, values.get("family"), values.get("fingerprint"), fits_of("decode", head, values)
     limit = int(head.nbytes * BASE64_OVERHEAD) + SLACK
-    place = engine.admission.enter("decode", made.pixels, body_length(request, limit) + int(answer), entry.name)
-    place.size = made
-    return _Wanted(place, limit, entry, partial(DecodeRequest.from_http, query, headers), Extras.from_headers(headers))
+    read = partial(DecodeRequest.from_http, query, headers)
+    return _Head("decode", which, limit, sized, read, Extras.from_headers(headers))
 
 
-async def _encode(engine: Engine, request: Request, name: str | None) -> _Wanted:
+def _encode(engine: Engine, request: Request, name: str | None) -> _Head:
     query = request.query_params.multi_items()
     head = tensor_head(query)
     limits = engine.limits
-    values = dict(query)
-    entry = await engine.pick(name, values.get("family"), values.get("fingerprint"), fits_of("encode", head, values))
-    taken = engine.check_encode(entry, head)
+    values, headers = dict(query), _by_lower_name(request)
+    # What waits is made of whole numbers: as many values of float32.
+    more = 4 * head.nbytes if head is not None and not head.dtype.is_floating_point else 0
+    which = name, values.get("family"), values.get("fingerprint"), fits_of("encode", head, values)
     limit = (head.nbytes if head is not None else limits.max_pixels * FILE_BYTES_PER_PIXEL) + SLACK
-    headers = {name.lower(): value for name, value in request.headers.items()}
-    length = body_length(request, limit)
-    if ENCODING.lower() in headers:
-        # It will be as long as it was before it was compressed.
-        length = limit
-    if head is not None and not head.dtype.is_floating_point:
-        # What waits is made of them: as many values of float32.
-        length += 4 * head.nbytes
-    # Of a picture's file nobody knows how much it holds.
-    place = engine.admission.enter("encode", taken.pixels if taken else length, length, entry.name)
-    place.size = taken
     read = partial(EncodeRequest.from_http, query, max_pixels=limits.max_pixels, headers=headers)
-    return _Wanted(place, limit, entry, read, Extras.from_headers(headers))
+    return _Head(
+        "encode",
+        which,
+        limit,
+        lambda entry: (engine.check_encode(entry, head), more),
+        read,
+        Extras.from_headers(headers),
+        is_packed=ENCODING.lower() in headers,
+    )
 
 
-_WANTED: dict[Op, Callable[[Engine, Request, str | None], Awaitable[_Wanted]]] = {"decode": _decode, "encode": _encode}
+_HEADS: dict[Op, Callable[[Engine, Request, str | None], _Head]] = {"decode": _decode, "encode": _encode}
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A request that is let in: its place, how long its body may be, and its VAE, which may be loaded for it."""
+
+    head: _Head
+    place: Place
+    limit: int
+    entry: Callable[[], Awaitable[Entry]]
+
+
+def _admitted(engine: Engine, request: Request, head: _Head) -> _Wanted:
+    """By what is known of the VAE; where that is nothing, it is loaded when the body is here, so that the client hears of it.
+
+    Raises:
+        InvalidRequest, SettingsError, UnknownModel, NoModel, TooLarge, Busy.
+    """
+    known = engine.known(*head.which)
+    size, more = head.sized(known) if known is not None else (None, 0)
+    # Of a tensor for nobody knows what, no more is taken than of all requests together.
+    limit = head.limit if known is not None else min(head.limit, engine.limits.max_bytes)
+    length = body_length(request, limit)
+    if head.is_packed:
+        length = limit
+    # Of a picture's file nobody knows how much it holds.
+    pixels = size.pixels if size is not None else length
+    place = engine.admission.enter(head.op, pixels, length + more, known.name if known is not None else "")
+    place.size = size
+
+    async def entry() -> Entry:
+        if known is not None:
+            return known
+        found = await engine.pick(*head.which)
+        size, more = head.sized(found)
+        engine.admission.grow(place, more)
+        place.model, place.size = found.name, size
+        if size is not None:
+            place.pixels = size.pixels
+        return found
+
+    return _Wanted(head, place, limit, entry)
+
+
+def _by_lower_name(request: Request) -> dict[str, str]:
+    return {name.lower(): value for name, value in request.headers.items()}
 
 
 def _bytes_per_pixel(output: Output, head: TensorHead) -> int:

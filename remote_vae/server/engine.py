@@ -94,6 +94,13 @@ class Engine:
 
     # --- what the app calls --------------------------------------------------------------------------------------------
 
+    def known(
+        self, name: str | None = None, family: str | None = None, fingerprint: str | None = None, fits: Fits | None = None
+    ) -> Entry | None:
+        """As ``pick``, and nothing is loaded: None where only that would tell. Raises what ``catalogue.pick`` raises."""
+        entry = pick(self.catalogue.entries(), name, family, fingerprint, fits)
+        return entry if entry.is_known else None
+
     async def pick(
         self, name: str | None = None, family: str | None = None, fingerprint: str | None = None, fits: Fits | None = None
     ) -> Entry:
@@ -148,9 +155,9 @@ class Engine:
         watch.add_done_callback(lambda done: None if done.cancelled() else self._leave(place, jobs))
         with entry.held(), self._counted("_inside"):
             try:
+                if not any(entry.is_at(device) for device in self.catalogue.devices):
+                    await self._loaded(entry, watch)
                 with self._counted("_reading"):
-                    if not any(entry.is_at(device) for device in self.catalogue.devices):
-                        await self._loaded(entry, watch)
                     jobs.append(await asyncio.wrap_future(self._readers.submit(self._read, place, entry, request, body)))
                     # A client that left meanwhile is seen when its turn comes.
                     self._batcher.put(self._started(jobs[0]))

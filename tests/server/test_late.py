@@ -18,6 +18,7 @@ from remote_vae.errors import EndpointError
 from remote_vae.remote.client import Deadlines, client_for
 from remote_vae.server.late import Late
 from remote_vae.server.models import LoadedVae
+from remote_vae.server.own import OwnVaes, Source
 from remote_vae.wire import DecodeRequest, Output
 from remote_vae.wire.extras import Extras
 from remote_vae.wire.late import LATE_TYPE
@@ -87,6 +88,32 @@ def test_a_client_that_takes_it_hears_dots_and_then_the_answer(slow: Slow, loade
         assert "Server-Timing" in head["headers"]
         made = torch.frombuffer(bytearray(body), dtype=torch.float32).reshape(1, 3, 64, 64)
         torch.testing.assert_close(made, locally(loaded, torch.zeros(SHAPE)), rtol=0, atol=1e-5)
+
+
+def test_who_waits_for_a_vae_of_which_nothing_is_known_yet_hears_of_it_too(
+    loaded: LoadedVae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Late, "after", 0.2)
+    monkeypatch.setattr(Late, "every", 0.05)
+    may = threading.Event()
+
+    def load(*_: Any, **__: Any) -> LoadedVae:
+        assert may.wait(20)
+        return loaded
+
+    server = ServerThread(loaded, catalogue=OwnVaes([Source("somewhere", "mine")], load=load))
+    try:
+        with Raw(server).post("/mine/decode", SHAPE, 4 * 4 * 64, headers=ACCEPT) as raw:
+            answer = begun(raw)
+            assert (answer.getheader("content-type"), answer.read(3)) == (LATE_TYPE, b"...")
+            may.set()
+            _, line, body = answer.read().split(b"\n", 2)
+            assert json.loads(line)["status"] == 200
+            made = torch.frombuffer(bytearray(body), dtype=torch.float32).reshape(1, 3, 64, 64)
+            torch.testing.assert_close(made, locally(loaded, torch.zeros(SHAPE)), rtol=0, atol=1e-5)
+    finally:
+        may.set()
+        server.close()
 
 
 def test_a_plain_client_sees_nothing_of_it(slow: Slow) -> None:
