@@ -66,6 +66,12 @@ class Cluster:
         serve.run(app(arguments))
         self.wait(lambda: all(model["loaded"] for model in self.info()["models"]))
 
+    def begin(self, **arguments: Any) -> None:
+        """As ``serve``, and returns when the front is there, whatever else is not."""
+        self.arguments = arguments
+        serve.run_many([serve.RunTarget(app(arguments))], wait_for_applications_running=False)
+        self.wait(lambda: requests.get(f"{self.url}/health", timeout=30).ok)
+
     def info(self) -> dict[str, Any]:
         answer = requests.get(f"{self.url}/info", timeout=30)
         return answer.json() if answer.status_code == 200 else {"models": [{"loaded": False}]}

@@ -99,6 +99,27 @@ def test_what_is_not_a_request_is_refused_in_json(three: Cluster, path: str, bod
     assert what in answer.json()["error"]
 
 
+def test_a_vae_for_which_there_is_no_place_costs_the_others_nothing(
+    cluster: Cluster, vaes: dict[str, str], here: dict[str, AutoencoderKL]
+) -> None:
+    cluster.begin(vaes={"sd1": vaes["sd1"], "flux": {"source": vaes["flux"], "num_gpus": 1}}, num_cpus=0.2)
+    cluster.wait(lambda: cluster.health().get("replicas") == {"sd1": 1, "flux": 0})
+    latents = noise(4)
+    assert torch.equal(asked(cluster.url, latents), decoded(here["sd1"], latents))
+    assert [model["loaded"] for model in cluster.info()["models"]] == [True, False]
+
+
+def test_the_token_of_a_file_is_asked_for(cluster: Cluster, vaes: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n", encoding="utf-8")
+    cluster.begin(vaes={"sd1": vaes["sd1"]}, num_cpus=0.2, token_file=str(tmp_path / "token"))
+
+    def status(token: str) -> int:
+        return requests.get(f"{cluster.url}/info", headers={"Authorization": f"Bearer {token}"}, timeout=30).status_code
+
+    cluster.wait(lambda: status("wrong") == 401)
+    cluster.wait(lambda: status("secret") == 200)
+
+
 def call_by_router(
     cluster: Cluster, vae: AutoencoderKL, path: str = "/sd1", settings: Settings | None = None
 ) -> Callable[[int], str]:
