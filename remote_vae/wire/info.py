@@ -123,7 +123,7 @@ def _vae(entries: dict[str, Any]) -> Family | None:
 def _whole(entries: dict[str, Any], key: str, most: int, otherwise: int = 0) -> int:
     """A whole number from 1 to ``most``; 0: something else. ``otherwise`` where older servers leave it out."""
     value = entries.get(key, otherwise)
-    return int(value) if _is_number(value, most) and value in range(1, most + 1) else 0
+    return int(value) if _is_number(value, most) and value >= 1 and value == int(value) else 0
 
 
 def _numbers(values: Any) -> tuple[float, ...] | None:
