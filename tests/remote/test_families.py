@@ -185,4 +185,4 @@ def test_the_public_endpoint_of_videos_is_asked_for_what_it_knows() -> None:
     it = served("hunyuan-video")
     it.ask("decode", it.latents(), "png")
     keys = [key for key, _ in parse_qsl(urlsplit(it.chaos.queries[-1]).query or it.chaos.queries[-1])]
-    assert keys == ["output_type", "partial_postprocess", *["shape"] * 5, "dtype", "family"]
+    assert keys == ["output_type", "partial_postprocess", *["shape"] * 5, "dtype", "family", "fingerprint"]
