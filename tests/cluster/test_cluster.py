@@ -114,7 +114,8 @@ def test_the_token_of_a_file_is_asked_for(cluster: Cluster, vaes: dict[str, str]
     cluster.begin(vaes={"sd1": vaes["sd1"]}, num_cpus=0.2, token_file=str(tmp_path / "token"))
 
     def status(token: str) -> int:
-        return requests.get(f"{cluster.url}/info", headers={"Authorization": f"Bearer {token}"}, timeout=30).status_code
+        # While the front is exchanged nobody answers.
+        return requests.get(f"{cluster.url}/info", headers={"Authorization": f"Bearer {token}"}, timeout=120).status_code
 
     cluster.wait(lambda: status("wrong") == 401)
     cluster.wait(lambda: status("secret") == 200)
