@@ -70,7 +70,7 @@ class Cluster:
         """As ``serve``, and returns when the front is there, whatever else is not."""
         self.arguments = arguments
         serve.run_many([serve.RunTarget(app(arguments))], wait_for_applications_running=False)
-        self.wait(lambda: requests.get(f"{self.url}/health", timeout=30).ok)
+        self.wait(lambda: requests.get(f"{self.url}/health", timeout=120).ok)
 
     def info(self) -> dict[str, Any]:
         answer = requests.get(f"{self.url}/info", timeout=30)

@@ -251,7 +251,7 @@ def test_the_page_on_the_server_has_a_file_that_is_taken_and_flags_that_there_ar
     (text,) = re.findall(r"```toml\n(.*?)```", PAGE, re.S)
     assert [each.name for each in said("--config", file(tmp_path, text)).vaes] == ["sdxl", "flux2", "pony"]
     of_serve = PAGE.partition("## Many machines")[0]
-    others = {"--help", "--vae", "--config", "--endpoint", "--upgrade", "--index-url", "--now"}
+    others = {"--help", "--vae", "--config", "--endpoint", "--upgrade", "--index-url", "--now", "--directory", "--owner"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"### Docker.*?(?=## Watching)", "", of_serve, flags=re.S))) <= {
         *(flag.option for flag in FLAGS),
         *others,
