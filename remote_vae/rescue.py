@@ -18,6 +18,10 @@ from typing import Any
 
 import torch
 
+# Here, as a process that has lost its working folder may be able to load nothing any more (Python 3.13).
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
 from remote_vae.errors import InvalidRequest
 from remote_vae.vae.families import Family, load_families
 
@@ -99,8 +103,6 @@ def load_latents(path: Path) -> Rescued:
     Raises:
         InvalidRequest: it is not such a file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
@@ -142,8 +144,6 @@ def _family(metadata: Mapping[str, str]) -> Family:
 
 
 def _serialised(latents: torch.Tensor, family: Family, why: str) -> bytes:
-    from safetensors.torch import save as to_bytes
-
     metadata = {
         "format": FORMAT,
         "family": family.key,
