@@ -15,6 +15,7 @@ from tests.e2e.checkpoints import files, folders, parts, tokenizers
 from tests.e2e.checkpoints.__main__ import main, settings
 from tests.e2e.checkpoints.kinds import Made
 from tests.e2e.checkpoints.parts import TINY, VOCABULARY
+from tests.versions import of_diffusers
 
 SEED = 3
 
@@ -72,8 +73,10 @@ def test_what_reads_published_files_of_sdxl_makes_the_pictures_of_the_folder(tmp
 @pytest.mark.parametrize("family", ["sd1", "flux", "flux2", "qwen-image"])
 def test_latents_and_pictures_of_the_vaes_have_the_spread_of_real_ones(family: str, tmp_path: Path) -> None:
     if family == "flux2":
+        of_diffusers("AutoencoderKLFlux2")
         vae = parts.flux2_vae(TINY.vae, TINY.vae, 1, SEED)
     elif family == "qwen-image":
+        of_diffusers("AutoencoderKLQwenImage")
         vae = parts.other_vae("AutoencoderKLQwenImage", SEED, base_dim=8)
     else:
         vae = parts.kl_vae(TINY, family, SEED)

@@ -12,7 +12,7 @@ import torch
 from remote_vae.server.models import LoadedVae
 from remote_vae.vae.families import find_family
 from remote_vae.vae.fingerprint import ROUNDINGS, fingerprint
-from tests.versions import missing, of_diffusers
+from tests.versions import before_diffusers, missing, of_diffusers, skip_if
 
 _FOUR_DOWN = ("DownEncoderBlock2D",) * 4
 _FOUR_UP = ("UpDecoderBlock2D",) * 4
@@ -77,6 +77,8 @@ class _Of:
     config: Mapping[str, object]
 
     def __call__(self, **changes: object) -> torch.nn.Module:
+        if "encoder_out_shortcut" in {**self.config, **changes}:
+            skip_if(before_diffusers(0, 35, "encoder_out_shortcut of AutoencoderDC"))
         vae: torch.nn.Module = of_diffusers(self.kind)(**{**self.config, **changes})
         return vae
 

@@ -54,6 +54,19 @@ def of_diffusers(name: str) -> Any:
     return getattr(diffusers, name)
 
 
+def before_diffusers(major: int, minor: int, what: str) -> str:
+    """Why the installed diffusers has not ``what`` this version brought; empty where it has."""
+    if version(diffusers) >= (major, minor):
+        return ""
+    return f"{what} came with diffusers {major}.{minor}, here is {diffusers.__version__}"
+
+
+def skip_if(why: str) -> None:
+    """Skip the test that runs where ``why`` says something."""
+    if why:
+        pytest.skip(why)
+
+
 def before_torch(major: int, minor: int, what: str) -> str:
     """Why the installed torch has not ``what`` this version brought; empty where it has."""
     if version(torch) >= (major, minor):

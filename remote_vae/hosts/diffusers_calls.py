@@ -24,13 +24,20 @@ from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
 def parameters_of(method: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the parameters of a bound ``decode`` or ``encode``, in order; AutoencoderKL's where it does not tell."""
+    # Older diffusers hide them in a wrapper of (*args, **kwargs) around the class's own function.
+    cells = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__closure__", None) or ()
+    within = [cell.cell_contents for cell in cells if inspect.isfunction(cell.cell_contents)]
+    found = _named(method) or next((_named(each)[1:] for each in within if each.__name__ in ("decode", "encode")), ())
+    return found or ("z", "return_dict")
+
+
+def _named(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of its parameters; none where it does not tell."""
     try:
         names = {name: each.kind for name, each in inspect.signature(method).parameters.items()}
     except (TypeError, ValueError):
-        names = {}
-    # diffusers before 0.36 hides them in a wrapper of (*args, **kwargs).
-    plain = names and inspect.Parameter.VAR_POSITIONAL not in names.values()
-    return tuple(names) if plain else ("z", "return_dict")
+        return ()
+    return () if inspect.Parameter.VAR_POSITIONAL in names.values() else tuple(names)
 
 
 def vae_call(

@@ -18,7 +18,7 @@ from tests.chaos import Chaos
 from tests.hosts.of_families import arguments, latents_in, latents_of, pixels_of, the_vae
 from tests.nearness import no_room_for_the_whole, out_of_memory, psnr
 from tests.vaes import SMALL, SMALL_HERE
-from tests.versions import of_diffusers
+from tests.versions import before_diffusers, of_diffusers
 
 
 @pytest.fixture(autouse=True)
@@ -308,6 +308,8 @@ def test_a_vae_that_is_not_known_is_refused_with_the_reason_or_the_list_of_what_
 
 def test_what_an_encode_gives_is_known_of_every_class() -> None:
     for name in SMALL_HERE:
+        if name == "mochi" and before_diffusers(0, 33, "an encoder of Mochi that works"):
+            continue
         vae = the_vae(name)
         encoded = vae.encode(pixels_of(vae))[0]
         is_posterior = isinstance(encoded, diffusers.models.autoencoders.vae.DiagonalGaussianDistribution)

@@ -17,6 +17,7 @@ from tests.e2e.models import CASES, STRIDES
 from tests.e2e.pipelines import Case
 from tests.hosts.of_families import loaded, the_vae
 from tests.vaes import SMALL_HERE
+from tests.versions import before_diffusers, before_torch, skip_if
 
 QUICK = [pytest.param(case, id=case.pipeline + "-" + case.vae) for case in CASES if case.quick]
 
@@ -32,6 +33,10 @@ def test_there_is_a_pipeline_for_every_class_of_vae() -> None:
 @pytest.mark.parametrize("case", QUICK)
 @torch.no_grad()
 def test_a_pipeline_makes_the_same_remotely_and_when_the_endpoint_dies(case: Case) -> None:
+    if case.pipeline == "SanaPipeline":
+        skip_if(before_diffusers(0, 33, "Sana's pipeline without a tokenizer"))
+    if case.pipeline == "MochiPipeline":
+        skip_if(before_torch(2, 2, "autocast to float32 on processors"))
     pipe = case.make()
     alone = case.call(pipe)
     server = ServerThread(loaded(copy.deepcopy(pipe.vae), case.vae))

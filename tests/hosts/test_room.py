@@ -15,6 +15,7 @@ from remote_vae.hosts import room
 from remote_vae.hosts.room import Room, parts_of
 from tests.hosts.test_gpu import NEARNESS
 from tests.pretend_gpu import DEVICE, Card, OnCard, on_card, values
+from tests.versions import NO_END_OF_STORAGES, skip_if
 
 LARGE = 1 << 40
 
@@ -48,6 +49,7 @@ def room_of(*modules: Any) -> Room:
 
 
 def test_what_leaves_is_the_same_afterwards_object_for_object(card: Card) -> None:
+    skip_if(NO_END_OF_STORAGES)
     unet = model(card)
     batch = card.put(torch.randn(3, 64))
     held = {id(tensor) for tensor in unet.state_dict(keep_vars=True).values()}
@@ -196,6 +198,7 @@ def test_what_goes_wrong_half_way_comes_back_all_the_same(card: Card, monkeypatc
 
 
 def test_what_finds_no_room_to_come_back_comes_when_it_is_used(card: Card, caplog: pytest.LogCaptureFixture) -> None:
+    skip_if(NO_END_OF_STORAGES)
     unet, text = model(card), model(card, 32)
     batch = torch.randn(3, 64)
     expected = unet(card.put(batch)).cpu()

@@ -307,7 +307,7 @@ def test_room_is_made_for_what_the_call_of_this_vae_takes(folder: Path, family: 
     latents, wanted = LATENTS if family == "sdxl" else WIDE, []
 
     def fails(*_: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
 
     def make_room(nbytes: int) -> int:
         wanted.append(nbytes)
