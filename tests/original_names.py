@@ -57,7 +57,8 @@ def _flux2_by_its_authors(state: State) -> Named:
     return renamed
 
 
-def _replaced(state: State, *pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> Named:
+def replaced(state: State, *pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> Named:
+    """``state`` under other names: each pattern in its turn."""
     renamed = {}
     for key, value in state.items():
         for pattern, to in pairs:
@@ -85,7 +86,7 @@ _WAN_PARTS = (
 
 def _wan(state: State) -> Named:
     """Three blocks and an upsampler a level, in one list."""
-    return _replaced(
+    return replaced(
         state,
         (r"^encoder\.down_blocks\.", "encoder.downsamples."),
         (r"^decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", lambda m: f"decoder.upsamples.{4 * int(m[1]) + int(m[2])}."),
@@ -95,7 +96,7 @@ def _wan(state: State) -> Named:
 
 
 def _wan_22(state: State) -> Named:
-    return _replaced(
+    return replaced(
         state,
         (r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.downsamples.\1.downsamples."),
         (r"^encoder\.down_blocks\.(\d+)\.downsampler\.", r"encoder.downsamples.\1.downsamples.2."),
@@ -124,7 +125,7 @@ def _hunyuan_image(state: State) -> Named:
 
         return named
 
-    return _replaced(
+    return replaced(
         state,
         (r"^encoder\.down_blocks\.(\d+)\.", level("encoder.down", 2, "downsample")),
         (r"^decoder\.up_blocks\.(\d+)\.", level("decoder.up", 3, "upsample")),
@@ -134,7 +135,7 @@ def _hunyuan_image(state: State) -> Named:
 
 
 def _hunyuan_video_15(state: State) -> Named:
-    return _replaced(
+    return replaced(
         state,
         (r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
         (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
@@ -145,7 +146,7 @@ def _hunyuan_video_15(state: State) -> Named:
 
 
 def _svd(state: State) -> Named:
-    return _replaced(
+    return replaced(
         to_ldm(state, 4),
         (r"\.spatial_res_block\.", "."),
         (r"\.temporal_res_block\.norm1\.", ".time_stack.in_layers.0."),
@@ -172,7 +173,7 @@ def _sana(state: State) -> Named:
         renamed[key] = value
     is_sampler = {key.rpartition(".conv.")[0] for key in state if re.search(r"_blocks\.\d+\.\d+\.conv\.", key)}
     samplers = "|".join(re.escape(name) for name in sorted(is_sampler, key=len, reverse=True))
-    return _replaced(
+    return replaced(
         renamed,
         (rf"^({samplers})\.conv\.", r"\1.main.conv."),
         (r"\.attn\.to_qkv_multiscale\.0\.proj_in\.", ".context_module.main.aggreg.0.0."),
@@ -252,7 +253,7 @@ def _ltx_of(down: tuple[str, ...], up: tuple[str, ...]) -> Callable[[State], Nam
 
 
 def _comfyui_tiny(state: State) -> Named:
-    renamed = _replaced(
+    renamed = replaced(
         state,
         (r"^encoder\.layers\.", "taesd_encoder."),
         (r"^decoder\.layers\.(\d+)\.", lambda match: f"taesd_decoder.{int(match[1]) + 1}."),

@@ -39,26 +39,26 @@ def version(module: Any) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def _before(module: Any, since: tuple[int, int], what: str) -> str:
+    if version(module) >= since:
+        return ""
+    return f"{what} came with {module.__name__} {since[0]}.{since[1]}, here is {module.__version__}"
+
+
 def missing(name: str) -> str:
     """Why the installed diffusers has no ``name``; empty where it has it."""
-    since = _CAME_WITH_DIFFUSERS.get(name, (0, 0))
-    if version(diffusers) >= since:
-        return ""
-    return f"{name} came with diffusers {since[0]}.{since[1]}, here is {diffusers.__version__}"
+    return _before(diffusers, _CAME_WITH_DIFFUSERS.get(name, (0, 0)), name)
 
 
 def of_diffusers(name: str) -> Any:
     """A class of diffusers. Called while a test or a fixture runs, it skips what an older diffusers has not."""
-    if why := missing(name):
-        pytest.skip(why)
+    skip_if(missing(name))
     return getattr(diffusers, name)
 
 
 def before_diffusers(major: int, minor: int, what: str) -> str:
     """Why the installed diffusers has not ``what`` this version brought; empty where it has."""
-    if version(diffusers) >= (major, minor):
-        return ""
-    return f"{what} came with diffusers {major}.{minor}, here is {diffusers.__version__}"
+    return _before(diffusers, (major, minor), what)
 
 
 def skip_if(why: str) -> None:
@@ -69,9 +69,7 @@ def skip_if(why: str) -> None:
 
 def before_torch(major: int, minor: int, what: str) -> str:
     """Why the installed torch has not ``what`` this version brought; empty where it has."""
-    if version(torch) >= (major, minor):
-        return ""
-    return f"{what} came with torch {major}.{minor}, here is {torch.__version__}"
+    return _before(torch, (major, minor), what)
 
 
 NO_HALF = before_torch(2, 2, "half precision on processors")

@@ -21,14 +21,20 @@ from remote_vae.vae.at_work import VIDEO_DIMENSIONS, Op, VaeAtWork, has_posterio
 from remote_vae.vae.families import Family
 from remote_vae.wire import DecodeAnswer, EncodeAnswer
 
+# Of AutoencoderKL's decode.
+_OF_KL = ("z", "return_dict")
+
 
 def parameters_of(method: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the parameters of a bound ``decode`` or ``encode``, in order; AutoencoderKL's where it does not tell."""
+    if found := _named(method):
+        return found
     # Older diffusers hide them in a wrapper of (*args, **kwargs) around the class's own function.
-    cells = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__closure__", None) or ()
-    within = [cell.cell_contents for cell in cells if inspect.isfunction(cell.cell_contents)]
-    found = _named(method) or next((_named(each)[1:] for each in within if each.__name__ in ("decode", "encode")), ())
-    return found or ("z", "return_dict")
+    for cell in getattr(inspect.unwrap(getattr(method, "__func__", method)), "__closure__", None) or ():
+        within = cell.cell_contents
+        if inspect.isfunction(within) and within.__name__ in ("decode", "encode"):
+            return _named(within)[1:] or _OF_KL
+    return _OF_KL
 
 
 def _named(method: Callable[..., Any]) -> tuple[str, ...]:

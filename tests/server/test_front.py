@@ -71,6 +71,24 @@ def asked(front: Front, latents: torch.Tensor, path: str = "/decode", **params: 
     return client.post(path, params={**head(latents), "output_type": "pt", **params}, content=body(latents))
 
 
+async def sent_for(front: Front, latents: torch.Tensor) -> list[Message]:
+    """What is sent to a client that stays."""
+    came = [{"type": "http.request", "body": body(latents), "more_body": False}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if not came:
+            await asyncio.Event().wait()
+        return came.pop()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    query = "&".join([*(f"shape={size}" for size in latents.shape), "dtype=float32"])
+    await front(Head("POST", "/decode", query.encode()).scope(), receive, send)
+    return sent
+
+
 def test_a_replica_that_dies_before_its_answer_is_made_up_for_by_another(loaded: LoadedVae, latents: torch.Tensor) -> None:
     def first_dies(call: int, message: int) -> None:
         if call == 1:
@@ -102,23 +120,7 @@ def test_an_answer_whose_replica_died_in_it_is_cut_off_and_nothing_else_follows(
             raise error
 
     replicas = Here("sd1", loaded, dies_in_it)
-    sent: list[Message] = []
-
-    async def call() -> None:
-        came = [{"type": "http.request", "body": body(latents), "more_body": False}]
-
-        async def receive() -> Message:
-            if not came:
-                await asyncio.Event().wait()
-            return came.pop()
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        query = "&".join([*(f"shape={size}" for size in latents.shape), "dtype=float32"])
-        await Front([replicas])(Head("POST", "/decode", query.encode()).scope(), receive, send)
-
-    asyncio.run(call())
+    sent = asyncio.run(sent_for(Front([replicas]), latents))
     assert [message["type"] for message in sent] == ["http.response.start"]
     assert replicas.calls == 1
 
@@ -226,22 +228,9 @@ def test_one_that_does_not_answer_is_waited_for_by_the_first_call_alone(
     monkeypatch.setattr("remote_vae.server.front._ASK_SECONDS", 0.05)
     away = Away("flux", hangs=True)
     front = Front([Here("sd1", loaded), away])
-    scope = Head("POST", "/decode", "&".join([*(f"shape={size}" for size in latents.shape), "dtype=float32"]).encode()).scope()
 
     async def call() -> None:
-        came = [{"type": "http.request", "body": body(latents), "more_body": False}]
-
-        async def receive() -> Message:
-            if not came:
-                await asyncio.Event().wait()
-            return came.pop()
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        sent: list[Message] = []
-        await front(dict(scope), receive, send)
-        assert sent[0]["status"] == 200
+        assert (await sent_for(front, latents))[0]["status"] == 200
 
     async def calls() -> None:
         await call()

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
+from tests.original_names import replaced
+
 State = Mapping[str, torch.Tensor]
 Named = dict[str, torch.Tensor]
 
@@ -103,7 +105,5 @@ def text_to_open_clip(state: State) -> Named:
             name = f"{found[1]}.attn.in_proj_{found[3]}"
         else:
             continue
-        for pattern, to in _OPEN_CLIP:
-            name = re.sub(pattern, to, name)
         named[name] = value
-    return named
+    return replaced(named, *_OPEN_CLIP)
