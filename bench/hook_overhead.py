@@ -28,8 +28,8 @@ BLOCKS = 200
 CALLS = 500
 
 
-class StillVae:
-    """As much of diffusers' AutoencoderKL as the adapter looks at."""
+class AutoencoderKL:
+    """As much of diffusers' class as the adapter looks at, its name included."""
 
     config = {"latent_channels": 4, "scaling_factor": 0.18215, "block_out_channels": (128, 256, 512, 512)}  # noqa: RUF012
 
@@ -66,7 +66,7 @@ class HookedForgeVae(StillForgeVae):
     """In the place of the class that their adapter hooks."""
 
 
-class HookedClassVae(StillVae):
+class HookedClassVae(AutoencoderKL):
     """In the place of the class that SD.Next's adapter hooks."""
 
     def decode(self, tensor: torch.Tensor, return_dict: bool = True) -> torch.Tensor:  # noqa: ARG002
@@ -123,7 +123,7 @@ def _us_a_call(function: Callable[[], Any]) -> float:
 
 
 def diffusers_pairs() -> list[Pair]:
-    hooked, bare = StillVae(), StillVae()
+    hooked, bare = AutoencoderKL(), AutoencoderKL()
     handle = attach(hooked)
     handle.enabled = False
     latents, pixels = torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 64, 64)
@@ -137,7 +137,7 @@ def webui_pairs() -> list[Pair]:
     """The adapters of the web UIs, with the option set to off and never touched."""
     model, bare_model = StillModel(), StillModel()
     forge_vae, bare_forge_vae = HookedForgeVae(), StillForgeVae()
-    class_vae, bare_class_vae = HookedClassVae(), StillVae()
+    class_vae, bare_class_vae = HookedClassVae(), AutoencoderKL()
     modules = _fake_host(model)
     original_batch, original_preview = modules.processing.decode_latent_batch, modules.sd_samplers_common.single_sample_to_image
     diffusers.AutoencoderKL = HookedClassVae
@@ -192,6 +192,7 @@ def _fake_host(model: StillModel) -> Any:
     sys.modules["modules"] = package
     contents: dict[str, dict[str, Any]] = {
         "shared": {"opts": Opts({}, {}), "state": SimpleNamespace(interrupted=False, skipped=False, interrupt=list, skip=list)},
+        "errors": {"display": lambda *_args, **_kwargs: None},
         "paths": {"data_path": "."},
         "processing": {
             "decode_latent_batch": lambda _model, batch, *_args, **_kwargs: batch,
